@@ -1,0 +1,73 @@
+"""Train the demonstration's byte-level BPE and write it in GPT-2's file format: encoder.json and vocab.bpe.
+
+    python scripts/make_demo_vocab.py --train data/demo/public_train.txt --out vocab/demo
+
+It reads the *public* domain's text alone. A vocabulary is a function of its training text and is published with the
+model, and no noise protects it: had the private text shaped it, a merge could give away a word of a single record, and
+the reported epsilon would not cover that. So a private word costs a few more tokens than it could.
+
+As in GPT-2, ids 0..255 are the bytes, then come the merges in the order in which they were learnt, and <|endoftext|> is
+the last id.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "src"))
+
+import tokenizers
+
+from cli import atomic_write, fail, read_lines, run_main
+from tokenizer import ALPHABET, END_OF_TEXT
+
+
+def training_texts(path: str) -> list[str]:
+    """What gpt2_encode.py will encode: contexts, and completions with one space before them."""
+    texts = []
+    for number, line in read_lines(path, "--train"):
+        context, bars, completion = line.partition("||")
+        if not bars:
+            fail(f"{path}:{number}: wanted context||completion, got {line[:60]!r}; make it with make_demo_data.py")
+        texts += [context, f" {completion}"]
+    if not texts:
+        fail(f"--train {path}: is empty; make it with make_demo_data.py --domain public")
+    return texts
+
+
+def train(texts: list[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """(symbol -> id, merges), `size` ids in all; UserError where the text has too few pairs for so many."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    alphabet = sorted(ALPHABET)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    vocab = bpe.get_vocab()
+    if len(vocab) != size - 1:
+        fail(f"--size {size}: the text only gives {len(vocab) + 1} ids; ask for fewer or give more text")
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    return {**vocab, END_OF_TEXT: size - 1}, merges
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="train the demonstration's vocabulary", allow_abbrev=False)
+    parser.add_argument("--train", required=True, help="public text, context||completion a line")
+    parser.add_argument("--out", default="vocab/demo", help="folder of the two files (default: vocab/demo)")
+    parser.add_argument("--size", type=int, default=1500, help="ids in all, <|endoftext|> included (default: 1500)")
+    args = parser.parse_args()
+    if args.size <= len(ALPHABET) + 1:
+        fail(f"--size {args.size}: wanted more than {len(ALPHABET) + 1}, the bytes and {END_OF_TEXT}")
+    if not os.path.isdir(args.out):
+        fail(f"--out {args.out}: no such folder; make it first")
+
+    vocab, merges = train(training_texts(args.train), args.size)
+    with atomic_write(os.path.join(args.out, "encoder.json")) as out:
+        out.write(json.dumps(dict(sorted(vocab.items(), key=lambda item: item[1]))))
+    with atomic_write(os.path.join(args.out, "vocab.bpe")) as out:
+        out.write("#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
+    print(f"{args.out}: {len(vocab)} ids, {len(merges)} merges")
+
+
+if __name__ == "__main__":
+    run_main(main)

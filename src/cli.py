@@ -1,0 +1,114 @@
+"""What every script does the same way: one-line errors with status 2, and files that appear whole or not at all."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import IO, NoReturn
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The text is one line: the flag or file:line, what it got, what it wanted, the cure."""
+
+    on_every_rank = False  # every rank of the job has this very error, so rank 0 alone prints it
+
+
+def fail(message: str) -> NoReturn:
+    """Raise UserError(message)."""
+    raise UserError(message)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes no abbreviations and reports a mistake in one line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        mistake = UserError(f"{message}; see --help")
+        mistake.on_every_rank = True
+        raise mistake
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a script's main() and leave the process with its status: 2 and one line for a user's mistake.
+
+    A ValueError that is not a UserError is a bug of ours and keeps its traceback.
+    """
+    try:
+        status = main()
+        sys.stdout.flush()
+    except UserError as error:
+        rank = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
+        if rank == "0" or not error.on_every_rank:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        status = 2
+    except BrokenPipeError:  # the reader of our standard output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except OSError as error:
+        # A full disk, a missing permission, a folder where a file was wanted: the operating system's own words name it.
+        if error.filename is None and error.errno is None:
+            raise
+        print(f"error: {error.filename or 'input/output'}: {error.strerror}", file=sys.stderr, flush=True)
+        status = 2
+    sys.exit(status)
+
+
+def open_text(path: str, flag: str = "") -> IO[str]:
+    """Open `path` for reading as UTF-8, or raise UserError. `flag` names the flag that gave the path."""
+    where = f"{flag} {path}" if flag else path
+    try:
+        return open(path, encoding="utf-8", newline="\n")
+    except FileNotFoundError:
+        fail(f"{where}: no such file")
+    except IsADirectoryError:
+        fail(f"{where}: is a folder, wanted a file")
+    except OSError as error:
+        fail(f"{where}: cannot be read ({error.strerror})")
+
+
+def read_lines(path: str, flag: str = "") -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line without its end) of a UTF-8 text file.
+
+    Only a line feed ends a line: characters such as U+2028 that str.splitlines() takes for an end are text.
+    Raises UserError with file:line where the bytes are not UTF-8.
+    """
+    number = 0
+    with open_text(path, flag) as handle:
+        try:
+            for number, line in enumerate(handle, start=1):
+                yield number, line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            fail(f"{path}: not UTF-8 after line {number} (byte 0x{error.object[error.start]:02x}); save the file as UTF-8")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
+    """Write a file aside, flush it to disk and rename it to `path`: a reader sees the old file or the new one, whole.
+
+    mode is "w" (UTF-8 text, line feeds kept) or "wb". An exception inside the block leaves `path` untouched.
+    """
+    aside = f"{path}.{os.getpid()}.partial"
+    options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(aside, mode, **options) as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(aside, path)
+        sync_folder(os.path.dirname(path))
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
+        raise
+
+
+def sync_folder(folder: str) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    handle = os.open(folder or ".", os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

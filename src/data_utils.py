@@ -1,0 +1,124 @@
+"""Token files in memory, and logical batches cut into micro-batches of bounded size.
+
+A line of a token file is {"context": [ids], "completion": [ids]}; a line is one example, and an example is one unit.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cli import fail, read_lines
+from losses import MicroBatch
+
+WANTED = 'wanted {"context": [token ids], "completion": [token ids]}, as src/gpt2_encode.py writes it'
+
+
+@dataclass
+class Examples:
+    """N examples, one after the other.
+
+    tokens       (sum of lengths,) int32: context and completion, cut to seq_len
+    starts       (N + 1,) int64 into tokens
+    first_scored (N,) int64, the first scored token of each example; the last is always the example's last
+    cut          how many examples were longer than seq_len
+    unscored     how many of those have no scored token left
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    first_scored: np.ndarray
+    cut: int
+    unscored: int
+
+    def __len__(self) -> int:
+        return len(self.first_scored)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    def micro_batches(self, units: Tensor, token_budget: int) -> Iterator[MicroBatch]:
+        """Cut `units` (int64) into micro-batches of at most `token_budget` padded tokens, or of one example.
+
+        Sorted by length, so that little is padded. Which units share a micro-batch changes nothing but rounding.
+        """
+        chosen = units.numpy()
+        if not len(chosen):
+            return
+        chosen = chosen[np.argsort(self.lengths[chosen], kind="stable")]
+        for group in groups_within(self.lengths[chosen], token_budget):
+            yield self.collate(chosen[group])
+
+    def collate(self, units: np.ndarray) -> MicroBatch:
+        # The last token of an example is a target only: no state is computed for it.
+        inputs = self.lengths[units] - 1
+        T = max(1, int(inputs.max()))
+        columns = np.arange(T)
+        real = columns < inputs[:, None]
+        source = self.starts[units][:, None] + columns
+        ids = np.where(real, self.tokens[np.where(real, source, 0)], 0)
+        scored = real & (columns >= self.first_scored[units][:, None] - 1)  # a state predicts the token after it
+        positions = np.flatnonzero(scored)
+        counts = scored.sum(1)
+        return MicroBatch(
+            ids=torch.from_numpy(ids.astype(np.int64)),
+            positions=torch.from_numpy(positions),
+            targets=torch.from_numpy(self.tokens[source[scored] + 1].astype(np.int64)),
+            weights=torch.from_numpy(np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)),
+            counts=counts.tolist(), rows_per_unit=1, tokens=int(self.lengths[units].sum()))
+
+
+def groups_within(lengths: np.ndarray, token_budget: int) -> Iterator[slice]:
+    """Slices of an ascending `lengths` whose longest times their number stays within the budget; never empty ones."""
+    bounds, start = [0], 0
+    for end in range(1, len(lengths) + 1):
+        if end - start > 1 and lengths[end - 1] * (end - start) > token_budget:
+            start = end - 1
+            bounds.append(start)
+    bounds.append(len(lengths))
+    for left, right in zip(bounds, bounds[1:]):
+        yield slice(left, right)
+
+
+def read_examples(path: str, flag: str, vocab_size: int, seq_len: int, objective: str = "clm") -> Examples:
+    """Read a token file. objective "clm" scores the completion, "jlm" every token that has one before it.
+
+    Raises UserError with file:line for a line that is not an example, ids outside the vocabulary, an empty completion,
+    and (clm) an empty context, from which the first token could not be predicted.
+    """
+    pieces, first_scored, lengths = [], [], []
+    cut = unscored = 0
+    for number, line in read_lines(path, flag):
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+            context, completion = record["context"], record["completion"]
+            ids = np.array(context + completion)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            fail(f"{where}: not an example; {WANTED}")
+        if not isinstance(context, list) or not completion:
+            fail(f"{where}: the completion is empty; {WANTED}")
+        if not context and objective == "clm":
+            fail(f"{where}: the context is empty, nothing predicts the first token; encode with --add_bos or use --obj jlm")
+        if ids.ndim != 1 or ids.dtype.kind != "i":
+            fail(f"{where}: token ids must be whole numbers; {WANTED}")
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            bad = ids.min() if ids.min() < 0 else ids.max()
+            fail(f"{where}: token id {bad} is outside the vocabulary of {vocab_size}; "
+                 "was the file encoded with this model's --vocab?")
+        first = len(context) if objective == "clm" else 1
+        if len(ids) > seq_len:
+            ids = ids[:seq_len]
+            cut += 1
+            unscored += first >= seq_len
+        pieces.append(ids.astype(np.int32))
+        first_scored.append(max(first, 1))
+        lengths.append(len(ids))
+    if not pieces:
+        fail(f"{flag} {path}: the file is empty; {WANTED}")
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return Examples(np.concatenate(pieces), starts, np.array(first_scored), cut, unscored)

@@ -1,0 +1,191 @@
+"""Ranks: who am I, who else is there, and the few collectives that a run makes.
+
+A process is one of many when its launcher says so in the environment (`torchrun`, `torch.distributed.launch`, or
+Open MPI's variables under `--platform k8s`); started as plain `python` it is alone and no process group is made.
+GPUs talk over NCCL, CPUs over gloo.
+"""
+
+import datetime
+import os
+import socket
+import threading
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cli import UserError, fail
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+UNSET = "start with torchrun, or unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT"
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of a job."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, buffer: Tensor) -> Tensor:
+        """Sum `buffer` over the ranks, in place; every rank holds the same bits afterwards."""
+        if self.size > 1:
+            dist.all_reduce(buffer)
+        return buffer
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values, on every rank, on the tensor's own device."""
+        if self.size == 1:
+            return tensor
+        moved = tensor.to(self.device)
+        dist.broadcast(moved, src=0)
+        return moved.to(tensor.device)
+
+    def gather(self, value: object) -> list:
+        """Every rank's value, by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here: reading the sum makes the process wait, not the GPU's stream alone."""
+        self.all_reduce(torch.zeros(1, device=self.device)).item()
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every rank where any rank has an error, so that none waits for another. Rank 0's message names the rank."""
+        messages = self.gather(None if error is None else str(error))
+        failed = [rank for rank, message in enumerate(messages) if message is not None]
+        if not failed:
+            return
+        if error is not None and not isinstance(error, UserError):
+            raise error  # a bug of ours keeps its traceback
+        first = failed[0]
+        mistake = UserError(messages[first] if first == 0 else f"rank {first}: {messages[first]}")
+        mistake.on_every_rank = True
+        raise mistake from error
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def environment_world(platform: str, local_rank_flag: int | None) -> tuple[int, int, int]:
+    """(rank, world size, local rank) from the launcher's environment; (0, 1, 0) where there is no launcher."""
+    if platform == "k8s":
+        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+        absent = [name for name in names if name not in os.environ]
+        if absent:
+            fail(f"--platform k8s: {absent[0]} is not set; start with Open MPI's mpirun, or use --platform local")
+        rank, size, local = (integer(name) for name in names)
+        if not 0 <= rank < size:
+            fail(f"--platform k8s: {names[0]}={rank} with {names[1]}={size}: expected 0 <= rank < size")
+        return rank, size, local
+    given = [name for name in LAUNCHER_VARIABLES if name in os.environ]
+    if "RANK" not in given and "WORLD_SIZE" not in given:
+        return 0, 1, 0
+    for name in LAUNCHER_VARIABLES:
+        if name not in given:
+            fail(f"environment: {given[0]} is set but {name} is not, a stale environment; {UNSET}")
+    rank, size = integer("RANK"), integer("WORLD_SIZE")
+    if not 0 <= rank < size:
+        fail(f"environment: RANK={rank} with WORLD_SIZE={size}: expected 0 <= RANK < WORLD_SIZE; {UNSET}")
+    local = integer("LOCAL_RANK") if "LOCAL_RANK" in os.environ else local_rank_flag if local_rank_flag is not None else rank
+    return rank, size, local
+
+
+def integer(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        fail(f"environment: {name}={os.environ[name]!r}: expected a whole number; {UNSET}")
+
+
+def meeting_point(rank: int, agent_store: bool) -> tuple[str, int]:
+    """(MASTER_ADDR, MASTER_PORT); fails at once where nobody could meet there, instead of after a time-out."""
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = integer("MASTER_PORT") if "MASTER_PORT" in os.environ else 29500
+    where = f"environment: MASTER_ADDR={address} MASTER_PORT={port}"
+    if not 0 < port < 65536:
+        fail(f"{where}: expected a port from 1 to 65535; {UNSET}")
+    try:
+        socket.getaddrinfo(address, port)
+    except (OSError, UnicodeError) as error:
+        fail(f"{where}: no such host ({getattr(error, 'strerror', None) or error}); {UNSET}")
+    if rank == 0 and not agent_store:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))  # on every interface, as the store will: the address may be a service's, not ours
+            except OSError as error:
+                fail(f"{where}: {error.strerror}; choose another --master_port, or end the run that holds it")
+    return address, port
+
+
+def open_store(address: str, port: int, size: int, is_master: bool, seconds: float) -> dist.Store:
+    """The key-value store at which the ranks meet; fails when they have not all come after `seconds`.
+
+    In a thread of its own, because torch's client waits for ever on a port that somebody else answers, and leaves pages
+    of C++ frames on standard error where its own time-out strikes.
+    """
+    outcome: list[dist.Store | Exception] = []
+
+    def connect() -> None:
+        try:
+            outcome.append(dist.TCPStore(address, port, size, is_master=is_master, multi_tenant=True,
+                                         timeout=datetime.timedelta(seconds=seconds + 60)))
+        except (RuntimeError, ValueError) as error:  # DistStoreError and DistNetworkError are RuntimeErrors
+            outcome.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome or isinstance(outcome[0], Exception):
+        reason = f" ({str(outcome[0]).splitlines()[0][:160]})" if outcome else ""
+        fail(f"environment: {size} processes did not meet at MASTER_ADDR={address} MASTER_PORT={port} within "
+             f"{seconds:g} s{reason}; is WORLD_SIZE stale? {UNSET}")
+    return outcome[0]
+
+
+def start(platform: str = "local", local_rank_flag: int | None = None, timeout_seconds: float = 600,
+          join_seconds: float = 120) -> World:
+    """Join the job that the environment describes.
+
+    timeout_seconds: how long a collective waits for the other ranks before the job ends
+    join_seconds: how long to wait for the other ranks to appear
+    Raises UserError for a stale or contradictory environment, a busy port, ranks that do not appear.
+    """
+    if platform not in ("local", "k8s"):
+        fail(f"--platform {platform}: expected local or k8s (Azure's and Philly's launchers are not supported)")
+    rank, size, local_rank = environment_world(platform, local_rank_flag)
+    if torch.cuda.is_available():
+        if not 0 <= local_rank < torch.cuda.device_count():
+            fail(f"--nproc_per_node: local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+    if size == 1:
+        return World(device=device)
+    # torchrun's agent holds its own store on the port and lets the workers share it
+    agent_store = platform == "local" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = meeting_point(rank, agent_store)
+    store = open_store(address, port, size, is_master=rank == 0 and not agent_store, seconds=join_seconds)
+    # A restarted job shares the agent's store with the attempt before it: its keys must not meet the old ones.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size,
+                                store=dist.PrefixStore(f"attempt{attempt}", store),
+                                timeout=datetime.timedelta(seconds=timeout_seconds))
+    except (RuntimeError, ValueError) as error:
+        fail(f"environment: the {size} processes met at MASTER_ADDR={address} MASTER_PORT={port} but cannot talk to each "
+             f"other ({str(error).splitlines()[0][:160]})")
+    return World(rank, size, local_rank, device)

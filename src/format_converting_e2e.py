@@ -1,0 +1,50 @@
+"""Turn E2E's text, `context||completion` a line, into JSON lines.
+
+    python src/format_converting_e2e.py data/e2e/train.txt data/e2e/train_formatted.jsonl
+
+A line is stripped of white space at both ends and split at its first `||`; it becomes
+`{"context": ..., "completion": ...}`, ASCII-escaped. The output is written whole or not at all.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from tqdm import tqdm
+
+from cli import atomic_write, fail, read_lines, run_main
+
+
+def convert_line(line: str, where: str) -> dict[str, str]:
+    """{"context": ..., "completion": ...} of one line. where: "file:line". UserError where it is not of the form."""
+    context, bars, completion = line.strip().partition("||")
+    if not bars:
+        fail(f"{where}: wanted context||completion, got {line[:60]!r} without ||; mend or remove the line")
+    if not context.strip() or not completion.strip():
+        empty = "completion" if context.strip() else "context"
+        fail(f"{where}: empty {empty} in {line[:60]!r}; mend or remove the line")
+    return {"context": context, "completion": completion}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="E2E text to JSON lines", allow_abbrev=False)
+    parser.add_argument("input", metavar="IN.txt", help="E2E text, context||completion a line")
+    parser.add_argument("output", metavar="OUT_formatted.jsonl", help="JSON lines to write")
+    args = parser.parse_args()
+    if os.path.realpath(args.input) == os.path.realpath(args.output):
+        fail(f"OUT {args.output}: is the input itself, which would be lost; name another file")
+
+    count = 0
+    with atomic_write(args.output) as out:
+        lines = read_lines(args.input)
+        for number, line in tqdm(lines, desc="format", unit=" lines", disable=not sys.stderr.isatty()):
+            out.write(json.dumps(convert_line(line, f"{args.input}:{number}")) + "\n")
+            count += 1
+        if count == 0:
+            fail(f"{args.input}: is empty, wanted a context||completion a line; fetch it again")
+    print(f"{args.output}: {count} examples")
+
+
+if __name__ == "__main__":
+    run_main(main)

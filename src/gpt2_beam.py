@@ -1,0 +1,341 @@
+"""Beam search with a fine-tuned GPT-2 over the contexts of a JSON lines file.
+
+Each different context is searched once, whatever the number of lines that hold it, and the ranks share the contexts.
+The shape and the adapter come from the checkpoint, so a training folder needs no flag for them.
+
+One process:      python src/gpt2_beam.py --data data/e2e/test.jsonl --eval_len 64 --beam 10 --length_penalty 0.8
+                      --eos_token_id 628 --init_checkpoint trained_models/e2e --work_dir trained_models/e2e
+Many (CPU, GPU):  python -m torch.distributed.run --nproc_per_node=2 src/gpt2_beam.py ... the same flags
+
+Input:  a line {"context": [ids], ...}; other keys are ignored. Output, WORK_DIR/OUTPUT_FILE, a line for each input line:
+{"id": line number from 0, "predict": [generated ids, through the EOS if any]}. It appears whole or not at all; a search
+that was killed leaves OUTPUT_FILE.journal.RANK behind, from which --resume continues.
+"""
+
+import glob
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import IO
+
+import torch
+from tqdm import tqdm
+
+import loralib as lora
+from beam_search import SearchSettings, beam_search
+from checkpoint import Loaded, fingerprint, load_model
+from cli import Parser, atomic_write, fail, read_lines, run_main
+from distributed import World, start
+from kv_cache import TreeDecoder
+from model import GPT2LMModel, LoRAConfig
+
+END_OF_TEXT = 50256  # GPT-2's <|endoftext|>
+WAIT_SECONDS = 24 * 3600  # how long a rank that is done waits for the others
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The command line, checked. None: not given."""
+
+    data: str
+    batch_size: int
+    token_budget: int
+    seq_len: int
+    eval_len: int
+    min_length: int
+    model_card: str | None
+    init_checkpoint: str
+    base_checkpoint: str | None
+    platform: str
+    local_rank: int | None
+    lora_dim: int | None
+    lora_alpha: float | None
+    beam: int
+    length_penalty: float
+    no_repeat_ngram_size: int
+    repetition_penalty: float
+    eos_token_id: list[int]
+    work_dir: str
+    output_file: str
+    hyperparam: bool
+    bf16: bool
+    fp16: bool
+    resume: bool
+    random_seed: int | None
+
+    @property
+    def output(self) -> str:
+        return os.path.join(self.work_dir, self.output_file)
+
+    def settings(self, vocab_size: int) -> SearchSettings:
+        """The rules of the search. EOS ids: 50256, or the last id of a smaller vocabulary, and those given."""
+        for token in self.eos_token_id:
+            if not 0 <= token < vocab_size:
+                fail(f"--eos_token_id {token}: outside the model's vocabulary of {vocab_size} tokens; "
+                     f"give ids from 0 to {vocab_size - 1}, or leave it out")
+        if self.beam > vocab_size:
+            fail(f"--beam {self.beam}: more than the vocabulary's {vocab_size} tokens; choose at most that many")
+        eos_ids = sorted({min(END_OF_TEXT, vocab_size - 1), *self.eos_token_id})
+        return SearchSettings(self.beam, self.eval_len, tuple(eos_ids), self.length_penalty, self.no_repeat_ngram_size,
+                              self.repetition_penalty, self.min_length)
+
+
+def parse_flags() -> Flags:
+    add = (parser := Parser(description="beam search with a fine-tuned GPT-2")).add_argument
+    add("--data", required=True, help="JSON lines of token ids, as gpt2_encode.py makes them")
+    add("--batch_size", type=int, default=10, help="contexts searched at once; --token_budget may raise it")
+    add("--token_budget", type=int, default=24576,
+        help="raise --batch_size as far as so many cached tokens allow, each context counted with its longest possible "
+             "beams (default 24576; 0 keeps --batch_size). No batch size changes the result")
+    add("--seq_len", type=int, default=512, help="tokens of context and generated text together")
+    add("--eval_len", type=int, default=256, help="tokens to generate at most; contexts are cut on the left to the rest")
+    add("--min_length", type=int, default=0, help="no EOS before so many tokens")
+    add("--model_card", help="gpt2.sm, gpt2.md, gpt2.lg, gpt2.xl, or a folder or file with config.json; "
+                             "default: the checkpoint's shape")
+    add("--init_checkpoint", required=True, help="weight file, or a folder: its newest model.{step}.pt")
+    add("--base_checkpoint", help="the frozen weights under an adapter-only checkpoint, where they have moved")
+    add("--platform", default="local", help="local or k8s")
+    add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
+    add("--lora_dim", type=int, help="adapter's rank; default: the checkpoint's, with which it must agree")
+    add("--lora_alpha", type=float, help="adapter's alpha; default: the checkpoint's, with which it must agree")
+    add("--beam", type=int, default=1, help="beams of each context")
+    add("--length_penalty", type=float, default=1.0, help="a finished beam scores total / length**length_penalty")
+    add("--no_repeat_ngram_size", type=int, default=4, help="forbid generating an n-gram twice; 0 allows it")
+    add("--repetition_penalty", type=float, default=1.0, help="1 is none")
+    add("--eos_token_id", type=int, action="append", default=[],
+        help="one more EOS id beside <|endoftext|>; may be repeated")
+    add("--work_dir", default=os.getenv("PT_OUTPUT_DIR", "gpt2_model"), help="folder of the output")
+    add("--output_file", default="beam_prediction.jsonl", help="name of the output in --work_dir")
+    add("--hyperparam", action="store_true", help="--init_checkpoint is a folder, of which the newest model is taken; "
+                                                  "folders are understood without it, files are refused with it")
+    add("--bf16", action="store_true", help="weights, cache and products in bfloat16")
+    add("--fp16", action="store_true", help="refused: GPT-2's activations overflow float16; use --bf16")
+    add("--resume", action="store_true", help="continue a search that was killed")
+    add("--random_seed", type=int, help="accepted: nothing in a beam search is drawn at random")
+    return Flags(**vars(parser.parse_args()))
+
+
+def check(flags: Flags) -> None:
+    """Raise UserError for what can be known to be wrong before any file is read."""
+    if flags.fp16:
+        fail("--fp16: refused, GPT-2's activations overflow float16 and spoil the search; use --bf16")
+    for name, least in (("batch_size", 1), ("token_budget", 0), ("eval_len", 1), ("min_length", 0), ("beam", 1),
+                        ("no_repeat_ngram_size", 0), ("lora_dim", 0)):
+        value = getattr(flags, name)
+        if value is not None and value < least:
+            fail(f"--{name} {value}: expected at least {least}")
+    if flags.eval_len >= flags.seq_len:
+        fail(f"--eval_len {flags.eval_len}: leaves no room for a context in --seq_len {flags.seq_len}; expected less")
+    if not (math.isfinite(flags.repetition_penalty) and flags.repetition_penalty > 0):
+        fail(f"--repetition_penalty {flags.repetition_penalty}: expected a number greater than 0 (1 is none)")
+    if not abs(flags.length_penalty) <= 10:
+        fail(f"--length_penalty {flags.length_penalty}: expected a number from -10 to 10")
+    if flags.lora_alpha is not None and not (math.isfinite(flags.lora_alpha) and flags.lora_alpha > 0):
+        fail(f"--lora_alpha {flags.lora_alpha}: expected a number greater than 0")
+    if flags.hyperparam and not os.path.isdir(flags.init_checkpoint):
+        fail(f"--hyperparam: wants a folder as --init_checkpoint, got {flags.init_checkpoint}; leave --hyperparam out")
+    if not flags.output_file or os.path.isdir(flags.output):
+        fail(f"--output_file {flags.output_file!r}: {flags.output} is a folder, wanted the name of a file")
+    folder = os.path.dirname(flags.output)
+    if folder != flags.work_dir and folder and not os.path.isdir(folder):
+        fail(f"--output_file {flags.output_file}: there is no folder {folder}; make it, or name a file in --work_dir")
+
+
+def read_contexts(flags: Flags, vocab_size: int) -> tuple[list[list[int]], list[int], int]:
+    """(different contexts, cut; for each line the index of its context; number of lines cut)."""
+    room = flags.seq_len - flags.eval_len
+    index_of: dict[tuple[int, ...], int] = {}
+    of_line, cut = [], 0
+    for number, line in read_lines(flags.data, "--data"):
+        where = f"{flags.data}:{number}"
+        try:
+            context = json.loads(line)["context"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            fail(f'{where}: wanted a line {{"context": [ids], ...}}, got {line[:60]!r}; make the file with gpt2_encode.py')
+        if not isinstance(context, list) or not all(type(token) is int for token in context):
+            fail(f"{where}: context is not a list of token ids, got {line[:60]!r}; make the file with gpt2_encode.py")
+        if not context:
+            fail(f"{where}: the context is empty, wanted one token at least; remove the line or encode with --add_bos")
+        if not (0 <= min(context) and max(context) < vocab_size):
+            token = next(token for token in context if not 0 <= token < vocab_size)
+            fail(f"{where}: token id {token} is outside the model's vocabulary of {vocab_size} tokens; "
+                 "was the file made with another --vocab?")
+        cut += len(context) > room
+        of_line.append(index_of.setdefault(tuple(context[-room:]), len(index_of)))
+    if not of_line:
+        fail(f"--data {flags.data}: is empty, wanted a context a line")
+    return [list(context) for context in index_of], of_line, cut
+
+
+def load(flags: Flags) -> Loaded:
+    """The model, on the CPU in float32; what the flags say of it must hold."""
+    adapter = None
+    if flags.lora_dim is not None and flags.lora_alpha is not None:
+        adapter = LoRAConfig(flags.lora_dim, flags.lora_alpha)
+    loaded = load_model(flags.init_checkpoint, flags.model_card, adapter, flags.base_checkpoint)
+    found = loaded.model.lora_config
+    whole = loaded.base is not None and loaded.base["absolute"] == os.path.abspath(loaded.path)
+    if flags.lora_dim and whole:
+        fail(f"--lora_dim {flags.lora_dim}: {loaded.path} holds no adapter; leave --lora_dim out to search with it as it is")
+    if flags.lora_dim is not None and flags.lora_dim != found.dim:
+        fail(f"--lora_dim {flags.lora_dim}: {loaded.path} has rank {found.dim}; leave the flag out")
+    if flags.lora_alpha is not None and found.dim and flags.lora_alpha != found.alpha:
+        fail(f"--lora_alpha {flags.lora_alpha:g}: {loaded.path} was trained with {found.alpha:g}; leave the flag out")
+    positions = loaded.model.config.n_positions
+    if flags.seq_len > positions:
+        fail(f"--seq_len {flags.seq_len}: more than the model's {positions} positions; choose at most {positions}")
+    return loaded
+
+
+class Journal:
+    """Finished contexts on disk, one file a rank, so that a search that was killed can go on.
+
+    The first line says which search it is; a line that a kill tore is ignored and its context searched again.
+    """
+
+    def __init__(self, output: str, identity: dict):
+        self.output, self.identity = output, identity
+
+    def files(self) -> list[str]:
+        return sorted(glob.glob(glob.escape(self.output) + ".journal.*"))
+
+    def read(self) -> dict[int, list[int]]:
+        """Context's index -> tokens, from every rank's file. UserError where there is none, or of another search."""
+        if not self.files():
+            fail(f"--resume: nothing to resume, there is no {self.output}.journal.*; leave --resume out")
+        found: dict[int, list[int]] = {}
+        for file in self.files():
+            for number, line in read_lines(file, "--resume"):
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if not isinstance(record, dict):  # what a kill left of a line can be a number
+                    continue
+                if number == 1:
+                    changed = [key for key, value in self.identity.items() if record.get(key) != value]
+                    if changed:
+                        fail(f"--resume: {file} is of a search with other {' and '.join(changed)}; "
+                             "give the same, or leave --resume out")
+                elif "context" in record:
+                    found[record["context"]] = record["predict"]
+        return found
+
+    def open(self, rank: int, fresh: bool) -> IO[str]:
+        """This rank's file, to be added to; begun anew where it is `fresh` or a kill left not even its first line."""
+        path = f"{self.output}.journal.{rank}"
+        keep = not fresh and os.path.exists(path) and b"\n" in open(path, "rb").read(4096)
+        handle = open(path, "a" if keep else "w", encoding="utf-8")
+        if keep:
+            handle.write("\n")  # ends a torn line; an empty one is ignored like it
+        else:
+            self.add(handle, self.identity)
+        return handle
+
+    @staticmethod
+    def add(handle: IO[str], record: dict) -> None:
+        handle.write(json.dumps(record) + "\n")
+        handle.flush()
+
+    def remove(self) -> None:
+        for file in self.files():
+            os.unlink(file)
+
+
+def identity(model: GPT2LMModel, contexts: list[list[int]], settings: SearchSettings, bf16: bool) -> dict:
+    """What tells one search from another: digests of weights and contexts, and the flags that change the result."""
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    data = hashlib.sha256(json.dumps(contexts).encode())
+    flags = {**vars(settings), "eos_ids": list(settings.eos_ids), "bf16": bf16}
+    return {"checkpoint": fingerprint(weights), "data": data.hexdigest(), "flags": flags}
+
+
+def search(flags: Flags, world: World, loaded: Loaded, settings: SearchSettings, contexts: list[list[int]],
+           share: list[int], journal: Journal) -> dict[int, list[int]]:
+    """Search the contexts of `share`, writing each into this rank's journal; index -> tokens."""
+    model = loaded.model.eval()
+    lora.merge(model)  # before the cast, so that the sum is taken in float32
+    model = model.to(world.device, torch.bfloat16 if flags.bf16 else torch.float32)
+    widest = max((len(contexts[index]) for index in share), default=1) + flags.beam * flags.eval_len
+    slots = max(1, min(len(share), max(flags.batch_size, flags.token_budget // widest)))
+    decoder = TreeDecoder(model, slots, flags.beam)
+    loaded.model = model = None  # the decoder has its own copy of most weights
+
+    found = {}
+    bar = tqdm(total=len(share), desc="beam search" + (" (rank 0's share)" if world.size > 1 else ""), unit=" contexts",
+               disable=not world.is_main or not sys.stderr.isatty())
+    with journal.open(world.rank, fresh=not flags.resume) as handle, bar:
+        for result in beam_search([contexts[index] for index in share], decoder, settings, slots):
+            found[share[result.index]] = result.tokens
+            journal.add(handle, {"context": share[result.index], "predict": result.tokens})
+            bar.update()
+    return found
+
+
+def prepare(flags: Flags, world: World) -> tuple[Loaded, SearchSettings, list[list[int]], list[int], Journal, dict]:
+    """Everything that can go wrong through a mistake, before anything is written."""
+    loaded = load(flags)
+    settings = flags.settings(loaded.model.config.vocab_size)
+    contexts, of_line, cut = read_contexts(flags, loaded.model.config.vocab_size)
+    journal, done = Journal(flags.output, {}), {}
+    if world.is_main:
+        journal.identity = identity(loaded.model, contexts, settings, flags.bf16)
+        if flags.resume:
+            done = journal.read()
+        try:
+            os.makedirs(flags.work_dir, exist_ok=True)
+        except OSError as error:
+            fail(f"--work_dir {flags.work_dir}: cannot be made ({error.strerror}); name another folder")
+        if not os.access(os.path.dirname(flags.output) or ".", os.W_OK | os.X_OK):
+            fail(f"--work_dir {flags.work_dir}: cannot be written to; name another folder")
+        if cut:
+            print(f"{cut} of {len(of_line)} contexts are longer than --seq_len - --eval_len = "
+                  f"{flags.seq_len - flags.eval_len} tokens and are cut on the left")
+        if flags.random_seed is not None:
+            print("--random_seed: has no effect, nothing in a beam search is drawn at random")
+    return loaded, settings, contexts, of_line, journal, done
+
+
+def main() -> None:
+    flags = parse_flags()
+    world = start(flags.platform, flags.local_rank, timeout_seconds=WAIT_SECONDS)
+    error = None
+    try:
+        check(flags)
+        loaded, settings, contexts, of_line, journal, done = prepare(flags, world)
+    except (ValueError, OSError) as caught:
+        error = caught
+    world.agree(error)
+    journal.identity, done = world.gather((journal.identity, done))[0]  # rank 0 read the journals for all
+    if world.is_main and not flags.resume and journal.files():
+        print(f"{flags.output}.journal.*: of a search that did not end, dropped (--resume would have continued it)")
+        journal.remove()
+    world.barrier()
+
+    by_length = sorted((index for index in range(len(contexts)) if index not in done), key=lambda i: len(contexts[i]))
+    begin = time.perf_counter()
+    found: dict[int, list[int]] = {}
+    try:
+        found = search(flags, world, loaded, settings, contexts, by_length[world.rank::world.size], journal)
+    except OSError as caught:
+        error = caught
+    world.agree(error)
+    for part in world.gather(found):
+        done.update(part)
+    world.close()
+    if world.is_main:
+        with atomic_write(flags.output) as out:
+            for number, index in enumerate(of_line):
+                out.write(json.dumps({"id": number, "predict": done[index]}) + "\n")
+        journal.remove()
+        seconds = time.perf_counter() - begin
+        print(f"{flags.output}: {len(of_line)} lines, {len(contexts)} different contexts, {len(by_length)} searched "
+              f"in {seconds:.1f} s ({len(by_length) / seconds:.1f} contexts/s)")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,81 @@
+"""Encode formatted examples with GPT-2's byte-level BPE.
+
+    python src/gpt2_encode.py --vocab vocab --input data/e2e/train_formatted.jsonl --output data/e2e/train.jsonl \
+        --add_bos --add_eos
+
+Input: JSON lines with the strings "context" and "completion" (other keys are ignored). Output, a line an input line:
+`{"context": [ids], "completion": [ids]}`, the completion encoded with one space before it. --add_bos appends the id of
+<|endoftext|> to the context, --add_eos to the completion. The output is written whole or not at all.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from cli import atomic_write, fail, read_lines, run_main
+from tokenizer import load_tokenizer
+
+# Lines handed to the library at a time: enough to keep its threads busy, few enough for the progress bar to move.
+CHUNK = 2048
+
+
+def read_example(line: str, where: str) -> tuple[str, str]:
+    """(context, completion) of one line of JSON. where: "file:line". UserError where it is not such an example."""
+    try:
+        example = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        fail(f"{where}: is not a line of JSON ({error}), got {line[:60]!r}; make it with format_converting_*.py")
+    if not isinstance(example, dict):
+        fail(f"{where}: wanted a JSON object with context and completion, got {line[:60]!r}")
+    for key in ("context", "completion"):
+        if not isinstance(example.get(key), str) or not example[key].strip():
+            fail(f"{where}: wanted a text that is not empty as {key!r}, got {str(example.get(key))[:60]!r}")
+        if any("\ud800" <= character <= "\udfff" for character in example[key]):
+            fail(f"{where}: {key!r} holds half of a surrogate pair, which is not text; mend or remove the line")
+    return example["context"], example["completion"]
+
+
+def read_examples(path: str) -> Iterator[tuple[str, str]]:
+    for number, line in read_lines(path, "--input"):
+        yield read_example(line, f"{path}:{number}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="GPT-2 BPE of formatted examples", allow_abbrev=False)
+    parser.add_argument("--vocab", default="vocab", help="folder of encoder.json and vocab.bpe (default: vocab)")
+    parser.add_argument("--input", required=True, help="formatted JSON lines to read")
+    parser.add_argument("--output", required=True, help="JSON lines of token ids to write")
+    parser.add_argument("--add_bos", action="store_true", help="append <|endoftext|> to the context")
+    parser.add_argument("--add_eos", action="store_true", help="append <|endoftext|> to the completion")
+    args = parser.parse_args()
+    if os.path.realpath(args.input) == os.path.realpath(args.output):
+        fail(f"--output {args.output}: is the input itself, which would be lost; name another file")
+    tokenizer = load_tokenizer(args.vocab)
+    bos = [tokenizer.end_of_text] if args.add_bos else []
+    eos = [tokenizer.end_of_text] if args.add_eos else []
+
+    count = tokens = 0
+    examples = read_examples(args.input)
+    bar = tqdm(desc="encode", unit=" lines", disable=not sys.stderr.isatty())
+    with atomic_write(args.output) as out, bar:
+        while chunk := list(itertools.islice(examples, CHUNK)):
+            contexts = tokenizer.encode_batch([context for context, _ in chunk])
+            completions = tokenizer.encode_batch([" " + completion for _, completion in chunk])
+            for context, completion in zip(contexts, completions, strict=True):
+                encoded = {"context": context + bos, "completion": completion + eos}
+                out.write(json.dumps(encoded) + "\n")
+                tokens += len(encoded["context"]) + len(encoded["completion"])
+            count += len(chunk)
+            bar.update(len(chunk))
+        if count == 0:
+            fail(f"--input {args.input}: is empty, wanted a JSON object a line; make the file again")
+    print(f"{args.output}: {count} examples, {tokens / count:.1f} tokens each on average")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,142 @@
+"""Parameters, gradients and AdamW over flat buffers: a handful of large calls a step, whatever the number of tensors.
+
+Shapes: P trainable coordinates.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+# On a CPU the update walks the buffers in pieces that stay in the cache, so that memory is read once and not six times.
+CACHE_CHUNK = 1 << 17
+
+
+class FlatParameters:
+    """A model's trainable parameters, moved into one buffer `data` (P,) of which they become views; those that decay come
+    first. `grad` (P,) is the front of `sums` (P + extra,), so that one all-reduce carries both. Everything is float32
+    (or float64, where a test compares with an oracle); other types are refused.
+    """
+
+    def __init__(self, model: nn.Module, extra: int = 0, no_decay_bias: bool = False):
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if not named:
+            raise ValueError("the model has no trainable parameter")
+        for name, parameter in named:
+            if parameter.dtype not in (torch.float32, torch.float64) or parameter.dtype != named[0][1].dtype:
+                raise ValueError(f"{name} is {parameter.dtype}: trainable parameters must be float32, all of them")
+        undecayed = {name for name, parameter in named if no_decay_bias and parameter.dim() < 2}
+        self.named = sorted(named, key=lambda item: item[0] in undecayed)
+        self.decayed = sum(parameter.numel() for name, parameter in self.named if name not in undecayed)
+        self.size = sum(parameter.numel() for _, parameter in self.named)
+        self.data = torch.empty(self.size, device=named[0][1].device, dtype=named[0][1].dtype)
+        self.sums = torch.zeros(self.size + extra, device=self.data.device, dtype=self.data.dtype)
+        self.grad = self.sums[:self.size]
+        self.slices: dict[int, slice] = {}
+        start = 0
+        for _, parameter in self.named:
+            span = slice(start, start + parameter.numel())
+            self.data[span] = parameter.detach().flatten()
+            parameter.data = self.data[span].view_as(parameter)
+            self.slices[id(parameter)] = span
+            start = span.stop
+
+    @property
+    def extra(self) -> Tensor:
+        """The tail of `sums`: what else a step sums over the ranks."""
+        return self.sums[self.size:]
+
+    def grad_of(self, parameter: nn.Parameter | None) -> Tensor | None:
+        """The view of `grad` that belongs to a parameter, in its shape; None for one that is not trained."""
+        span = self.slices.get(id(parameter))
+        return None if span is None else self.grad[span].view_as(parameter)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, autograd computes no gradient for the parameters."""
+        for _, parameter in self.named:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for _, parameter in self.named:
+                parameter.requires_grad_(True)
+
+
+class AdamW:
+    """AdamW as in the published code: eps stands beside the uncorrected sqrt(v), the decay comes after the update.
+
+        m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2
+        p -= lr sqrt(1-b2^t)/(1-b1^t) m / (sqrt(v) + eps)     (without correct_bias: p -= lr m / (sqrt(v) + eps))
+        p -= lr wd p
+    """
+
+    def __init__(self, flat: FlatParameters, betas: tuple[float, float], eps: float, weight_decay: float,
+                 correct_bias: bool):
+        self.flat, self.betas, self.eps = flat, betas, eps
+        self.weight_decay, self.correct_bias = weight_decay, correct_bias
+        self.steps = 0
+        self.m, self.v = torch.zeros_like(flat.data), torch.zeros_like(flat.data)
+
+    @torch.no_grad()
+    def step(self, grad: Tensor, lr: float) -> None:
+        """Update the parameters with gradient (P,)."""
+        self.steps += 1
+        b1, b2 = self.betas
+        size = lr
+        if self.correct_bias:
+            size *= math.sqrt(1 - b2 ** self.steps) / (1 - b1 ** self.steps)
+        chunk = CACHE_CHUNK if grad.device.type == "cpu" else len(grad)
+        for start in range(0, len(grad), chunk):
+            span = slice(start, min(start + chunk, len(grad)))
+            p, g, m, v = self.flat.data[span], grad[span], self.m[span], self.v[span]
+            m.lerp_(g, 1 - b1)
+            v.mul_(b2).addcmul_(g, g, value=1 - b2)
+            p.addcdiv_(m, v.sqrt().add_(self.eps), value=-size)
+            if self.weight_decay and start < self.flat.decayed:
+                p[:self.flat.decayed - start].mul_(1 - lr * self.weight_decay)
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps, "m": self.m.cpu(), "v": self.v.cpu()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("m", "v"):
+            if state[name].shape != getattr(self, name).shape:
+                raise ValueError(f"optimizer state {name} has {state[name].numel()} coordinates, "
+                                 f"the run has {self.flat.size}")
+            getattr(self, name).copy_(state[name])
+        self.steps = int(state["steps"])
+
+
+SCHEDULES = ("cosine", "inv_sqrt", "dev_perf", "constant", "linear", "cycle")
+
+
+def schedule(name: str, lr: float, max_step: int, warmup: int = 0,
+             points: Sequence[tuple[int, float]] = ()) -> Callable[[int], float]:
+    """The learning rate of logical step t, counted from 0, as a function of t.
+
+    All but cycle begin with a linear warm-up lr t/warmup, then
+      constant, dev_perf  lr (the published code gives dev_perf no schedule of its own)
+      linear              lr (max_step - t)/(max_step - warmup), down to 0
+      cosine              lr (1 + cos(pi t/max_step))/2
+      inv_sqrt            lr sqrt(warmup/t)
+    cycle is linear between the points (step, rate), the last rate kept.
+    """
+    def cycle(t: int) -> float:
+        for (left, start), (right, stop) in zip(points, points[1:]):
+            if left <= t < right:
+                return start + (stop - start) * (t - left) / (right - left)
+        return points[0][1] if t < points[0][0] else points[-1][1]
+
+    after_warmup = {
+        "constant": lambda t: lr,
+        "dev_perf": lambda t: lr,
+        "linear": lambda t: lr * max(0.0, (max_step - t) / max(1, max_step - warmup)),
+        "cosine": lambda t: lr * (1 + math.cos(math.pi * min(t, max_step) / max_step)) / 2,
+        "inv_sqrt": lambda t: lr * math.sqrt(max(1, warmup) / max(1, t)),
+    }
+    if name == "cycle":
+        return cycle
+    return lambda t: lr * t / warmup if t < warmup else after_warmup[name](t)

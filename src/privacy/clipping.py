@@ -1,0 +1,345 @@
+"""The clipped sum of the units' gradients, exactly, from one backward pass (book-keeping: Bu et al., 2023, arXiv:2210.00038).
+
+During the backward pass every layer notes its input and the gradient at its output; autograd computes no weight gradient.
+From these notes come the norms, then the clip factors c, then every weight gradient once, as the sum over units of c_u g_u.
+A layer's per-unit gradient is one of three kinds: a sum of outer products (linear layers, adapters), a sum of rows (biases,
+layer norms), or rows sent to a table (embeddings). For an outer product the cheaper of two ways to the norm is taken:
+  ghost        |sum_s p_s q_s'|^2 = sum_{s,t} <p_s,p_t> <q_s,q_t>          S^2 (P+Q) multiply-adds   (Goodfellow, 2015)
+  materialise  form the (P, Q) gradient of every unit and keep it          S P Q, and memory traffic of P Q
+This file knows layers and units, not privacy: what C means is the plan's business.
+
+Shapes: U units, S positions of a unit (rows_per_unit x T), P x Q a weight, n scored positions, D width, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import loralib as lora
+from losses import MicroBatch, unit_losses
+from model import Conv1D, GPT2LMModel, TiedHead
+from optimizer import FlatParameters
+
+# Writing, squaring and summing one entry of a materialised gradient costs about as much as this many multiply-adds of a
+# matrix product (measured on 2 cores: 90 GMAC/s against 4 GB/s a pass of three); see scripts/benchmark_training.py.
+TRAFFIC_COST = 75
+# Rounding of float32 sums that may cancel: the squared norm of a tied embedding is raised by this share of its terms.
+CANCELLATION_SLACK = 1e-6
+
+
+@dataclass(frozen=True)
+class ClippingRule:
+    """How a unit's gradient is bounded: its norm over all parameters together never exceeds C.
+
+    flat        times min(1, C/|g|)
+    per_layer   each of the n parameters' gradients times min(1, (C/sqrt n)/|g_k|)
+    automatic   times C/(|g| + gamma), gamma = 0.01 (Bu et al., 2022, arXiv:2206.07136)
+    """
+
+    kind: str
+    C: float
+    gamma: float = 0.01
+
+    def factors(self, norms_sq: Tensor) -> tuple[Tensor, Tensor]:
+        """norms_sq (U, n) float32, the squared norms by parameter -> (factors (U, n), finite (U,) bool).
+
+        A unit whose gradient is NaN or infinite gets factors of zero.
+        """
+        total = norms_sq.sum(1)
+        finite = torch.isfinite(total)
+        if self.kind == "per_layer":
+            bound = self.C / math.sqrt(norms_sq.shape[1])
+            factors = bound / norms_sq.sqrt().clamp(min=bound)
+        elif self.kind == "flat":
+            factors = (self.C / total.sqrt().clamp(min=self.C))[:, None].expand_as(norms_sq)
+        elif self.kind == "automatic":
+            factors = (self.C / (total.sqrt() + self.gamma))[:, None].expand_as(norms_sq)
+        else:
+            raise ValueError(f"clipping {self.kind!r}: expected flat, per_layer or automatic")
+        return torch.where(finite[:, None], factors, 0.0), finite
+
+
+# ------------------------------------------------------------------ the three kinds of per-unit gradient
+
+
+class Outer:
+    """sum_s p_s q_s' for each unit: p (U, S, P), q (U, S, Q), added into `target` (P, Q)."""
+
+    def __init__(self, target: Tensor, p: Tensor, q: Tensor):
+        self.target, self.p, self.q, self.grads = target, p, q, None
+
+    def norm_sq(self) -> Tensor:
+        p, q = wide(self.p), wide(self.q)
+        (_, S, P), Q = p.shape, q.shape[2]
+        if S * S * (P + Q) < TRAFFIC_COST * P * Q:
+            return ((p @ p.mT) * (q @ q.mT)).sum((1, 2)).clamp(min=0)
+        self.grads = p.mT @ q  # (U, P, Q)
+        self.p = self.q = None
+        return self.grads.flatten(1).square().sum(1)
+
+    def add(self, factor: Tensor, finite: Tensor | None) -> None:
+        if self.grads is not None:
+            grads = zero_rows(self.grads, finite).flatten(1)
+            self.target.add_((factor @ grads).view_as(self.target))
+            return
+        p, q = zero_rows(wide(self.p), finite), zero_rows(wide(self.q), finite)
+        if p.shape[2] <= q.shape[2]:
+            p = p * factor[:, None, None]
+        else:
+            q = q * factor[:, None, None]
+        add_product(self.target, p.flatten(0, 1), q.flatten(0, 1))
+
+
+class Rows:
+    """A vector for each unit, (U, P), added into `target` (P,)."""
+
+    def __init__(self, target: Tensor, grads: Tensor):
+        self.target, self.grads = target, wide(grads)
+
+    def norm_sq(self) -> Tensor:
+        return self.grads.square().sum(1)
+
+    def add(self, factor: Tensor, finite: Tensor | None) -> None:
+        self.target.add_(factor @ zero_rows(self.grads, finite))
+
+
+class Lookup:
+    """Rows (U, S, D) sent to the entries `ids` (U, S) of a table `target` (V, D)."""
+
+    def __init__(self, target: Tensor, ids: Tensor, rows: Tensor):
+        self.target, self.ids, self.rows = target, ids, wide(rows)
+
+    def norm_sq(self) -> Tensor:
+        same = self.ids[:, :, None] == self.ids[:, None, :]  # (U, S, S): two positions add up where they share an entry
+        return ((self.rows @ self.rows.mT) * same).sum((1, 2)).clamp(min=0)
+
+    def add(self, factor: Tensor, finite: Tensor | None) -> None:
+        rows = zero_rows(self.rows, finite) * factor[:, None, None]
+        self.target.index_add_(0, self.ids.flatten(), rows.flatten(0, 1))
+
+
+class Ragged:
+    """sum_s b_s h_s' over the scored positions of each unit: b (n, V) and h (n, D), `counts` positions a unit."""
+
+    def __init__(self, target: Tensor, b: Tensor, h: Tensor, counts: list[int]):
+        self.target, self.b, self.h, self.counts = target, b, wide(h), counts
+
+    def by_unit(self):
+        return zip(self.b.split(self.counts), self.h.split(self.counts))
+
+    def norm_sq(self) -> Tensor:
+        return torch.stack([((wide(b) @ wide(b).T) * (h @ h.T)).sum() for b, h in self.by_unit()]).clamp(min=0)
+
+    def cross(self, table: Lookup) -> Tensor:
+        """<this gradient, that of the same table's lookups>: sum_{s,t} b_t[x_s] <h_t, e_s>, for each unit."""
+        terms = [(wide(b[:, ids]) * (h @ rows.T)).sum() for (b, h), ids, rows in zip(self.by_unit(), table.ids, table.rows)]
+        return torch.stack(terms)
+
+    def add(self, factor: Tensor, finite: Tensor | None) -> None:
+        counts = torch.tensor(self.counts, device=self.h.device)
+        b, h = self.b, self.h * factor.repeat_interleave(counts)[:, None]
+        if finite is not None:
+            bad = ~finite.repeat_interleave(counts)[:, None]
+            b, h = b.masked_fill(bad, 0), h.masked_fill(bad, 0)
+        add_product(self.target, wide(b), h)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: norms, factors and sums never round to a half-precision type."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def zero_rows(tensor: Tensor, finite: Tensor | None) -> Tensor:
+    """`tensor` with the units that are not finite set to zero (a factor of zero would leave 0 x NaN)."""
+    if finite is None:
+        return tensor
+    return tensor.masked_fill(~finite.view(-1, *[1] * (tensor.dim() - 1)), 0)
+
+
+def add_product(target: Tensor, p: Tensor, q: Tensor) -> None:
+    """target (P, Q) += p' q for p (s, P), q (s, Q), straight into the flat buffer."""
+    torch.addmm(target, p.T, q, out=target)
+
+
+# ------------------------------------------------------------------ what each layer contributes
+
+Grad = Callable[[nn.Parameter | None], Tensor | None]  # the gradient's view of a trained parameter, None of another
+Contribution = Outer | Rows | Lookup | Ragged
+Found = list[tuple[nn.Parameter, Contribution]]
+
+
+def linear(module: nn.Module, x: Tensor, g: Tensor, grad: Grad, transposed: bool) -> Found:
+    """The weight and bias of a linear layer; `transposed`: the weight is stored as (in, out)."""
+    found: Found = []
+    if (target := grad(module.weight)) is not None:
+        found.append((module.weight, Outer(target, x, g) if transposed else Outer(target, g, x)))
+    if (target := grad(module.bias)) is not None:
+        found.append((module.bias, Rows(target, wide(g).sum(1))))
+    return found
+
+
+def adapted_linear(module: lora.MergedLinear, x: Tensor, g: Tensor, grad: Grad) -> Found:
+    found = linear(module, x, g, grad, module.fan_in_fan_out)
+    if module.has_adapter():
+        (p, q), slots = module.adapter_factors(x, wide(g))
+        found.append((module.lora_A, Outer(grad(module.lora_A), p, q)))
+        found += [(module.lora_B, Outer(grad(module.lora_B)[rows], p, q)) for rows, p, q in slots]
+    return found
+
+
+def layer_norm(module: nn.LayerNorm, x: Tensor, g: Tensor, grad: Grad) -> Found:
+    normalised = F.layer_norm(wide(x), module.normalized_shape, eps=module.eps)
+    return [(module.weight, Rows(grad(module.weight), (normalised * g).sum(1))),
+            (module.bias, Rows(grad(module.bias), wide(g).sum(1)))]
+
+
+def embedding(module: nn.Embedding, ids: Tensor, g: Tensor, grad: Grad) -> Found:
+    return [] if grad(module.weight) is None else [(module.weight, Lookup(grad(module.weight), ids, g))]
+
+
+def adapted_embedding(module: lora.Embedding, ids: Tensor, g: Tensor, grad: Grad) -> Found:
+    found = embedding(module, ids, g, grad)
+    if module.has_adapter():
+        g = wide(g)
+        up = (g @ module.lora_B) * module.scaling  # (U, S, R)
+        down = F.embedding(ids, module.lora_A.T) * module.scaling
+        found.append((module.lora_A, Lookup(grad(module.lora_A).T, ids, up)))
+        found.append((module.lora_B, Outer(grad(module.lora_B), g, down)))
+    return found
+
+
+RULES: dict[type, Callable[..., Found]] = {
+    nn.Linear: lambda module, x, g, grad: linear(module, x, g, grad, transposed=False),
+    Conv1D: lambda module, x, g, grad: linear(module, x, g, grad, transposed=True),
+    lora.MergedLinear: adapted_linear,
+    lora.Linear: adapted_linear,
+    lora.Embedding: adapted_embedding,
+    nn.Embedding: embedding,
+    nn.LayerNorm: layer_norm,
+}
+
+
+class BookKeeping:
+    """Adds the clipped sum of units' gradients to `flat.grad`, micro-batch by micro-batch.
+
+    Refuses, by name, a module with a trainable parameter and no rule, and a parameter shared in any way but the tied
+    embedding's.
+    """
+
+    def __init__(self, model: GPT2LMModel, flat: FlatParameters, rule: ClippingRule, smoothing: float = 0.0):
+        self.model, self.flat, self.rule, self.smoothing = model, flat, rule, smoothing
+        self.column = {id(parameter): k for k, (_, parameter) in enumerate(flat.named)}
+        self.head_trains = id(model.lm_head.weight) in self.column
+        self.batch: MicroBatch | None = None
+        self.norms_sq = torch.empty(0)
+        self.noted: Found = []
+        self.waiting: set[nn.Module] = set()
+        for module in self.supported_modules():
+            module.register_forward_hook(self.watch)
+
+    def supported_modules(self) -> list[nn.Module]:
+        """Every module with a trainable parameter of its own."""
+        found, owners = [], {}
+        for name, module in self.model.named_modules():
+            own = [p for p in module.parameters(recurse=False) if id(p) in self.column]
+            if not own:
+                continue
+            if type(module) not in RULES and not isinstance(module, TiedHead):
+                raise ValueError(f"{name} ({type(module).__name__}) has trainable parameters and no per-unit gradient rule")
+            if isinstance(module, nn.LayerNorm) and len(own) != 2:
+                raise ValueError(f"{name}: a layer norm is trained with both weight and bias, or not at all")
+            if isinstance(module, nn.Embedding) and (module.padding_idx is not None or module.max_norm is not None
+                                                     or module.scale_grad_by_freq):
+                raise ValueError(f"{name}: an embedding with padding_idx, max_norm or scale_grad_by_freq has no per-unit rule")
+            found.append(module)
+            for parameter in own:
+                owners.setdefault(id(parameter), []).append((name, module))
+        for places in owners.values():
+            kinds = sorted(type(module).__name__ for _, module in places)
+            if len(places) > 1 and kinds != ["Embedding", "TiedHead"]:
+                raise ValueError(f"{' and '.join(name for name, _ in places)} share a parameter: no per-unit rule for that")
+        if len(owners) != len(self.column):
+            raise ValueError("a trainable parameter belongs to no module")
+        return found
+
+    # ---------------------------------------------------------------- the backward pass
+
+    def watch(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Forward hook: arrange that the gradient at `output` is noted together with the input."""
+        if self.batch is None:
+            return
+        if module in self.waiting:
+            raise RuntimeError(f"a {type(module).__name__} ran twice in one micro-batch: its norm would miss cross terms")
+        self.waiting.add(module)
+        if not output.requires_grad:
+            output.requires_grad_()  # nothing trained lies below: the graph begins here
+        x = inputs[0].detach()
+        output.register_hook(lambda g: self.note(module, x, g))
+
+    def note(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
+        """Add what the module contributes, from its input x and the gradient g at its output."""
+        self.waiting.remove(module)
+        with torch.autocast(g.device.type, enabled=False):
+            if isinstance(module, TiedHead):
+                found: Found = [(module.weight, Ragged(self.flat.grad_of(module.weight), g, x, self.batch.counts))]
+            else:
+                U = self.batch.units
+                x = x.reshape(U, -1) if x.dtype == torch.int64 else x.reshape(U, -1, x.shape[-1])
+                found = RULES[type(module)](module, x, g.reshape(U, -1, g.shape[-1]), self.flat.grad_of)
+            for parameter, contribution in found:
+                self.norms_sq[:, self.column[id(parameter)]] += contribution.norm_sq()
+        self.noted += found
+
+    def add_cross_term(self) -> None:
+        """The tied embedding counts once: |E + H|^2 = |E|^2 + |H|^2 + 2 <E, H>."""
+        weight = self.model.lm_head.weight
+        head = next(c for parameter, c in self.noted if parameter is weight and isinstance(c, Ragged))
+        table = next(c for parameter, c in self.noted if parameter is weight and isinstance(c, Lookup))
+        column = self.norms_sq[:, self.column[id(weight)]]
+        column.mul_(1 + CANCELLATION_SLACK).add_(head.cross(table), alpha=2).clamp_(min=0)
+
+    def accumulate(self, batch: MicroBatch) -> Tensor:
+        """Add the clipped gradients of a micro-batch's units to `flat.grad`; return their losses, (U,) float32.
+
+        A unit whose gradient is NaN or infinite adds nothing.
+        """
+        if not len(batch.targets):  # texts cut down to their contexts: nothing is scored, the gradients are zero
+            return torch.zeros(batch.units, device=batch.ids.device)
+        self.batch, self.noted = batch, []
+        self.norms_sq = torch.zeros(batch.units, len(self.column), device=batch.ids.device, dtype=self.flat.data.dtype)
+        try:
+            with self.flat.frozen():
+                losses = unit_losses(self.model, batch, self.smoothing, self.head_trains)
+                losses.sum().backward()
+            if self.waiting:
+                raise RuntimeError(f"{len(self.waiting)} trained modules got no gradient: their norms are unknown")
+            with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False):
+                if self.head_trains:
+                    self.add_cross_term()
+                factors, finite = self.rule.factors(self.norms_sq)
+                mask = None if bool(finite.all()) else finite
+                for parameter, contribution in self.noted:
+                    contribution.add(factors[:, self.column[id(parameter)]], mask)
+        finally:
+            self.batch, self.noted, self.waiting = None, [], set()
+        return losses.detach()
+
+
+class Ordinary:
+    """Ordinary training with the same model and loss: adds the plain sum of the units' gradients, no norms, no clipping."""
+
+    def __init__(self, model: GPT2LMModel, flat: FlatParameters, smoothing: float = 0.0):
+        self.model, self.flat, self.smoothing = model, flat, smoothing
+        self.head_trains = model.lm_head.weight.requires_grad
+
+    def accumulate(self, batch: MicroBatch) -> Tensor:
+        """Add the gradient of the sum of the units' losses to `flat.grad`; return the losses, (U,)."""
+        for _, parameter in self.flat.named:
+            parameter.grad = self.flat.grad_of(parameter)
+        losses = unit_losses(self.model, batch, self.smoothing, self.head_trains)
+        losses.sum().backward()
+        return losses.detach()

@@ -1,0 +1,204 @@
+"""The privacy plan: the one object that owns the sampler, the clipping norm, the noise, the divisor and the accounting.
+
+Guarantees, for the unit and relation that it reports (add or remove one unit):
+  - every unit is included in a step independently with probability q (Poisson sampling);
+  - the released gradient of a step is (sum of the included units' gradients, each of norm <= C, + N(0, sigma^2 C^2 I)) / B,
+    B = the expected batch size, a public constant; an empty draw is released like any other;
+  - the step's record is on disk before its mask is drawn, and a step is drawn only while the budget permits it.
+Nothing else may sample, scale or count: a step is open_step(), sums from the clipping engine, release().
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cli import UserError, fail
+from distributed import World
+from privacy import accounting
+from privacy.clipping import ClippingRule
+from privacy.ledger import Ledger, epsilons, spent
+from privacy.noise import NoiseSource
+from privacy.sampling import PoissonSampler, ShuffleSampler
+
+RELATIONS = {
+    "poisson": "add or remove one {unit}",
+    "shuffle": "add or remove one {unit}, its place in the order left empty (zero-out)",
+}
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What a run promises. Public constants, all of them."""
+
+    unit: str  # "example" or "author"
+    N: int  # units in the training data
+    batch: int  # expected units a step, over all ranks
+    steps: int  # logical steps of the whole run
+    clip: float  # C, the largest norm of one unit's gradient
+    sigma: float  # noise multiplier; 0 trains without privacy
+    delta: float
+    target_epsilon: float | None = None  # the budget; None: sigma and steps set what is spent
+    sampling: str = "poisson"
+    clipping: str = "flat"
+    noise_source: str = "os"
+    seed: int | None = None  # of noise_source "seeded" alone
+
+    @property
+    def private(self) -> bool:
+        return self.sigma > 0
+
+    @property
+    def q(self) -> float:
+        return self.batch / self.N
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.N / self.batch)
+
+    @property
+    def strict_delta(self) -> float:
+        return 1 / (10 * self.N)
+
+    def ledger_entries(self, world_size: int) -> dict:
+        return {"unit": self.unit, "N": self.N, "q": self.q, "sigma": self.sigma, "clip": self.clip,
+                "sampling": self.sampling, "steps_per_epoch": self.steps_per_epoch, "delta": self.delta,
+                "world_size": world_size}
+
+
+def choose_sigma(target_epsilon: float, delta: float, N: int, batch: int, steps: int, sampling: str) -> float:
+    """The smallest noise multiplier whose reported epsilon after `steps` steps stays within the target."""
+    if sampling == "shuffle":
+        return accounting.calibrate_sigma_shuffle(target_epsilon, delta, math.ceil(steps / math.ceil(N / batch)))
+    return accounting.calibrate_sigma(target_epsilon, delta, batch / N, steps)
+
+
+def check_settings(N: int, batch: int, steps: int, clip: float, sigma: float | None, delta: float,
+                   target_epsilon: float | None) -> None:
+    """Raise UserError for a value that no plan can have."""
+    if batch > N:
+        fail(f"--train_batch_size x --grad_acc x processes = {batch} is larger than the training data ({N} units): "
+             "lower one of them")
+    if steps < 1:
+        fail(f"--max_step {steps}: expected at least one step")
+    if not (0 < clip < math.inf):
+        fail(f"--max_grad_norm {clip:g}: expected a number above 0")
+    if sigma is not None and not (0 <= sigma < math.inf):
+        fail(f"--noise_multiplier {sigma:g}: expected a number >= 0")
+    if not 0 < delta < 1:
+        fail(f"--target_delta {delta:g}: expected a number between 0 and 1")
+    if target_epsilon is not None and not (0 < target_epsilon < math.inf):
+        fail(f"--target_epsilon {target_epsilon:g}: expected a number above 0")
+
+
+class PrivacyPlan:
+    """A run's promise, kept step by step."""
+
+    def __init__(self, settings: PlanSettings, world: World, ledger: Ledger | None, done: int = 0):
+        """ledger: open on rank 0, None on the others. done: steps that the model to be trained has behind it."""
+        if (ledger is not None) != world.is_main:
+            raise ValueError("rank 0, and no other, holds the ledger")
+        self.settings, self.world, self.ledger = settings, world, ledger
+        self.clipping_rule = ClippingRule(settings.clipping, settings.clip)
+        seed = settings.seed if settings.noise_source == "seeded" else None
+        mask_source = NoiseSource(settings.noise_source, "mask", world.rank, seed)
+        if settings.sampling == "poisson":
+            self.sampler = PoissonSampler(settings.N, settings.q, world, mask_source)
+        else:
+            self.sampler = ShuffleSampler(settings.N, settings.batch, world, mask_source)
+        self.noise = NoiseSource(settings.noise_source, "noise", world.rank, seed, world.device)
+        self.open: int | None = None
+        self.permitted = self.count_permitted(done) if ledger is not None else 0
+
+    # ---------------------------------------------------------------- a step
+
+    def count_permitted(self, done: int) -> int:
+        """How many more steps this attempt may draw. The budget counts what earlier attempts were charged."""
+        settings, state = self.settings, self.ledger.state
+        if settings.target_epsilon is None or not settings.private:
+            return settings.steps
+        if settings.sampling == "poisson":
+            return accounting.permitted_steps(settings.target_epsilon, settings.delta, spent(state),
+                                              settings.q, settings.sigma, settings.steps)
+        epochs = accounting.permitted_steps(settings.target_epsilon, settings.delta, spent(state), 1.0,
+                                            settings.sigma, math.ceil(settings.steps / settings.steps_per_epoch))
+        return max(0, epochs * settings.steps_per_epoch - done % settings.steps_per_epoch)
+
+    def open_step(self, step: int) -> Tensor | None:
+        """Charge step `step` (counted from 1) and draw it: the included units of this rank, int64.
+
+        None, on every rank, where the budget permits no further step. Raises UserError, on every rank, where the
+        ledger cannot be written: the step is then not drawn.
+        """
+        assert self.open is None, "open_step() before the step before was released"
+        error, word = None, torch.zeros(1, device=self.world.device)
+        if self.ledger is not None:
+            try:
+                if self.permitted < 1:
+                    word.fill_(1)
+                else:
+                    self.ledger.charge(step)
+                    self.permitted -= 1
+            except UserError as failure:
+                error = failure
+                word.fill_(2)
+        word = int(self.world.broadcast(word))
+        if word == 2:
+            raise error or UserError(f"rank 0 could not write the ledger record of step {step}: the step was not drawn")
+        if word == 1:
+            return None
+        self.open = step
+        return self.sampler.draw(step)
+
+    def release(self, sums: Tensor, coordinates: int) -> Tensor:
+        """Turn the ranks' clipped sums into the released gradient, and sum what else the step carries.
+
+        sums (P + extra,) float32, changed in place; its first `coordinates` = P entries are the gradient, the rest is
+        summed over the ranks and nothing more. Returns the gradient, sum/B, a view of `sums`.
+
+        Each coordinate gets its noise from one rank alone (the ranks share them out), before the one all-reduce: every
+        coordinate of the sum carries N(0, sigma^2 C^2) once, whatever the world size, and every rank holds the same bits.
+        """
+        assert self.open is not None, "release() without open_step()"
+        assert sums.dtype == torch.float32
+        if self.settings.private:
+            self.noise.begin_step(self.open)
+            size, rank = self.world.size, self.world.rank
+            own = sums[coordinates * rank // size:coordinates * (rank + 1) // size]
+            self.noise.add_normal_(own, self.settings.sigma * self.settings.clip)
+        self.world.all_reduce(sums)
+        self.open = None
+        return sums[:coordinates].div_(self.settings.batch)
+
+    # ---------------------------------------------------------------- what was spent
+
+    def epsilon(self, delta: float | None = None) -> tuple[float, float]:
+        """(PRV upper bound, RDP) spent so far, at `delta` (by default the plan's). Rank 0 alone knows."""
+        if not self.settings.private:
+            return math.inf, math.inf
+        return epsilons(self.ledger.state, delta or self.settings.delta)
+
+    def report(self, disclosed: list[str]) -> dict:
+        """The content of privacy.json. Rank 0 alone knows."""
+        settings = self.settings
+        prv, rdp = self.epsilon()
+        strict_prv, strict_rdp = self.epsilon(settings.strict_delta)
+        return {
+            "unit": settings.unit, "relation": RELATIONS[settings.sampling].format(unit=settings.unit),
+            "N": settings.N, "q": settings.q, "expected_batch": settings.batch, "sigma": settings.sigma,
+            "clip": settings.clip, "clipping": settings.clipping, "steps_charged": self.ledger.state.charged,
+            "attempts": self.ledger.state.attempts, "delta": settings.delta,
+            "epsilon_prv": finite_or_text(prv), "epsilon_rdp": finite_or_text(rdp),
+            "delta_strict": settings.strict_delta, "epsilon_prv_strict": finite_or_text(strict_prv),
+            "epsilon_rdp_strict": finite_or_text(strict_rdp), "target_epsilon": settings.target_epsilon,
+            "sampling": settings.sampling, "noise_source": settings.noise_source,
+            "warning": "seeded noise: whoever knows the seed can subtract it; the epsilon holds only against the others"
+            if settings.noise_source == "seeded" and settings.private else None,
+            "disclosed": disclosed,
+        }
+
+
+def finite_or_text(value: float) -> float | str:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else "inf"

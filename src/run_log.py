@@ -1,0 +1,105 @@
+"""What a run leaves behind beside its weights: args.json, metrics.jsonl, privacy.json, the lock; and what it shows meanwhile."""
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+
+from tqdm import tqdm
+
+from cli import atomic_write, fail
+
+
+class WorkDir:
+    """A run's folder, held by one run at a time."""
+
+    def __init__(self, path: str, flag: str = "--work_dir"):
+        self.path = path
+        try:
+            os.makedirs(path, exist_ok=True)
+            self.lock = open(os.path.join(path, ".lock"), "a+")
+        except OSError as error:
+            fail(f"{flag} {path}: cannot be written ({error.strerror})")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            fail(f"{flag} {path}: another run is writing there ({self.lock.read().strip() or 'unknown process'})")
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.lock.flush()
+
+    def file(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def write_json(self, name: str, content: dict) -> None:
+        with atomic_write(self.file(name)) as handle:
+            json.dump(content, handle, indent=1, allow_nan=False)
+            handle.write("\n")
+
+    def read_json(self, name: str) -> dict:
+        path = self.file(name)
+        try:
+            with open(path, encoding="utf-8") as handle:
+                return json.load(handle)
+        except OSError as error:
+            fail(f"{path}: {error.strerror}")
+        except ValueError:
+            fail(f"{path}: not JSON; restore it or start in a new folder")
+
+    def append_metrics(self, record: dict) -> None:
+        """Append one line to metrics.jsonl: a log line or an evaluation."""
+        with open(self.file("metrics.jsonl"), "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+class Display:
+    """Progress for people: a bar on a terminal, plain lines elsewhere. Silent on every rank but the first."""
+
+    def __init__(self, is_main: bool, total: int, done: int, unit: str = "step", quiet: bool = False):
+        self.is_main = is_main
+        on_terminal = is_main and sys.stderr.isatty() and not quiet
+        self.bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True) if on_terminal else None
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def say(self, text: str) -> None:
+        """A line on standard output, above the bar where there is one."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def status(self, **values: str) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix(values)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Meter:
+    """Sums of what steps report, and the rate since the last reading."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss, self.units, self.tokens, self.start = 0.0, 0.0, 0.0, time.monotonic()
+
+    def add(self, loss: float, units: float, tokens: float) -> None:
+        self.loss += loss
+        self.units += units
+        self.tokens += tokens
+
+    def read(self, unit: str) -> dict:
+        """Mean loss of a unit (None where none was drawn), units and real tokens a second; starts anew."""
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        reading = {"loss": self.loss / self.units if self.units else None,
+                   f"{unit}s_per_s": self.units / seconds, "tokens_per_s": self.tokens / seconds}
+        self.reset()
+        return reading

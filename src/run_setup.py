@@ -1,0 +1,206 @@
+"""What both training scripts do before their first step: the flags that they share, and the way from flags to a Trainer."""
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import checkpoint
+import training
+from cli import UserError, fail
+from distributed import World
+from optimizer import AdamW, FlatParameters
+from privacy.clipping import BookKeeping, ClippingRule, Ordinary
+from privacy.ledger import Ledger
+from privacy.plan import PlanSettings, PrivacyPlan, check_settings, choose_sigma
+from run_log import WorkDir
+
+SLOTS = ("query", "key", "value")
+# Padded tokens of a micro-batch where --micro_batch_tokens is not given; measured in scripts/benchmark_training.py.
+DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
+# Settings that change how a run goes about its work, not what it computes: a resumed run may differ in them.
+FREE = ("resume", "resume_changed", "log_interval", "eval_interval", "save_interval", "valid_batch_size", "grad_engine",
+        "micro_batch_tokens", "collective_timeout", "local_rank", "work_dir", "platform")
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("privacy and execution")
+    group.add_argument("--target_epsilon", type=float, help="budget: noise is chosen, and training ends, so that it is kept")
+    group.add_argument("--target_delta", type=float, help="delta of the reported epsilon, a public constant")
+    group.add_argument("--sampling", choices=("poisson", "shuffle"),
+                       help="poisson (default with noise): what the accountants price; shuffle (default without): every unit "
+                            "once an epoch, reported without amplification")
+    group.add_argument("--clipping", choices=("flat", "per_layer", "automatic"), default="flat",
+                       help="how a unit's gradient is bounded by C (default flat)")
+    group.add_argument("--noise_source", choices=("os", "secure", "seeded"), default="os",
+                       help="os (default): a generator seeded by the operating system; secure: a cryptographic stream; "
+                            "seeded: for tests, whoever knows --noise_seed can subtract the noise")
+    group.add_argument("--noise_seed", type=int, help="the seed of --noise_source seeded")
+    group.add_argument("--grad_engine", choices=("book_keeping", "opacus"), default="book_keeping",
+                       help="how the clipped sum is computed; opacus = Opacus's hooks, for comparison")
+    group.add_argument("--bf16", action="store_true", help="matrix products in bfloat16; norms, sums and noise stay float32")
+    group.add_argument("--micro_batch_tokens", type=int, help="padded tokens of a physical batch; changes nothing but "
+                       f"speed and memory (default {DEFAULT_TOKENS['cpu']} on CPU, {DEFAULT_TOKENS['cuda']} on a GPU)")
+    group.add_argument("--resume", action="store_true", help="continue the run in the work folder from its last checkpoint")
+    group.add_argument("--resume_changed", nargs="+", default=(), metavar="NAME",
+                       help="settings in which the resumed run may differ from the folder's (world_size, lr, ...)")
+    group.add_argument("--lora_target", nargs="+", choices=SLOTS, default=("query", "value"),
+                       help="parts of the fused projection that get an adapter (default query value)")
+    group.add_argument("--collective_timeout", type=float, default=600, metavar="SECONDS",
+                       help="how long ranks wait for one another before the job ends (default 600)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a script asks for, with its own flags' names already translated. Public constants and settings alone."""
+
+    unit: str
+    N: int
+    batch: int  # expected units a step, over all ranks
+    steps: int
+    clip: float
+    sigma: float | None  # None: chosen for target_epsilon
+    delta: float
+    target_epsilon: float | None
+    betas: tuple[float, float]
+    adam_eps: float
+    weight_decay: float
+    correct_bias: bool
+    no_decay_bias: bool
+    smoothing: float
+    grad_clip: float
+    random_seed: int
+    lr: Callable[[int], float]
+    log_interval: int
+    eval_interval: int
+    save_interval: int
+
+
+def digest_file(path: str) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def check_shared_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for shared flags that contradict each other or mean nothing."""
+    if args.noise_source == "seeded" and args.noise_seed is None:
+        fail("--noise_source seeded: needs --noise_seed")
+    if args.noise_seed is not None and args.noise_source != "seeded":
+        fail(f"--noise_seed {args.noise_seed}: means nothing with --noise_source {args.noise_source}")
+    if args.micro_batch_tokens is not None and args.micro_batch_tokens < 1:
+        fail(f"--micro_batch_tokens {args.micro_batch_tokens}: expected at least 1")
+    if not 0 < args.collective_timeout < math.inf:
+        fail(f"--collective_timeout {args.collective_timeout:g}: expected seconds above 0")
+    if args.resume_changed and not args.resume:
+        fail("--resume_changed: means nothing without --resume")
+
+
+def plan_settings(request: Request, args: argparse.Namespace, world: World) -> PlanSettings:
+    """The plan of a request; rank 0 chooses the noise multiplier where there is a target, and tells the others."""
+    sampling = args.sampling or ("shuffle" if request.sigma == 0 else "poisson")
+    sigma, error = torch.zeros(1, dtype=torch.float64), None
+    if request.sigma is not None:
+        sigma.fill_(request.sigma)
+    elif world.is_main:
+        try:
+            sigma.fill_(choose_sigma(request.target_epsilon, request.delta, request.N, request.batch, request.steps, sampling))
+        except UserError as failure:
+            error = failure
+    world.agree(error)
+    return PlanSettings(
+        unit=request.unit, N=request.N, batch=request.batch, steps=request.steps, clip=request.clip,
+        sigma=world.broadcast(sigma).item(), delta=request.delta, target_epsilon=request.target_epsilon, sampling=sampling,
+        clipping=args.clipping, noise_source=args.noise_source, seed=args.noise_seed)
+
+
+def check_request(request: Request) -> None:
+    check_settings(request.N, request.batch, request.steps, request.clip, request.sigma, request.delta, request.target_epsilon)
+
+
+def open_folder(work: WorkDir, settings: PlanSettings, world: World, recorded: dict, args: argparse.Namespace) -> Ledger:
+    """On rank 0: the run's ledger, and args.json with everything that a resumed run must agree with."""
+    ledger = Ledger(work.path, settings.ledger_entries(world.size), args.resume, tuple(args.resume_changed))
+    recorded = json.loads(json.dumps(recorded))
+    if args.resume:
+        before = work.read_json("args.json")
+        named = set(args.resume_changed) | set(FREE) | {"versions", "sigma", "world_size"}  # the ledger compares the last two
+        differing = [key for key in sorted({*before, *recorded} - named) if before.get(key) != recorded.get(key)]
+        if differing:
+            what = ", ".join(f"{key} {before.get(key)!r} there, {recorded.get(key)!r} here" for key in differing[:4])
+            fail(f"--resume: {work.path} is of a run with other settings: {what}; if that is meant, say so with "
+                 f"--resume_changed {' '.join(differing)}")
+    work.write_json("args.json", recorded)
+    return ledger
+
+
+def build_trainer(request: Request, args: argparse.Namespace, world: World, loaded: checkpoint.Loaded, data, valid,
+                  work_dir: str, disclosed: list[str], recorded: dict) -> training.Trainer:
+    """From a checked request to a Trainer. Collective: every rank calls it; an error on one rank ends all."""
+    settings = plan_settings(request, args, world)
+    model = loaded.model.to(world.device)
+    model.freeze_for_training()
+    flat = FlatParameters(model, extra=training.EXTRA, no_decay_bias=request.no_decay_bias)
+    if world.size > 1:
+        from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+        DifferentiallyPrivateDistributedDataParallel(model)  # every rank starts from rank 0's parameters
+    optimizer = AdamW(flat, request.betas, request.adam_eps, request.weight_decay, request.correct_bias)
+
+    work = ledger = plan = error = None
+    done = 0
+    try:
+        if world.is_main:
+            work = WorkDir(work_dir)
+            recorded = {**recorded, "sigma": settings.sigma, "delta": settings.delta, "N": settings.N, "steps": settings.steps,
+                        "expected_batch": settings.batch, "sampling": settings.sampling, "world_size": world.size,
+                        "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+            ledger = open_folder(work, settings, world, recorded, args)
+        if args.resume:
+            done = training.resume(world, work_dir, model, flat, optimizer)
+            if ledger is not None and ledger.state.charged < done:
+                fail(f"--resume: {ledger.path} records {ledger.state.charged} steps, the checkpoint has {done} behind it: "
+                     "records are missing; restore the ledger")
+        plan = PrivacyPlan(settings, world, ledger, done)
+        engine = build_engine(args.grad_engine, model, flat, plan, request.smoothing)
+    except (UserError, OSError) as failure:
+        error = failure if isinstance(failure, UserError) else UserError(f"--work_dir {work_dir}: {failure.strerror}")
+    world.agree(error)
+
+    budget = args.micro_batch_tokens or DEFAULT_TOKENS[world.device.type]
+    options = training.LoopOptions(
+        steps=request.steps, steps_per_epoch=request.N / request.batch, lr=request.lr, clip=request.grad_clip, bf16=args.bf16,
+        token_budget=budget, log_interval=request.log_interval, eval_interval=request.eval_interval,
+        save_interval=request.save_interval, random_seed=request.random_seed)
+    return training.Trainer(world, loaded, flat, engine, optimizer, plan, data, valid, work, options, disclosed, done)
+
+
+def build_engine(name: str, model, flat: FlatParameters, plan: PrivacyPlan, smoothing: float) -> training.Engine:
+    """The gradient engine; the clipping norm comes from the plan."""
+    if not plan.settings.private:
+        return Ordinary(model, flat, smoothing)
+    if name == "opacus":
+        from privacy.opacus_hooks import OpacusHooks
+        return OpacusHooks(model, flat, plan.clipping_rule, smoothing)
+    return BookKeeping(model, flat, plan.clipping_rule, smoothing)
+
+
+def announce(plan: PrivacyPlan, trainer: training.Trainer) -> None:
+    """Say once, before the first step, what the run will spend."""
+    settings, say = plan.settings, trainer.display.say
+    say(f"{settings.N} {settings.unit}s, expected batch {settings.batch} (q = {settings.q:.6g}), {settings.steps} steps, "
+        f"{trainer.flat.size} trained parameters, {trainer.world.size} process(es) on {trainer.world.device.type}")
+    if trainer.done:
+        say(f"resumed after step {trainer.done}; {plan.ledger.state.charged if plan.ledger else 0} steps charged so far")
+    if not settings.private:
+        say("noise multiplier 0: ordinary training without clipping or noise; epsilon = inf")
+        return
+    say(f"noise multiplier {settings.sigma:.6g}, clipping {settings.clipping} to {settings.clip:g}, {settings.sampling} "
+        f"sampling, noise from {settings.noise_source}, delta {settings.delta:.3g}")
+    if settings.noise_source == "seeded":
+        say("WARNING: --noise_source seeded: anyone who knows the seed can subtract the noise. For tests only.")
+    if settings.sampling == "shuffle":
+        say("shuffled batches: epsilon is reported without amplification by sampling")

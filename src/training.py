@@ -1,0 +1,274 @@
+"""The step loop of both training scripts: draw, sum clipped gradients, release, update; log, evaluate, save, stop.
+
+What differs between the scripts (the unit, the data, the flags) comes in from outside: `data.micro_batches(units, budget)`
+cuts drawn units, `plan` draws and releases, `engine.accumulate(batch)` adds to the flat buffer.
+"""
+
+import contextlib
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+import checkpoint
+from cli import UserError, fail
+from distributed import World
+from losses import MicroBatch, token_losses
+from model import GPT2LMModel
+from optimizer import AdamW, FlatParameters
+from privacy.plan import PrivacyPlan
+from run_log import Display, Meter, WorkDir
+
+# What a step sums over the ranks beside the gradient: sum of losses, units, real tokens, ranks asked to stop.
+EXTRA = 4
+
+
+class Data(Protocol):
+    def __len__(self) -> int: ...
+
+    def micro_batches(self, units: Tensor, token_budget: int): ...
+
+
+class Engine(Protocol):
+    def accumulate(self, batch: MicroBatch) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How the loop goes about its steps; none of it changes what a step computes, but lr, clip and bf16."""
+
+    steps: int
+    steps_per_epoch: float
+    lr: Callable[[int], float]
+    clip: float  # bound on the norm of the released gradient; 0 = none
+    bf16: bool
+    token_budget: int  # padded tokens of a micro-batch
+    log_interval: int
+    eval_interval: int  # 0 = only at the end
+    save_interval: int
+    random_seed: int
+
+
+class StopRequest:
+    """Remembers a SIGTERM or SIGINT, so that the step under way can be finished; a second one ends the process at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.remember)
+
+    def remember(self, number: int, frame: object) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of the dropout masks of one step on one rank: a resumed run draws the same ones."""
+    return int.from_bytes(hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()[:7], "big")
+
+
+def autocast(device: torch.device, bf16: bool):
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def evaluate(model: GPT2LMModel, data: Data, world: World, token_budget: int, bf16: bool) -> tuple[float, float]:
+    """(mean negative log-likelihood of a scored token in nats, perplexity) over `data`, shared out among the ranks.
+
+    No label smoothing. The mean is over tokens and exact: it does not depend on the world size or the batches.
+    """
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    with autocast(world.device, bf16):
+        for batch in data.micro_batches(torch.arange(world.rank, len(data), world.size), token_budget):
+            batch = batch.to(world.device)
+            losses = token_losses(model, batch, smoothing=0.0, head_trains=False, all_positions=False)
+            total += torch.stack([losses.sum(dtype=torch.float64), torch.tensor(float(len(losses)), device=world.device)])
+    model.train()
+    nll, count = world.all_reduce(total).tolist()
+    if count == 0:
+        return math.nan, math.nan
+    return nll / count, math.exp(min(nll / count, 700))
+
+
+class Trainer:
+    """One run from its first step, or from the last checkpoint, to its last."""
+
+    def __init__(self, world: World, loaded: checkpoint.Loaded, flat: FlatParameters, engine: Engine, optimizer: AdamW,
+                 plan: PrivacyPlan, data: Data, valid: Data | None, work: WorkDir | None, options: LoopOptions,
+                 disclosed: list[str], done: int = 0):
+        """work: the run's folder on rank 0, None on the others. disclosed: what the run shows beside the model."""
+        self.world, self.model, self.base, self.flat, self.engine = world, loaded.model, loaded.base, flat, engine
+        self.optimizer, self.plan, self.data, self.valid = optimizer, plan, data, valid
+        self.work, self.options, self.disclosed, self.done = work, options, disclosed, done
+        self.saved = done if done else -1
+        self.stop = StopRequest()
+        self.meter, self.started = Meter(), time.monotonic()
+        self.display = Display(world.is_main, options.steps, done)
+
+    def run(self) -> int:
+        """Train to the last step that the plan permits. Returns the process's exit status."""
+        self.model.train()
+        stopped = exhausted = False
+        try:
+            while self.done < self.options.steps and not stopped:
+                drawn = self.plan.open_step(self.done + 1)
+                if drawn is None:
+                    exhausted = True
+                    break
+                stopped = self.step(drawn)
+                self.display.advance()
+                self.after_step(stopped)
+            if exhausted:
+                self.display.say(f"the privacy budget permits no step after {self.done}: the run ends here")
+            if not stopped:
+                self.finish()
+            if self.saved != self.done:
+                self.save()
+            self.close_report()
+        finally:
+            self.display.close()
+        if stopped:
+            number = self.world.gather(self.stop.signal)
+            number = next(value for value in number if value is not None)
+            self.display.say(f"{signal.Signals(number).name}: stopped after step {self.done}; continue with --resume")
+            return 128 + number
+        return 0
+
+    # ---------------------------------------------------------------- one step
+
+    def step(self, drawn: Tensor) -> bool:
+        """One logical step on the drawn units. Returns whether any rank was asked to stop."""
+        options, flat = self.options, self.flat
+        torch.manual_seed(step_seed(options.random_seed, self.done + 1, self.world.rank))
+        flat.sums.zero_()
+        loss, tokens = torch.zeros((), device=self.world.device), 0
+        with autocast(self.world.device, options.bf16):
+            for batch in self.data.micro_batches(drawn, options.token_budget):
+                losses = self.engine.accumulate(batch.to(self.world.device))
+                loss += losses.nan_to_num(0.0, 0.0, 0.0).sum()
+                tokens += batch.tokens
+        asked = float(self.stop.signal is not None)
+        flat.extra.copy_(torch.tensor([0.0, len(drawn), tokens, asked]))
+        flat.extra[0] = loss
+        grad = self.plan.release(flat.sums, flat.size)
+        lr = options.lr(self.done)
+        if options.clip > 0:
+            grad.mul_((options.clip / grad.norm()).clamp(max=1.0))
+        self.optimizer.step(grad, lr)
+        self.done += 1
+        total, units, tokens, asked = flat.extra.tolist()
+        self.meter.add(total, units, tokens)
+        if not math.isfinite(flat.data.sum().item()):  # the same bits on every rank: all of them stop
+            spent = f"epsilon {self.plan.epsilon()[0]:.4f} is spent" if self.world.is_main else "see rank 0"
+            mistake = UserError(f"step {self.done}: a parameter is NaN or infinite; {spent}; lower --lr and start from "
+                                "the last checkpoint")
+            mistake.on_every_rank = True
+            raise mistake
+        return asked > 0
+
+    # ---------------------------------------------------------------- between steps
+
+    def after_step(self, stopped: bool) -> None:
+        options = self.options
+        if self.done % options.log_interval == 0:
+            self.log()
+        if stopped or self.done == options.steps:
+            return  # run() evaluates and saves
+        if options.eval_interval and self.done % options.eval_interval == 0:
+            self.evaluate()
+        if self.done % options.save_interval == 0:
+            self.save()
+
+    def head(self) -> dict:
+        """What every line of metrics.jsonl begins with."""
+        return {"step": self.done, "epoch": round(self.done / self.options.steps_per_epoch, 4),
+                "lr": self.options.lr(self.done - 1), "seconds": round(time.monotonic() - self.started, 3)}
+
+    def log(self) -> None:
+        if self.work is None:
+            return
+        reading = self.meter.read(self.plan.settings.unit)
+        prv, rdp = self.plan.epsilon()
+        record = {**self.head(), **reading, "epsilon": finite(prv), "epsilon_rdp": finite(rdp)}
+        self.work.append_metrics(record)
+        loss = reading["loss"]
+        shown = {"loss": "-" if loss is None else f"{loss:.4f}", "ppl": "-" if loss is None else f"{math.exp(min(loss, 700)):.2f}",
+                 "tok/s": f"{reading['tokens_per_s']:.0f}", "eps": f"{prv:.3f}"}
+        self.display.status(**shown)
+        self.display.say(
+            f"| epoch {record['epoch']:7.2f} step {self.done:>7d} of {self.options.steps} | lr {record['lr']:.3g} | "
+            f"loss {shown['loss']} | ppl {shown['ppl']} | {shown['tok/s']} tokens/s | "
+            f"epsilon {prv:.4f} (PRV) {rdp:.4f} (RDP) at delta {self.plan.settings.delta:.3g}")
+
+    def evaluate(self) -> None:
+        if self.valid is None:
+            return
+        start = time.monotonic()
+        loss, ppl = evaluate(self.model, self.valid, self.world, self.options.token_budget, self.options.bf16)
+        if self.work is not None:
+            self.work.append_metrics({**self.head(), "valid_loss": finite(loss), "valid_ppl": finite(ppl)})
+            self.display.say(f"| evaluation at step {self.done} | {time.monotonic() - start:.1f} s | valid loss {loss:.4f} | "
+                             f"valid ppl {ppl:.3f}")
+        self.meter.start += time.monotonic() - start  # rates are of training alone
+
+    def save(self) -> None:
+        """Write the checkpoint and privacy.json. All ranks call it; where rank 0 cannot, every rank stops."""
+        error = None
+        if self.work is not None:
+            try:
+                checkpoint.save_checkpoint(self.work.path, self.done, self.model, self.base, self.optimizer.state_dict())
+                self.work.write_json("privacy.json", self.plan.report(self.disclosed))
+            except OSError as failure:
+                error = UserError(f"{self.work.path}: the checkpoint of step {self.done} could not be written "
+                                  f"({failure.strerror}); the one before is intact: make room and --resume")
+        self.world.agree(error)
+        self.saved = self.done
+        if self.work is not None:
+            self.display.say(f"saved {checkpoint.model_path(self.work.path, self.done)}")
+
+    def finish(self) -> None:
+        """The last log line and the last evaluation."""
+        if self.done and self.done % self.options.log_interval:
+            self.log()
+        self.evaluate()
+
+    def close_report(self) -> None:
+        if self.work is None:
+            return
+        report = self.plan.report(self.disclosed)
+        self.work.write_json("privacy.json", report)
+        if not self.plan.settings.private:
+            self.display.say("epsilon = inf: the run had no noise and gives no privacy")
+            return
+        self.display.say(
+            f"epsilon {report['epsilon_prv']:.4f} (PRV upper bound), {report['epsilon_rdp']:.4f} (RDP) at delta "
+            f"{report['delta']:.3g}; {report['epsilon_prv_strict']:.4f} (PRV) at delta {report['delta_strict']:.3g}; "
+            f"{report['relation']}; {report['steps_charged']} steps charged")
+
+
+def finite(value: float) -> float | str:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else str(value)
+
+
+def resume(world: World, work_dir: str, model: GPT2LMModel, flat: FlatParameters, optimizer: AdamW) -> int:
+    """Bring parameters and optimizer to the newest checkpoint of `work_dir`; returns its step, 0 where there is none.
+
+    A run that was killed before its first checkpoint starts again from its initial weights; its ledger keeps what it spent.
+    """
+    step = checkpoint.latest_resumable(work_dir)
+    if step is None:
+        return 0
+    state = checkpoint.load_resumable(work_dir, step, model)  # the parameters are views: this fills the flat buffer
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        fail(f"--resume {checkpoint.optimizer_path(work_dir, step)}: {error}")
+    return step

@@ -1,0 +1,52 @@
+"""What the WebNLG and DART converters share: triples as one line of text, and formatted examples as JSON lines."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+
+from cli import atomic_write, fail, open_text
+
+
+def read_json(path: str) -> object:
+    """Parse a UTF-8 JSON file, or raise UserError with its line."""
+    with open_text(path) as handle:
+        try:
+            return json.load(handle)
+        except json.JSONDecodeError as error:
+            fail(f"{path}:{error.lineno}: not JSON ({error.msg}); fetch the file again")
+        except UnicodeDecodeError as error:
+            fail(f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x}); fetch the file again")
+        except RecursionError:
+            fail(f"{path}: JSON nested too deep; fetch the file again")
+
+
+def linearise(where: str, triples: Iterable[tuple[object, object, object]]) -> str:
+    """Write triples as `subject : relation : object | subject : relation : object`."""
+    parts = []
+    for triple in triples:
+        if not all(isinstance(item, str) for item in triple):
+            fail(f"{where}: the triple {triple!r}, want three strings")
+        parts.append(" : ".join(map(str, triple)))
+    if not parts:
+        fail(f"{where}: has no triple; want at least one")
+    return " | ".join(parts)
+
+
+def write_examples(path: str, examples: Iterable[dict[str, object] | str]) -> None:
+    """Write a line of ASCII-escaped JSON an example, all or none, and print what was written.
+
+    A string among the examples is the reason why a text was left out.
+    """
+    count, contexts, left_out = 0, set(), Counter()
+    with atomic_write(path) as handle:
+        for example in examples:
+            if isinstance(example, str):
+                left_out[example] += 1
+                continue
+            handle.write(json.dumps(example) + "\n")
+            contexts.add(example["context"])
+            count += 1
+        if not count:
+            fail(f"{path}: not written, the input holds no example")
+    reasons = "".join(f"; left out {number} {reason}" for reason, number in sorted(left_out.items()))
+    print(f"{path}: {count} examples of {len(contexts)} contexts{reasons}")
