@@ -4,7 +4,7 @@ and libraries (public). All of it was written for this repository.
 The public domain never speaks of eating or drinking, and shares no name and no phrase of a few words with the private
 one (tests/test_demo_data.py holds it): what a model knows of restaurants, it learnt under privacy. What they share is
 everyday words, as any two texts do, and the task: fields in, every one of them said once, names copied that were never
-seen before. So the public names are many and made of syllables.
+seen before. So the public names are many and made of syllables, and now and then a made-up word is the type or a value.
 
 Notation. A field's phrases are in roles: pre (before the noun), post (behind it), front (first in the sentence), verb
 (after a subject). `@` is the value. A key `field=value` is for that value alone. In openers <pre>, <post>, <front>,
@@ -173,20 +173,20 @@ def restaurants(draw: Draw) -> Kind:
 
 # ------------------------------------------------------ public: the rest
 
-ONSETS = ("b", "bl", "br", "c", "ch", "cl", "cr", "d", "dr", "f", "fl", "fr", "g", "gl", "gr", "h", "j", "k", "l", "m", "n",
-          "p", "pl", "pr", "qu", "r", "s", "sh", "sk", "sl", "sp", "st", "str", "sw", "t", "th", "tr", "tw", "v", "w", "wh",
-          "y", "z", "", "")
+ONSETS = ("b", "bl", "br", "c", "ch", "cl", "cr", "d", "dr", "f", "fl", "fr", "g", "gl", "gr", "h", "j", "k", "l", "m",
+          "n", "p", "pl", "pr", "qu", "r", "s", "sh", "sk", "sl", "sp", "st", "str", "sw", "t", "th", "tr", "tw", "v",
+          "w", "wh", "y", "z", "", "")
 VOWELS = ("a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "ai", "ea", "ee", "oo", "ou", "ie", "ar", "er", "or")
-CODAS = ("", "", "", "", "n", "l", "r", "s", "t", "m", "d", "ck", "nd", "rt", "st", "x", "b", "p", "g", "ng", "ll", "lk", "mp",
-         "rn", "sh", "ss", "tch", "ve", "ne", "le", "ty")
+CODAS = ("", "", "", "", "n", "l", "r", "s", "t", "m", "d", "ck", "nd", "rt", "st", "x", "b", "p", "g", "ng", "ll",
+         "lk", "mp", "rn", "sh", "ss", "tch", "ve", "ne", "le", "ty")
 FEWEST, MOST = 3, 8  # letters of a made-up word
 # What chance would spell now and then.
-UNFIT = ("tit", "shit", "fag", "twat", "pis", "jew", "nig", "poo", "peni", "kike", "rape", "slut", "nazi", "porn", "fuc",
-         "fuk", "cun", "cock", "dick", "sex", "cum", "ass", "arse", "whor", "spic", "coon", "wank", "crap", "anus", "kill",
-         "die", "pric", "boob", "tard", "hore")
-PRIVATE = {word.lower() for word in TAVERN_FIRST + TAVERN_LAST} | {
-    "pub", "inn", "diner", "bar", "cafe", "tea", "eat", "eats", "meal", "food", "dish", "dine", "menu", "cook", "chef", "wine",
-    "beer", "coffee", "bread", "supper", "dinner", "bistro", "lunch", "drink"}
+UNFIT = ("tit", "shit", "fag", "twat", "pis", "jew", "nig", "poo", "peni", "kike", "rape", "slut", "nazi", "porn",
+         "fuc", "fuk", "cun", "cock", "dick", "sex", "cum", "ass", "arse", "whor", "spic", "coon", "wank", "crap",
+         "anus", "kill", "die", "pric", "boob", "tard", "hore")
+PRIVATE = {made.lower() for made in TAVERN_FIRST + TAVERN_LAST} | {
+    "pub", "inn", "diner", "bar", "cafe", "tea", "eat", "eats", "meal", "food", "dish", "dine", "menu", "cook", "chef",
+    "wine", "beer", "coffee", "bread", "supper", "dinner", "bistro", "lunch", "drink"}
 
 
 def word(draw: Draw) -> str:
@@ -229,7 +229,9 @@ def spot(draw: Draw) -> str:
     return place(draw) if draw.chance(0.4) else public_name(draw)
 
 
-QUARTER = or_made_up("north harbour", "lake shore", "west hill", "city walls", "town centre", "east side", "riverside walk")
+QUARTER = or_made_up(
+    "north harbour", "lake shore", "west hill", "city walls", "town centre", "east side", "riverside walk"
+)
 PRICE = number(4, 60, 2, "£ @")
 
 PLACE_PHRASES: Phrases = {
@@ -280,7 +282,8 @@ PLACE_SUBJECTS = (("this <type>", "this place", "it"), ("besides , it", "this <t
 def public_place(types: tuple[str, ...], values: dict[str, Callable[[Draw], str]], own: Phrases) -> Kind:
     """A kind of place: its own fields and phrases, and those that all places share."""
     shared = {"area": QUARTER, "near": spot, "rating": RATING, "step free": YES_NO}
-    return Kind(or_made_up(*types), public_name, {**values, **shared}, {**PLACE_PHRASES, **own}, PLACE_OPENERS, PLACE_SUBJECTS)
+    phrases = {**PLACE_PHRASES, **own}
+    return Kind(or_made_up(*types), public_name, {**values, **shared}, phrases, PLACE_OPENERS, PLACE_SUBJECTS)
 
 
 def public_kinds() -> list[Kind]:

@@ -56,32 +56,21 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
-def open_text(path: str, flag: str = "") -> IO[str]:
-    """Open `path` for reading as UTF-8, or raise UserError. `flag` names the flag that gave the path."""
-    where = f"{flag} {path}" if flag else path
-    try:
-        return open(path, encoding="utf-8", newline="\n")
-    except FileNotFoundError:
-        fail(f"{where}: no such file")
-    except IsADirectoryError:
-        fail(f"{where}: is a folder, wanted a file")
-    except OSError as error:
-        fail(f"{where}: cannot be read ({error.strerror})")
-
-
 def read_lines(path: str, flag: str = "") -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line without its end) of a UTF-8 text file.
+    """Yield (line number from 1, line without its end) of a UTF-8 text file. `flag` names the flag that gave the path.
 
     Only a line feed ends a line: characters such as U+2028 that str.splitlines() takes for an end are text.
-    Raises UserError with file:line where the bytes are not UTF-8.
+    Raises UserError where the file cannot be read, and with file:line where its bytes are not UTF-8.
     """
-    number = 0
-    with open_text(path, flag) as handle:
-        try:
+    try:
+        with open(path, "rb") as handle:
             for number, line in enumerate(handle, start=1):
-                yield number, line.rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            fail(f"{path}: not UTF-8 after line {number} (byte 0x{error.object[error.start]:02x}); save the file as UTF-8")
+                try:
+                    yield number, line.decode("utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    fail(f"{path}:{number}: not UTF-8 (byte 0x{line[error.start]:02x}); save the file as UTF-8")
+    except OSError as error:
+        fail(f"{flag} {path}: cannot be read ({error.strerror})".strip())
 
 
 @contextlib.contextmanager

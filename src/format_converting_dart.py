@@ -7,6 +7,7 @@ In: [{"tripleset": [[subject, relation, object], ...], "annotations": [{"source"
 """
 
 import argparse
+import os
 from collections.abc import Iterator
 
 from cli import fail, run_main
@@ -38,10 +39,14 @@ def convert(path: str) -> Iterator[dict[str, object] | str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("input", metavar="IN.json")
     parser.add_argument("output", metavar="OUT_formatted.jsonl")
     args = parser.parse_args()
+    if os.path.realpath(args.input) == os.path.realpath(args.output):
+        fail(f"OUT {args.output}: is the input itself, which would be lost; name another file")
     write_examples(args.output, convert(args.input))
 
 

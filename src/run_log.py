@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -15,8 +16,10 @@ from cli import atomic_write, fail
 class WorkDir:
     """A run's folder, held by one run at a time."""
 
-    def __init__(self, path: str, flag: str = "--work_dir"):
+    def __init__(self, path: str, must_exist: bool = False, flag: str = "--work_dir"):
         self.path = path
+        if must_exist and not os.path.isdir(path):
+            fail(f"--resume: {flag} {path} does not exist, there is nothing to continue")
         try:
             os.makedirs(path, exist_ok=True)
             self.lock = open(os.path.join(path, ".lock"), "a+")
@@ -43,16 +46,32 @@ class WorkDir:
         path = self.file(name)
         try:
             with open(path, encoding="utf-8") as handle:
-                return json.load(handle)
+                content = json.load(handle)
         except OSError as error:
-            fail(f"{path}: {error.strerror}")
-        except ValueError:
-            fail(f"{path}: not JSON; restore it or start in a new folder")
+            fail(f"{path}: {error.strerror}; restore it or start in a new folder")
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            fail(f"{path}: damaged, wanted a JSON object; restore it or start in a new folder")
+        return content
 
     def append_metrics(self, record: dict) -> None:
-        """Append one line to metrics.jsonl: a log line or an evaluation."""
-        with open(self.file("metrics.jsonl"), "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record, allow_nan=False) + "\n")
+        """Append one line to metrics.jsonl: a log line or an evaluation. A line that a kill cut short is dropped."""
+        path, line = self.file("metrics.jsonl"), json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            with open(path, "ab+") as handle:
+                self.drop_torn_line(handle)
+                handle.write(line)
+        except OSError as error:
+            fail(f"{path}: {error.strerror}; the last checkpoint is intact: make room and --resume")
+
+    @staticmethod
+    def drop_torn_line(handle: BinaryIO) -> None:
+        end = handle.seek(0, os.SEEK_END)
+        handle.seek(max(0, end - 2**16))
+        tail = handle.read()
+        if tail and not tail.endswith(b"\n"):
+            handle.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
 
 
 class Display:

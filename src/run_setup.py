@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,9 +125,15 @@ def check_request(request: Request) -> None:
 
 def open_folder(work: WorkDir, settings: PlanSettings, world: World, recorded: dict, args: argparse.Namespace) -> Ledger:
     """On rank 0: the run's ledger, and args.json with everything that a resumed run must agree with."""
-    ledger = Ledger(work.path, settings.ledger_entries(world.size), args.resume, tuple(args.resume_changed))
+    entries = settings.ledger_entries(world.size)
+    unknown = [name for name in args.resume_changed if name not in {*recorded, *entries}]
+    if unknown:
+        fail(f"--resume_changed {unknown[0]}: no setting has this name; wanted some of those that --resume says differ")
+    if not args.resume and (found := checkpoint.numbered_checkpoints(work.path)):
+        fail(f"--work_dir {work.path}: holds {os.path.basename(found[-1][1])} of an earlier run; choose another folder")
+    ledger = Ledger(work.path, entries, args.resume, tuple(args.resume_changed))
     recorded = json.loads(json.dumps(recorded))
-    if args.resume:
+    if args.resume and ledger.state.charged:  # a run that was killed before its first step has nothing to agree with
         before = work.read_json("args.json")
         named = set(args.resume_changed) | set(FREE) | {"versions", "sigma", "world_size"}  # the ledger compares the last two
         differing = [key for key in sorted({*before, *recorded} - named) if before.get(key) != recorded.get(key)]
@@ -136,6 +143,18 @@ def open_folder(work: WorkDir, settings: PlanSettings, world: World, recorded: d
                  f"--resume_changed {' '.join(differing)}")
     work.write_json("args.json", recorded)
     return ledger
+
+
+def check_ledger_is_whole(work: WorkDir, ledger: Ledger, done: int) -> None:
+    """Raise UserError where the folder knows of more steps than its ledger: records are missing at its end."""
+    charged = ledger.state.charged
+    if charged < done:
+        fail(f"--resume: {ledger.path} records {charged} steps, the checkpoint has {done} behind it: "
+             "records are missing; restore the ledger")
+    reported = work.read_json("privacy.json").get("steps_charged") if os.path.exists(work.file("privacy.json")) else 0
+    if not isinstance(reported, int) or charged < reported:
+        fail(f"--resume: {ledger.path} records {charged} steps, privacy.json reports {reported}: "
+             "records are missing; restore the ledger")
 
 
 def build_trainer(request: Request, args: argparse.Namespace, world: World, loaded: checkpoint.Loaded, data, valid,
@@ -154,20 +173,23 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
     done = 0
     try:
         if world.is_main:
-            work = WorkDir(work_dir)
+            work = WorkDir(work_dir, must_exist=args.resume)
             recorded = {**recorded, "sigma": settings.sigma, "delta": settings.delta, "N": settings.N, "steps": settings.steps,
                         "expected_batch": settings.batch, "sampling": settings.sampling, "world_size": world.size,
                         "versions": {"python": platform.python_version(), "torch": torch.__version__}}
             ledger = open_folder(work, settings, world, recorded, args)
         if args.resume:
             done = training.resume(world, work_dir, model, flat, optimizer)
-            if ledger is not None and ledger.state.charged < done:
-                fail(f"--resume: {ledger.path} records {ledger.state.charged} steps, the checkpoint has {done} behind it: "
-                     "records are missing; restore the ledger")
+            if ledger is not None:
+                check_ledger_is_whole(work, ledger, done)
         plan = PrivacyPlan(settings, world, ledger, done)
         engine = build_engine(args.grad_engine, model, flat, plan, request.smoothing)
     except (UserError, OSError) as failure:
         error = failure if isinstance(failure, UserError) else UserError(f"--work_dir {work_dir}: {failure.strerror}")
+    world.agree(error)
+    if len(set(world.gather(done))) > 1:
+        error = UserError(f"--resume: the ranks found checkpoints of different steps in {work_dir}: "
+                          "all machines must see the same folder")
     world.agree(error)
 
     budget = args.micro_batch_tokens or DEFAULT_TOKENS[world.device.type]

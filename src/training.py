@@ -56,16 +56,26 @@ class LoopOptions:
 
 
 class StopRequest:
-    """Remembers a SIGTERM or SIGINT, so that the step under way can be finished; a second one ends the process at once."""
+    """Remembers a SIGTERM or SIGINT, so that the step under way can be finished; a later one ends the process at once.
+
+    A scheduler signals every process of a job and torchrun hands its own signal on, so a rank gets the same request twice:
+    what comes within ECHO seconds of the first is not a later one.
+    """
+
+    ECHO = 5.0
 
     def __init__(self):
         self.signal: int | None = None
+        self.since = 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.remember)
 
     def remember(self, number: int, frame: object) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if self.signal is None:
+            self.signal, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > self.ECHO:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

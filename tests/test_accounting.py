@@ -16,7 +16,7 @@ from privacy.accounting import Phase
 from scipy.special import logsumexp
 
 E2E = Phase(sigma=0.6, q=128 / 42061, steps=6572)
-# What a ledger can hold: one mechanism; a resumed run with other noise; another world size's q; a shuffled epoch (q = 1).
+# What a ledger can hold: one mechanism; a resumed run with other noise; another q; a shuffled epoch (q = 1).
 MIXED = {
     "e2e": [E2E],
     "few steps": [Phase(0.6, 0.003, 7)],
@@ -67,11 +67,12 @@ def test_reference_values(shared):
         assert bound.epsilon == pytest.approx(row["opacus_prv"], abs=2e-6)
         assert bound.epsilon > row["pld_pessimistic"] and bound.epsilon > row["prv_accountant_estimate"]
         assert accounting.epsilon_rdp(phases, row["delta"]) == pytest.approx(row["opacus_rdp"], abs=2e-6)
-    assert accounting.epsilon_shuffle(0.6, 20, 1e-5) == pytest.approx(e2e["no_amplification_20_epochs_delta_1e-5"], abs=0.005)
+    not_amplified = e2e["no_amplification_20_epochs_delta_1e-5"]
+    assert accounting.epsilon_shuffle(0.6, 20, 1e-5) == pytest.approx(not_amplified, abs=0.005)
     reddit = reference["reddit"]
     for row in reddit["rows"]:
         sigma = accounting.calibrate_sigma(8, 1 / row["N"], reddit["batch"] / row["N"], row["steps"])
-        # Above what the true epsilon needs; at most what 0.5 % of epsilon is in sigma (its elasticity here is -3.6) above Opacus's.
+        # Above what the true epsilon needs; above Opacus's by at most 0.5 % of epsilon in sigma (elasticity -3.6).
         assert row["sigma_pld"] < sigma < row["sigma_opacus_prv"] * (1 + 0.005 / 3.6)
     spot = reddit["spot"]
     phases, delta = [Phase(spot["sigma"], reddit["batch"] / spot["N"], spot["steps"])], 1 / spot["N"]
@@ -102,7 +103,8 @@ def test_never_below_the_truth_and_close_to_it(name, delta):
 @pytest.mark.parametrize("name", ["e2e", "two sigmas", "three phases", "large q", "shuffled epoch"])
 def test_equals_opacus_prv(name):
     # Same grid and error terms. Opacus loses digits of the tail (1 - cdf); at this delta that is below 1e-5 in epsilon.
-    assert accounting._epsilon_prv(accounting._merge(MIXED[name]), 1e-5) == pytest.approx(opacus_prv(MIXED[name], 1e-5), abs=2e-5)
+    ours = accounting._epsilon_prv(accounting._merge(MIXED[name]), 1e-5)
+    assert ours == pytest.approx(opacus_prv(MIXED[name], 1e-5), abs=2e-5)
 
 
 def exact_rdp(sigma: float, q: float, order: float) -> float:
@@ -124,7 +126,7 @@ def test_rdp(name):
     dp_accounting = pytest.importorskip("dp_accounting")
     phases, delta = MIXED[name], 1e-6
     epsilon = accounting.epsilon_rdp(phases, delta)
-    orders = [order for order in accounting.ORDERS if 1.1 <= order <= 64]
+    orders = [order for order in accounting.ORDERS if order >= 1.1]
     exact = min(
         sum(phase.steps * exact_rdp(phase.sigma, phase.q, order) for phase in phases)
         + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)  # Balle et al. (2020), theorem 21
@@ -209,11 +211,13 @@ def test_nothing_and_no_noise():
 def test_extremes_are_answered():
     """10^6 steps, deltas beyond the grid's rounding noise, epsilons beyond exp(): an upper bound, named."""
     million = accounting.epsilon_bound([Phase(1.0, 0.001, 10**6)], 1e-6)
-    assert million.method == "prv" and 6.694 < million.epsilon < 6.75  # the estimate by Opacus on its own, larger grid: 6.6943
+    # Opacus on its own, larger grid: estimate 6.6943, upper bound 6.7045.
+    assert million.method == "prv" and 6.6943 < million.epsilon < 6.75
     tiny_delta = accounting.epsilon_bound([E2E], 1e-15)
     assert tiny_delta.method == "rdp" and tiny_delta.epsilon == accounting.epsilon_rdp([E2E], 1e-15)
     loud = accounting.epsilon_bound([Phase(0.05, 0.9, 1000)], 1e-5)
-    assert loud.method in ("rdp", "gaussian") and 1e5 < loud.epsilon <= accounting.epsilon_gaussian(math.sqrt(1000) / 0.05, 1e-5)
+    assert loud.method in ("rdp", "gaussian")
+    assert 1e5 < loud.epsilon <= accounting.epsilon_gaussian(math.sqrt(1000) / 0.05, 1e-5)
     assert accounting.epsilon_bound([Phase(1e-200, 0.5, 3)], 1e-5).epsilon == math.inf
 
 
@@ -234,9 +238,10 @@ def test_random_settings_never_give_nonsense():
 
 @pytest.mark.parametrize(
     "phases, delta",
-    [([E2E], 0.0), ([E2E], 1.0), ([E2E], -1e-5), ([E2E], math.nan), ([Phase(-0.1, 0.1, 1)], 1e-5), ([Phase(math.nan, 0.1, 1)], 1e-5),
-     ([Phase(math.inf, 0.1, 1)], 1e-5), ([Phase(1.0, 1.1, 1)], 1e-5), ([Phase(1.0, -0.1, 1)], 1e-5), ([Phase(1.0, math.nan, 1)], 1e-5),
-     ([Phase(1.0, 0.1, -1)], 1e-5), ([Phase(1.0, 0.1, 1.5)], 1e-5)],
+    [([E2E], delta) for delta in (0.0, 1.0, -1e-5, math.nan)]
+    + [([Phase(sigma, 0.1, 1)], 1e-5) for sigma in (-0.1, math.nan, math.inf)]
+    + [([Phase(1.0, q, 1)], 1e-5) for q in (1.1, -0.1, math.nan)]
+    + [([Phase(1.0, 0.1, steps)], 1e-5) for steps in (-1, 1.5)],
 )
 def test_refused_in_words(phases, delta):
     for function in (accounting.epsilon_prv, accounting.epsilon_rdp):
@@ -251,7 +256,8 @@ def test_refused_in_words(phases, delta):
 CALIBRATIONS = [
     (8.0, 1e-5, 128 / 42061, 6572), (3.0, 1e-5, 128 / 42061, 6572), (8.0, 1 / 420610, 128 / 42061, 6572),
     (0.1, 1e-5, 0.003, 6572), (0.01, 1e-5, 0.003, 500), (0.001, 1e-5, 0.003, 100), (40.0, 1e-5, 0.003, 6572),
-    (1000.0, 1e-5, 0.01, 3000), (8.0, 1e-5, 1.0, 20), (8.0, 1e-5, 0.003, 1), (2.0, 1e-5, 0.999, 50), (5.0, 1e-13, 0.003, 1000),
+    (1000.0, 1e-5, 0.01, 3000), (8.0, 1e-5, 1.0, 20), (8.0, 1e-5, 0.003, 1), (2.0, 1e-5, 0.999, 50),
+    (5.0, 1e-13, 0.003, 1000),
 ]  # fmt: skip
 
 
@@ -287,10 +293,13 @@ def test_calibration_for_shuffling(target, participations):
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [((0, 1e-5, 0.1, 10), "above 0"), ((-1, 1e-5, 0.1, 10), "above 0"), ((math.inf, 1e-5, 0.1, 10), "finite"), ((math.nan, 1e-5, 0.1, 10), "above 0"),
-     ((8, 0, 0.1, 10), "delta"), ((8, 1, 0.1, 10), "delta"), ((8, 1e-5, 0, 10), "batch larger"), ((8, 1e-5, 1.5, 10), "batch larger"),
+    [((target, 1e-5, 0.1, 10), "finite number above 0") for target in (0, -1, math.inf, math.nan)]
+    + [((8, delta, 0.1, 10), "delta") for delta in (0, 1, math.nan)]
+    + [((8, 1e-5, q, 10), "batch larger") for q in (0, 1.5, math.nan)]
+    + [
      ((8, 1e-5, 0.1, 0), "1 or more"), ((8, 1e-5, 0.1, 2.5), "1 or more"), ((1e9, 1e-5, 0.1, 10), "next to no privacy"),
-     ((1e-5, 1e-9, 0.5, 10**4), "no noise multiplier"), ((1.0, 1e-5, 1e-9, 100), "next to no privacy")],
+     ((1e-5, 1e-9, 0.5, 10**4), "no noise multiplier"), ((1.0, 1e-5, 1e-9, 100), "next to no privacy"),
+    ],
 )
 def test_calibration_refused_in_words(arguments, words):
     with pytest.raises(UserError, match=words):
@@ -328,12 +337,15 @@ def _largest_full(target: float, delta: float) -> int:
 
 
 def test_fast_enough_for_every_log_line():
-    """What a run asks at each of 40 log lines: PRV and RDP at two deltas of a growing ledger. CPU time, warm caches excluded."""
+    """What a run asks at each of 40 log lines: PRV and RDP at two deltas of a growing ledger; and Opacus's time."""
     started = time.process_time()
     for line in range(1, 41):
         for delta in (1.01e-5, 2.4e-6):
             phases = [Phase(0.61, 0.003, 164 * line)]
             accounting.epsilon_prv(phases, delta), accounting.epsilon_rdp(phases, delta)
     each = (time.process_time() - started) / 80
-    print(f"\nPRV and RDP epsilon: {each * 1000:.0f} ms")
+    started = time.process_time()
+    opacus_prv([E2E], 1e-5)
+    theirs = time.process_time() - started
+    print(f"\nPRV and RDP of an E2E run, CPU time: {each * 1000:.0f} ms; Opacus's PRV alone {theirs * 1000:.0f} ms")
     assert each < 0.3

@@ -53,18 +53,20 @@ def slow_search(logits_after, context: list[int], s: SearchSettings) -> tuple[li
 
 
 class TableDecoder:
-    """A language model without a network: the state is a random function of the last two tokens. Keeps whole sequences."""
+    """A language model without a network, on whole sequences: the state is a random function of the last two tokens and of
+    the length (without which two orders of the same steps would tie)."""
 
     def __init__(self, V: int, seed: int, sharpness: float, block: int = GROUP):
         generator = torch.Generator().manual_seed(seed)
         self.states = torch.randn(V, V, 8, generator=generator)
+        self.lengths = torch.randn(100, 8, generator=generator) * 0.5
         self.weight = torch.randn(V, 8, generator=generator) * sharpness
         self.vocabulary = Vocabulary(self.weight, block)
         self.sequences: dict[tuple[int, int], list[int]] = {}
         self.admitted, self.steps, self.rows = [], 0, 0
 
     def state(self, sequence: list[int]) -> torch.Tensor:
-        return self.states[sequence[-2] if len(sequence) > 1 else 0, sequence[-1]]
+        return self.states[sequence[-2] if len(sequence) > 1 else 0, sequence[-1]] + self.lengths[len(sequence)]
 
     def logits_after(self, sequence: list[int]) -> np.ndarray:
         return (self.weight.double() @ self.state(sequence).double()).numpy()
@@ -186,7 +188,7 @@ def test_slots_and_company_change_nothing():
 def test_stops_when_no_beam_can_win():
     """Where EOS is nearly certain, the search ends after a few steps and runs few rows; the result is the full search's."""
     decoder = TableDecoder(40, 2, 0.1)
-    decoder.states[..., 0] = 12.0  # every state agrees with EOS's row below
+    decoder.states[..., 0], decoder.lengths[:, 0] = 12.0, 0.0  # every state agrees with EOS's row below
     decoder.weight[:, 0], decoder.weight[7, 0] = 0.0, 1.0
     decoder.vocabulary = Vocabulary(decoder.weight)
     settings = SearchSettings(beam=8, eval_len=50, eos_ids=(7,), length_penalty=0.8)

@@ -11,8 +11,13 @@ from conftest import ROOT, assert_user_error, run_script
 from tokenizer import load_tokenizer
 
 DEMO = ROOT / "data/demo"
-PUBLIC_TRAIN_SHA256 = "a9a4ebfc1451c38e18e55aa51eed0a08af21c3dfd3582c531c380788c217a644"
+PUBLIC_TRAIN_SHA256 = "62e9629f1312253732ddd948ba475e77e28a764946a17852a74ce8c173e4441b"
 FIELDS = ["name", "Type", "food", "price", "customer rating", "area", "family friendly", "near"]
+OPEN_FIELDS = (
+    "name", "Type", "near", "area", "from", "to", "film", "hall", "played by", "shows", "sells", "known for", "music",
+    "language", "rooms", "night", "ticket", "fare", "seat", "acres", "books", "screens", "platform", "opens", "closes",
+    "starts", "leaves", "loan", "day",
+)
 # Everyday words of eating and drinking, the private kinds' own names among them: none is in the public text.
 PRIVATE_WORDS = """restaurant pub diner inn tavern bar cafe coffee tea food meal eat eats dish dishes dine dining drink
     drinks cuisine menu kitchen chef cook breakfast lunch dinner supper beer wine bread bistro""".split()
@@ -145,10 +150,10 @@ def test_a_text_says_every_field(private):
 
 
 def test_a_public_text_says_every_open_value(public):
-    """Names and numbers must be copied; closed values such as yes and no have words of their own."""
+    """Open values must be copied to the letter; closed ones such as yes and no have words of their own."""
     for context, text in public:
         for field, value in meaning_of(context).items():
-            if field in ("name", "Type", "near", "from", "to", "film", "hall", "played by", "rooms", "fare", "ticket"):
+            if field in OPEN_FIELDS:
                 assert value.lower() in text.lower(), (field, value, text)
 
 

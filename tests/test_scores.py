@@ -34,7 +34,7 @@ UGLY_REFERENCES = [
     ["One of the U.S. diners , etc.", "...", "A U.S.-style diner in U.K. with 1,000-2,000 seats -- and 10-20 tables !"],
     ["The Eagle is a coffee shop.", "Nothing was said about the place."],
     ["line\u2028separator and\x85next and\x0btab\x0cfeed", "a line separator"],
-    ["the cat sat on the mat " * 40, "a cat sat on a mat " * 30],
+    ["the pub by the river is cheap " * 5, "a cheap pub near a river ."],
 ]
 UGLY_OUTPUTS = [
     "Prices start at £10.50 , rated 3.5 out of 5 and family-friendly .",
@@ -44,7 +44,7 @@ UGLY_OUTPUTS = [
     "One U.S. diner , with 1,000 seats -- etc.",
     "",
     "a line\u2028separator\x85and\x1cnext",
-    "the cat sat on the mat and " * 300,
+    "the riverside area " * 700,
 ]
 
 
@@ -313,6 +313,8 @@ def test_bad_flags(tmp_path):
     assert_user_error(run_script(SCRIPT, reference, output, "-H"), "-H", "-t")
     assert_user_error(run_script(SCRIPT, reference, output, "--bootstrap_samples", 500), "--compare")
     assert_user_error(run_script(SCRIPT, reference, output, "--json", tmp_path / "no" / "x.json"), "--json", "folder")
+    assert_user_error(run_script(SCRIPT, reference, output, "-l", output), "-l", "another file")
+    assert_user_error(run_script(SCRIPT, reference, output, "--java_timeout", "nan"), "--java_timeout")
     assert_user_error(run_script(SCRIPT, reference, tmp_path / "none.txt"), "none.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.txt", "s.txt"]
 

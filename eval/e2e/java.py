@@ -67,9 +67,9 @@ class JavaProgram:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it and all that it started have already gone
+        if self.process.returncode is None:  # not waited for: its number cannot have passed to another group yet
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+            self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.log):
             with contextlib.suppress(BrokenPipeError):
                 stream.close()

@@ -30,7 +30,9 @@ RULE = "=============="
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("ref_file", metavar="REF", help="references: groups parted by empty lines, or .tsv/.csv")
     parser.add_argument("sys_file", metavar="SYS", help="system outputs, one a line; or .tsv/.csv")
     parser.add_argument("-l", "--sent-level", "--seg-level", "--sentence-level", "--segment-level", dest="segment_file",
@@ -57,12 +59,17 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--bootstrap_samples {args.bootstrap_samples}: want at least 100 for a 95 % interval")
     if args.bootstrap_seed < 0:
         raise UserError(f"--bootstrap_seed {args.bootstrap_seed}: want an integer >= 0")
-    if not args.java_timeout > 0:
-        raise UserError(f"--java_timeout {args.java_timeout:g}: want seconds > 0")
+    if not 0 < args.java_timeout <= 86400:
+        raise UserError(f"--java_timeout {args.java_timeout:g}: want seconds, more than 0 and at most a day")
+    taken = [os.path.realpath(path) for path in (args.ref_file, args.sys_file, args.src_file, args.compare) if path]
     for flag, path in (("-l", args.segment_file), ("--json", args.json_file)):
-        folder = os.path.dirname(path or "") or "."
-        if path and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
+        if path is None:
+            continue
+        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
             raise UserError(f"{flag} {path}: cannot be written; want a file in an existing, writable folder")
+        if os.path.realpath(path) in taken:
+            raise UserError(f"{flag} {path}: is another file of this run, which would be lost; name another")
+        taken.append(os.path.realpath(path))
     return args
 
 

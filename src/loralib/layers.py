@@ -184,7 +184,11 @@ class MergedLinear(LoRALayer, nn.Module):
         return (torch.cat(up, dim=-1), adapter_input), factors_b
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "adapter_inputs": weakref.WeakKeyDictionary()}  # of passes of this very object
+        return {name: value for name, value in self.__dict__.items() if name != "adapter_inputs"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.adapter_inputs = weakref.WeakKeyDictionary()  # forward passes of the original are not the copy's
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, r={self.r}, enable_lora={list(self.enable_lora)}"

@@ -2,19 +2,20 @@
 
 Relation: add or remove one unit. Every function here returns an upper bound of the true epsilon, never an estimate.
 
-The tight bound is the privacy random variable (PRV) accountant of Gopi, Lee and Wutschitz (2021), "Numerical composition of
-differential privacy", with the grid and the error terms of Opacus's PRVAccountant. The discretisation and the composition are
-our own, because Opacus's cost 10 times the time on an E2E run (0.7 s against 0.07 s; 8 s against 0.5 s at 10^6 steps) and
-take differences of 1 - tail, which loses the tail that a small delta is made of. tests/test_accounting.py holds them to
-Opacus's values and to dp_accounting's.
+The tight bound is the privacy random variable (PRV) accountant of Gopi, Lee and Wutschitz (2021), "Numerical
+composition of differential privacy", with the grid and the error terms of Opacus's PRVAccountant. The discretisation
+and the composition are our own: Opacus's are several times slower, too slow for every log line and for calibration (the
+measured ratio is printed by tests/test_accounting.py), and take differences of 1 - tail, which loses the tail that a
+small delta is made of. The same tests hold them to Opacus's values and to dp_accounting's.
 
 `epsilon_bound` returns the smallest of four sound bounds and names it:
-  prv       the PRV upper bound. Its error term is Opacus's 0.01; less in proportion below an RDP epsilon of 0.5 (as far as
-            FINE_POINTS reach), more in proportion above 16, and more where the grid would pass MAX_POINTS. Left out where the
-            grid cannot be trusted: an error term of 1, a span beyond what exp() holds, rounding noise of delta / 20.
+  prv       the PRV upper bound. Its error term is Opacus's 0.01; less in proportion below an RDP epsilon of 0.5 (as
+            far as FINE_POINTS reach), more in proportion above 16, and more where the grid would pass MAX_POINTS. Left
+            out where the grid cannot be trusted: an error term of 1, a span beyond what exp() holds, rounding noise of
+            delta / 20.
   rdp       Renyi DP of the sampled Gaussian (Mironov, Talwar and Zhang 2019), computed by Opacus.
-  gaussian  the analytic Gaussian mechanism (Balle and Wang 2018) without amplification: exact where every q is 1, and sound
-            for any q, since sampling cannot add to what full participation discloses.
+  gaussian  the analytic Gaussian mechanism (Balle and Wang 2018) without amplification: exact where every q is 1, and
+            sound for any q, since sampling cannot add to what full participation discloses.
   sampling  epsilon 0, where delta is not below the probability that the unit is drawn at all.
 """
 
@@ -39,16 +40,15 @@ MAX_SPAN = 700.0  # of the PRV grid in nats: exp() overflows at 709
 SIGMA_RANGE = (0.01, 1e6)  # where calibration searches
 TOLERANCE = 0.002  # a calibrated epsilon lies between (1 - TOLERANCE) target and target
 
-# Opacus's orders end at 1.1 and 63 and it warns where the best one is at an end; these carry on at both ends, so that its
-# epsilons stay as they are wherever its own best order was an inner one.
-ORDERS = (
-    [1.001, 1.002, 1.005, 1.01, 1.02, 1.05] + list(RDPAccountant.DEFAULT_ALPHAS) + [72, 80, 96, 128, 192, 256, 384, 512, 768, 1024]
-)
+# Opacus's orders end at 1.1 and 63 and it warns where the best one is at an end; these carry on at both ends, so that
+# its epsilons stay as they are wherever its own best order was an inner one.
+ORDERS = [1.001, 1.002, 1.005, 1.01, 1.02, 1.05, *RDPAccountant.DEFAULT_ALPHAS]
+ORDERS += [72, 80, 96, 128, 192, 256, 384, 512, 768, 1024]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """`steps` steps, each releasing a sum over units drawn with probability q, with noise of sigma times the sensitivity."""
+    """`steps` releases of a sum over units drawn with probability q, with noise of sigma times the sensitivity."""
 
     sigma: float
     q: float
@@ -57,7 +57,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Bound:
-    """An upper bound of epsilon and its origin: "prv", "rdp", "gaussian", "sampling"; "none" for no steps or no noise."""
+    """An upper bound of epsilon and its origin: "prv", "rdp", "gaussian", "sampling"; "none": no steps, or no noise."""
 
     epsilon: float
     method: str
@@ -99,9 +99,9 @@ def _merge(phases: Sequence[Phase]) -> tuple[Phase, ...]:
 def epsilon_gaussian(mu: float, delta: float) -> float:
     """Exact epsilon at `delta` of a Gaussian mechanism with sensitivity / standard deviation = mu.
 
-    Balle and Wang (2018), theorem 8: delta = Phi(mu/2 - eps/mu) - exp(eps) Phi(-mu/2 - eps/mu). With y = eps/mu - mu/2 this is
-    exp(-y^2/2) (erfcx(y/sqrt 2) - erfcx((y + mu)/sqrt 2)) / 2, in which nothing overflows however large epsilon is.
-    The end of the bracket whose delta is not above `delta` is returned.
+    Balle and Wang (2018), theorem 8: delta = Phi(mu/2 - eps/mu) - exp(eps) Phi(-mu/2 - eps/mu). With y = eps/mu - mu/2
+    this is exp(-y^2/2) (erfcx(y/sqrt 2) - erfcx((y + mu)/sqrt 2)) / 2, in which nothing overflows however large epsilon
+    is. The end of the bracket whose delta is not above `delta` is returned.
     """
     check_delta(delta)
     if not mu >= 0:
@@ -131,9 +131,15 @@ def epsilon_gaussian(mu: float, delta: float) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def _rdp_per_step(sigma: float, q: float) -> np.ndarray:
-    """RDP of one step at each of ORDERS; infinite where Opacus's series has no value in floating point."""
+    """RDP of one step at each of ORDERS; infinite where Opacus's series has no value, or takes millions of terms.
+
+    The latter is so for broken orders near q = 1/2 under much noise; the Gaussian bound is as good there.
+    """
+    slow = 0 < q < 1 and sigma > 10 and sigma * abs(math.log(1 / q - 1)) < 8
     rdp = np.full(len(ORDERS), np.inf)
     for index, order in enumerate(ORDERS):
+        if slow and order != int(order):
+            continue
         try:
             rdp[index] = compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=float(order))
         except (ValueError, OverflowError, ZeroDivisionError):
@@ -183,7 +189,7 @@ def _epsilon_prv(phases: tuple[Phase, ...], delta: float) -> float:
     """The PRV upper bound, or infinity where the grid cannot be trusted (see the head of this file)."""
     steps = sum(phase.steps for phase in phases)
     delta_error = delta / 1000
-    # Gopi et al. (2021), remark 5.6, as Opacus has it: no step and no sum of steps leaves the span with more than delta_error / 4.
+    # Gopi et al. (2021), remark 5.6, as Opacus has it: the sum of steps leaves the span with at most delta_error / 4.
     span = 3 + max(
         _epsilon_rdp(phases, delta_error / 4),
         *(_epsilon_rdp((Phase(phase.sigma, phase.q, 1),), delta_error / (8 * steps)) for phase in phases),
@@ -260,7 +266,7 @@ def _bound(phases: tuple[Phase, ...], delta: float) -> Bound:
 def epsilon_bound(phases: Sequence[Phase], delta: float) -> Bound:
     """The headline: the least of the sound bounds at `delta` of all `phases` composed, and which one it is.
 
-    0 where nothing was released, infinite where something was released without noise. Repeated calls are answered from memory.
+    0 where nothing was released, infinite where something was without noise. Repeated calls are answered from memory.
     """
     check_delta(delta)
     return _bound(_merge(phases), float(delta))
@@ -317,7 +323,8 @@ def _smallest_sigma(epsilon: Callable[[float], float], target: float, guess: flo
             if gap >= -TOLERANCE / 2:
                 return sigma
             if sigma <= least:
-                fail(f"{words}: noise multiplier {least:g} already meets it, which is next to no privacy; lower the target or the delta")
+                fail(f"{words}: noise multiplier {least:g} already meets it, which is next to no privacy; "
+                     "lower the target or the delta")
             following = max(sigma / factor, least)
         else:
             low = (math.log(sigma), gap)
@@ -349,7 +356,7 @@ def _log_ratio(epsilon: float, target: float) -> float:
 
 
 def calibrate_sigma(target_epsilon: float, delta: float, q: float, steps: int) -> float:
-    """The smallest noise multiplier, to 0.5 % in epsilon, with which `steps` steps of probability q stay within the target.
+    """The smallest noise multiplier, to 0.5 % in epsilon, for which `steps` steps with q stay within the target.
 
     epsilon_prv at the answer is never above the target. UserError where that needs a sigma outside SIGMA_RANGE.
     """
@@ -366,17 +373,17 @@ def calibrate_sigma(target_epsilon: float, delta: float, q: float, steps: int) -
 
 
 def calibrate_sigma_shuffle(target_epsilon: float, delta: float, participations: int) -> float:
-    """The smallest noise multiplier with which `participations` uses of every unit, not amplified, stay within the target."""
+    """The smallest noise multiplier for which `participations` uses of a unit, not amplified, stay within target."""
     _check_target(target_epsilon, delta)
     if participations != int(participations) or participations < 1:
         fail(f"participations {participations}: wanted a whole number of 1 or more to calibrate the noise for")
     guess = math.sqrt(participations) / _largest_mu(target_epsilon, delta)
-    words = f"target epsilon {target_epsilon:g} at delta {delta:g} over {participations} participations without amplification"
+    words = f"target epsilon {target_epsilon:g} at delta {delta:g} over {participations} participations, not amplified"
     return _smallest_sigma(lambda sigma: epsilon_shuffle(sigma, participations, delta), target_epsilon, guess, words)
 
 
 def _largest_mu(target_epsilon: float, delta: float) -> float:
-    """The mu of Gaussian DP whose epsilon at `delta` is the target, by bisection: where the searches start, no bound itself."""
+    """The mu of Gaussian DP whose epsilon at `delta` is the target: where the searches start, no bound itself."""
     low, high = 1e-6, 2 * math.sqrt(2 * target_epsilon) + 20
     for _ in range(50):
         middle = math.sqrt(low * high)
@@ -387,7 +394,7 @@ def _largest_mu(target_epsilon: float, delta: float) -> float:
 def permitted_steps(
     target_epsilon: float, delta: float, spent: Sequence[Phase], q: float, sigma: float, wanted: int
 ) -> int:
-    """The largest n <= wanted for which `spent` and n more steps of (sigma, q) stay within the target epsilon at `delta`.
+    """The largest n <= wanted for which `spent` and n more steps of (sigma, q) stay within the target at `delta`.
 
     0 where `spent` alone is at or above it. Epsilon grows with n, so all smaller n are permitted as well.
     """

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cli import UserError, fail
+from cli import UserError, fail, sync_folder
 from privacy import accounting
 
 FILE_NAME = "privacy_ledger.jsonl"
@@ -103,7 +103,7 @@ class Ledger:
         self.path = os.path.join(work_dir, FILE_NAME)
         self.settings = {key: settings[key] for key in FIXED}
         exists = os.path.exists(self.path)
-        if exists and not resume:
+        if exists and os.path.getsize(self.path) and not resume:  # an empty one is of a run that never drew a step
             fail(f"--work_dir {work_dir}: holds {FILE_NAME} of an earlier run; continue it with --resume, "
                  "or choose another folder (deleting it would forget privacy already spent)")
         if resume and not exists:
@@ -113,6 +113,7 @@ class Ledger:
             self.compare(self.state.records[-1], changed)
         self.attempt = self.state.attempts + 1
         self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        sync_folder(work_dir)
         if self.state.torn:
             self.mend()
 
@@ -124,10 +125,11 @@ class Ledger:
                  f"if that is meant, say so with --resume_changed {' '.join(differing)}")
 
     def mend(self) -> None:
-        """Write a whole record over a torn last line, so that lines may follow it. The torn step stays charged."""
-        last = self.state.records[-1] if self.state.records else {}
+        """Write a whole record over a torn last line, so that lines may follow it. The torn step stays charged, with the
+        settings of the line before it."""
+        last = self.state.records[-1] if self.state.records else self.settings
+        self.write({**last, "step": last.get("step", 0) + 1, "attempt": max(1, self.state.attempts)})
         self.state.torn = False
-        self.write({**self.settings, "step": last.get("step", 0) + 1, "attempt": max(1, self.state.attempts)})
 
     def charge(self, step: int) -> None:
         """Append the record of `step` and flush it to disk. On return, and only then, may the step's mask be drawn.
@@ -140,6 +142,7 @@ class Ledger:
         record = {key: record[key] for key in TYPES if key != "checksum"}
         record["checksum"] = checksum(self.state.last_checksum, record)
         line = json.dumps(record).encode() + b"\n"
+        before = os.fstat(self.handle).st_size
         try:
             written = os.pwrite(self.handle, line, self.state.size)
             if written != len(line):
@@ -147,7 +150,7 @@ class Ledger:
             os.ftruncate(self.handle, self.state.size + len(line))  # a torn line may have been the longer one
             os.fsync(self.handle)
         except OSError as error:
-            os.ftruncate(self.handle, self.state.size)
+            os.ftruncate(self.handle, before)  # a torn line that could not be mended stays torn: it counts
             raise UserError(f"{self.path}: {error.strerror}: step {record['step']} was not drawn; make room and --resume")
         self.state.records.append(record)
         self.state.size += len(line)

@@ -1,14 +1,14 @@
 """Where randomness that privacy rests on comes from: sampling masks and Gaussian noise.
 
 Guarantees: a stream is keyed by the operating system's entropy (kinds "os" and "secure") or, for tests alone, by a seed
-(kind "seeded"); never by --random_seed. Streams of different purposes, ranks or instances never share a key. A key is never
-written, printed or pickled. Where the operating system gives no entropy the run stops: there is no second source.
+(kind "seeded"); never by --random_seed. Streams of different purposes, ranks or instances never share a key. A key is
+never written, printed or pickled. Where the operating system gives no entropy the run stops: there is no second source.
 
-One mechanism: 64-bit words -> uniforms of 53 bits -> normals in float64 by Box and Muller (1958), radius up to 8.5 sigma.
+One mechanism: 64-bit words -> uniforms of 53 bits -> normals in float64 by Box and Muller (1958), up to 8.57 sigma.
 What differs is where the words come from.
-  os      SFC64 of numpy, its 192-bit state filled from 256 bits of entropy. Not torch.Generator on the CPU: that keeps 32 bits
-          of its seed and no more, so its noise could be found by trying all seeds. On a GPU, torch's Philox generator with a
-          64-bit seed, in float32.
+  os      SFC64 of numpy, its 192-bit state filled from 256 bits of entropy. Not torch.Generator on the CPU: that keeps
+          32 bits of its seed and no more, so its noise could be found by trying all seeds. On a GPU, torch's Philox
+          generator with a 64-bit seed, in float32.
   secure  AES-256 in counter mode (NIST SP 800-38A) with a key of 256 bits, on the CPU; the arithmetic is on `device`.
           Nobody who sees the noise, or knows parts of it, can tell the rest.
   seeded  as os, with the key sha256(seed, purpose, rank, step): a resumed run draws what the uninterrupted one drew.
@@ -53,7 +53,8 @@ class AesCtrWords:
         try:
             from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
         except ImportError:
-            fail("--noise_source secure: needs the package cryptography, which is not installed; pip install -r requirements.txt")
+            fail("--noise_source secure: needs the package cryptography, which is not installed; "
+                 "pip install -r requirements.txt")
         self.encryptor = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
 
     def words(self, count: int) -> np.ndarray:
@@ -70,9 +71,9 @@ def fresh_key(kind: str) -> bytes:
     try:
         key = os.urandom(KEY_BYTES)
     except (OSError, NotImplementedError) as error:
-        fail(f"--noise_source {kind}: the operating system gave no entropy ({error}); the run cannot be private on this machine")
+        fail(f"--noise_source {kind}: the operating system gave no entropy ({error}); no run is private here")
     if len(key) != KEY_BYTES:
-        fail(f"--noise_source {kind}: the operating system gave {len(key)} bytes of entropy where {KEY_BYTES} were asked for")
+        fail(f"--noise_source {kind}: the operating system gave {len(key)} bytes of entropy, wanted {KEY_BYTES}")
     return key
 
 
@@ -108,7 +109,7 @@ class NoiseSource:
             self._generator.manual_seed(int.from_bytes(hashlib.sha256(key + b"device").digest()[:8], "little"))
 
     def __repr__(self) -> str:
-        return f"NoiseSource(kind={self.kind!r}, purpose={self.purpose!r}, rank={self.rank}, device={str(self.device)!r})"
+        return f"NoiseSource({self.kind!r}, {self.purpose!r}, rank={self.rank}, device={str(self.device)!r})"
 
     def __reduce_ex__(self, protocol: int):
         raise TypeError("a NoiseSource is never pickled or copied: its key would leave the process, or be used twice")
@@ -145,7 +146,8 @@ class NoiseSource:
     def add_normal_(self, buffer: Tensor, std: float) -> None:
         """buffer (n,) float32 on `device`: add independent N(0, std^2) to each entry, in place, a chunk at a time."""
         if buffer.dtype != torch.float32 or buffer.dim() != 1 or buffer.device.type != self.device.type:
-            raise ValueError(f"expected a float32 vector on {self.device}, got {buffer.dtype} {tuple(buffer.shape)} on {buffer.device}")
+            got = f"{buffer.dtype} {tuple(buffer.shape)} on {buffer.device}"
+            raise ValueError(f"expected a float32 vector on {self.device}, got {got}")
         if not 0 <= std < math.inf:
             raise ValueError(f"expected a finite std >= 0., got {std}")
         for chunk in buffer.split(CPU_CHUNK if self.device.type == "cpu" else DEVICE_CHUNK):
@@ -165,6 +167,7 @@ class NoiseSource:
         radius *= -2 * std**2
         np.sqrt(radius, out=radius)
         polar[pairs:] *= 2 * math.pi
-        radius, angle = torch.from_numpy(polar).to(self.device).split(pairs)
+        drawn = torch.from_numpy(polar).to(self.device)
+        radius, angle = drawn[:pairs], drawn[pairs:]
         chunk[:pairs].add_(torch.cos(angle).mul_(radius))
         chunk[pairs:].add_(torch.sin(angle).mul_(radius)[: len(chunk) - pairs])

@@ -1,0 +1,144 @@
+"""Time a context of beam search: this project's, Hugging Face transformers' at its best batch size, and the arithmetic floor.
+
+    python scripts/benchmark_beam.py --data data/e2e/test.jsonl --init_checkpoint ../shared/reference/beam
+
+Everything runs in one process, one after the other, on the same contexts, taken evenly from the different ones of --data.
+The floor is the time of the products alone, at the speed that this machine reaches on the largest of them (the vocabulary's),
+for the hypotheses that the search ran; and the vocabulary's logits read once at the speed of a maximum over them.
+Needs transformers (requirements-dev.txt).
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "src"))
+
+import torch
+
+from beam_search import SearchSettings, beam_search
+from checkpoint import load_model
+from kv_cache import TreeDecoder
+from model import GPT2Config
+from vocabulary import CPU_BLOCK, PackedLinear
+
+ORIGINAL_SECONDS = 1.7  # a context, the original's search with this model and these settings on two cores
+SETTINGS = SearchSettings(beam=10, eval_len=64, eos_ids=(628, 50256), length_penalty=0.8, no_repeat_ngram_size=4)
+
+
+def best_of(repeats: int, work: Callable[[], object]) -> float:
+    """Seconds of the fastest of several runs."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def different_contexts(path: str, count: int) -> list[list[int]]:
+    different = list(dict.fromkeys(tuple(json.loads(line)["context"]) for line in open(path, encoding="utf-8")))
+    if len(different) < count:
+        sys.exit(f"error: --data {path}: holds {len(different)} different contexts, --contexts wants {count}")
+    return [list(different[i * len(different) // count]) for i in range(count)]
+
+
+class CountingDecoder(TreeDecoder):
+    """Counts what the search asks for: rows through the head, and (token, layer stack) passes."""
+
+    rows = tokens = 0
+
+    def admit(self, slots, contexts):
+        self.rows += len(contexts)
+        self.tokens += sum(map(len, contexts))
+        return super().admit(slots, contexts)
+
+    def advance(self, slots, places, parents, tokens):
+        self.rows += len(slots)
+        self.tokens += len(slots)
+        return super().advance(slots, places, parents, tokens)
+
+
+def floor_seconds(decoder: CountingDecoder, config: GPT2Config) -> float:
+    """Products and one reading of the logits, at measured speeds, in seconds for the whole search."""
+    states, weight = torch.randn(300, config.n_embd), torch.randn(CPU_BLOCK, config.n_embd)
+    project, logits = PackedLinear(weight), torch.randn(300, CPU_BLOCK)
+    blocks = 20
+    per_product = best_of(10, lambda: [project(states) for _ in range(blocks)]) / (blocks * 2 * 300 * weight.numel())
+    per_logit = best_of(10, lambda: [logits.amax(-1) for _ in range(blocks)]) / (blocks * logits.numel())
+    head = 2 * config.n_embd * config.vocab_size
+    body = 2 * config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.inner)
+    print(f"floor: {decoder.rows} hypotheses through the head, {head * decoder.rows / 1e9:.0f} GFLOP; {decoder.tokens} tokens "
+          f"through the layers, {body * decoder.tokens / 1e9:.0f} GFLOP; {1e-9 / per_product:.0f} GFLOP/s, "
+          f"{1e-9 / per_logit:.1f} G logits/s")
+    return (head * decoder.rows + body * decoder.tokens) * per_product + decoder.rows * config.vocab_size * per_logit
+
+
+def transformers_seconds(folder: str, contexts: list[list[int]], batch: int) -> tuple[float, list[list[int]]]:
+    """Seconds of generate() with the same beams, penalty, bans and ends over all contexts, and what it returned."""
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    ends = list(SETTINGS.eos_ids)
+    ordered = sorted(contexts, key=len)
+    found = []
+
+    def work() -> None:
+        found.clear()
+        for start in range(0, len(ordered), batch):
+            part = ordered[start:start + batch]
+            longest = max(map(len, part))
+            ids = torch.tensor([[ends[-1]] * (longest - len(context)) + context for context in part])
+            mask = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in part])
+            out = model.generate(ids, attention_mask=mask, num_beams=SETTINGS.beam, do_sample=False, early_stopping=False,
+                                 max_new_tokens=SETTINGS.eval_len, length_penalty=SETTINGS.length_penalty,
+                                 no_repeat_ngram_size=0, eos_token_id=ends, pad_token_id=ends[-1])
+            found.extend(row[longest:].tolist() for row in out)
+
+    with torch.inference_mode():
+        return best_of(1, work), found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="time beam search against transformers and the arithmetic floor")
+    parser.add_argument("--data", default="data/e2e/test.jsonl", help="JSON lines of token ids")
+    parser.add_argument("--init_checkpoint", required=True, help="a folder in Hugging Face's layout")
+    parser.add_argument("--contexts", type=int, default=60)
+    parser.add_argument("--slots", type=int, default=32, help="contexts in work at once")
+    parser.add_argument("--batch_sizes", type=int, nargs="*", default=[4, 10, 20, 30], help="for transformers; none skips it")
+    args = parser.parse_args()
+    contexts = different_contexts(args.data, args.contexts)
+
+    def search(decoder: TreeDecoder, settings: SearchSettings) -> None:
+        for _ in beam_search(contexts, decoder, settings, args.slots):
+            pass
+
+    loaded = load_model(args.init_checkpoint)
+    config = loaded.model.config
+    decoder = TreeDecoder(loaded.model, args.slots, SETTINGS.beam)
+    search(decoder, replace(SETTINGS, eval_len=2))  # first calls allocate
+    ours = best_of(3, lambda: search(decoder, SETTINGS)) / len(contexts)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    counting = CountingDecoder(loaded.model, args.slots, SETTINGS.beam)
+    search(counting, SETTINGS)
+    print(f"{len(contexts)} contexts, beam {SETTINGS.beam}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    floor = floor_seconds(counting, config) / len(contexts)
+    print(f"floor          {floor:.4f} s a context")
+    print(f"this project   {ours:.4f} s a context, {ours / floor:.1f} times the floor, peak memory {peak:.0f} MiB")
+    print(f"original       {ORIGINAL_SECONDS} s a context: this is {ORIGINAL_SECONDS / ours:.1f} times as fast")
+    times = {}
+    for batch in args.batch_sizes:
+        times[batch] = transformers_seconds(args.init_checkpoint, contexts, batch)[0] / len(contexts)
+        print(f"transformers   {times[batch]:.4f} s a context at batch {batch}")
+    if times:
+        best = min(times, key=times.get)
+        print(f"transformers'  best is batch {best}: this is {times[best] / ours:.1f} times as fast")
+
+
+if __name__ == "__main__":
+    main()

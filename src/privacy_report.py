@@ -1,0 +1,327 @@
+"""What a run's ledger is worth, and what a run will cost before it is paid for.
+
+    python src/privacy_report.py trained_models/GPT2_M/e2e                       a training folder,
+    python src/privacy_report.py trained_models/GPT2_M/e2e/privacy_ledger.jsonl  its ledger,
+    python src/privacy_report.py trained_models/GPT2_M/e2e/privacy.json --delta 1e-6 1e-7   or its report
+
+    python src/privacy_report.py --plan 42061 128 20 --sigma 0.6 --delta 1e-5
+    python src/privacy_report.py --plan 42061 128 20 --epsilon 8 --delta 1e-5 --plot plan.png
+
+Epsilon is recomputed from the ledger alone, whose checksums are checked first. A privacy.json beside it adds what the
+ledger does not know (noise source, what else was disclosed) and is compared with it. Runs on the CPU in seconds.
+
+Status: 0; 1 where privacy.json does not say what the ledger says; 2 for a ledger or a flag that cannot be used.
+"""
+
+import json
+import math
+import os
+import sys
+from collections import Counter
+
+from tqdm import tqdm
+
+from cli import Parser, atomic_write, fail, run_main
+from privacy import accounting
+from privacy.accounting import Phase
+from privacy.ledger import FILE_NAME, LedgerState, epsilons, participations, read_ledger, spent
+from privacy.plan import RELATIONS, choose_sigma, finite_or_text
+
+REPORT_NAME = "privacy.json"
+SETTINGS = ("unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta")  # what a resumed run may have changed
+TARGETS = (1.0, 2.0, 3.0, 8.0)  # epsilons that a plan prices beside its own
+FACTORS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of its sigma, likewise
+METHODS = {
+    "prv": "PRV upper bound",
+    "rdp": "RDP, where the PRV grid gives none or more",
+    "gaussian": "analytic Gaussian, no amplification",
+    "sampling": "delta covers every draw of the unit",
+    "none": "no noise, or no steps",
+}
+
+
+# --- a ledger ---
+
+
+def find_files(path: str) -> tuple[str, str | None]:
+    """(ledger, privacy.json or None) of a training folder, a ledger or a privacy.json."""
+    if os.path.isdir(path):
+        folder, ledger = path, os.path.join(path, FILE_NAME)
+        if not os.path.exists(ledger):
+            fail(f"{path}: holds no {FILE_NAME}; give a training folder, its ledger or its {REPORT_NAME}")
+    elif os.path.basename(path) == REPORT_NAME:
+        folder = os.path.dirname(path)
+        ledger = os.path.join(folder, FILE_NAME)
+        if not os.path.exists(path):
+            fail(f"{path}: no such file")
+        if not os.path.exists(ledger):
+            fail(f"{path}: no {FILE_NAME} beside it; without the ledger nothing in it can be checked")
+    else:
+        folder, ledger = os.path.dirname(path), path
+    report = os.path.join(folder, REPORT_NAME)
+    return ledger, report if os.path.exists(report) else None
+
+
+def read_report(path: str) -> dict:
+    """privacy.json as a dict, or UserError."""
+    try:
+        with open(path, encoding="utf-8") as handle:
+            report = json.load(handle)
+    except (ValueError, RecursionError) as error:
+        fail(f"{path}: not JSON ({error}); the run's last checkpoint writes it anew")
+    if not isinstance(report, dict):
+        fail(f"{path}: wanted an object with epsilon_prv, delta and others, got {type(report).__name__}")
+    return report
+
+
+def disagreements(report: dict, state: LedgerState) -> list[str]:
+    """In what privacy.json differs from what the ledger says, a line each."""
+    last = state.records[-1]
+    prv, rdp = epsilons(state, last["delta"])
+    strict = 1 / (10 * last["N"])
+    strict_prv, strict_rdp = epsilons(state, strict)
+    expected = {key: last[key] for key in ("unit", "N", "q", "sigma", "clip", "sampling", "delta")}
+    expected |= {"steps_charged": state.charged, "epsilon_prv": finite_or_text(prv), "epsilon_rdp": finite_or_text(rdp)}
+    # Keys beyond those that every report has.
+    optional = {"attempts": state.attempts, "delta_strict": strict, "epsilon_prv_strict": finite_or_text(strict_prv),
+                "epsilon_rdp_strict": finite_or_text(strict_rdp)}
+    expected |= {key: value for key, value in optional.items() if key in report}
+
+    def same(left: object, right: object) -> bool:
+        if isinstance(left, bool) or isinstance(right, bool):
+            return left is right
+        if isinstance(left, (int, float)) and isinstance(right, (int, float)):
+            # Another machine's rounding moves an epsilon in its ninth digit.
+            return math.isclose(left, right, rel_tol=1e-6)
+        return left == right
+
+    return [f"{key}: {report.get(key, 'missing')} in {REPORT_NAME}, {value} by the ledger"
+            for key, value in expected.items() if not same(report.get(key), value)]
+
+
+def settings_lines(state: LedgerState) -> list[str]:
+    """The settings, and where attempts differ from each other, each with the steps that it was charged."""
+    groups = Counter(tuple(record[key] for key in SETTINGS) for record in state.records)
+    lines = []
+    for values, steps in groups.items():
+        of = dict(zip(SETTINGS, values))
+        of["steps"] = steps
+        lines.append(
+            "{steps} steps of sampling {sampling}, N {N}, q {q:.8g} (expected batch {batch:.6g}), sigma {sigma:g}, "
+            "C {clip:g}, delta {delta:.6g}, {world_size} processes".format(batch=of["N"] * of["q"], **of)
+        )
+    return lines
+
+
+def epsilon_table(phases: list[Phase], deltas: dict[float, str]) -> str:
+    """A line a delta: PRV, RDP, and where the first comes from."""
+    lines = [f"{'delta':>12}  {'epsilon PRV':>12}  {'epsilon RDP':>12}  by"]
+    for delta, origin in deltas.items():
+        bound = accounting.epsilon_bound(phases, delta)
+        rdp = accounting.epsilon_rdp(phases, delta)
+        lines.append(f"{delta:12.6g}  {bound.epsilon:12.4f}  {rdp:12.4f}  {METHODS[bound.method]}; {origin}")
+    return "\n".join(lines)
+
+
+def report_ledger(path: str, deltas: list[float]) -> int:
+    ledger, report_path = find_files(path)
+    state = read_ledger(ledger)
+    report = read_report(report_path) if report_path else None
+    if not state.records:
+        print(f"ledger        {ledger}: no whole record; {state.charged} steps charged")
+        if state.torn:
+            fail(f"{ledger}: its only line is cut short: one step was charged, its sigma and q are not known")
+        print("epsilon       0: nothing was drawn")
+        return 0
+    last = state.records[-1]
+    relation = " and ".join(
+        sorted({RELATIONS[record["sampling"]].format(unit=record["unit"]) for record in state.records})
+    )
+    torn = ", one of them a last line cut short" if state.torn else ""
+    attempts = f"{state.attempts} attempt" + ("s" if state.attempts > 1 else "")
+    print(f"ledger        {ledger}: {len(state.records)} records, checksums whole from the first to the last")
+    print(f"unit          one {last['unit']}")
+    print(f"relation      {relation}")
+    furthest = max(record["step"] for record in state.records)
+    print(f"steps charged {state.charged} in {attempts}{torn}; the furthest is step {furthest}")
+    for line in settings_lines(state):
+        print(f"settings      {line}")
+    for sigma, count in participations(state).items():
+        print(f"shuffled      a unit took part at most {count} times under sigma {sigma:g}: in full, not amplified")
+    wanted = {last["delta"]: "the run's delta", 1 / (10 * last["N"]): "1/(10 N)"}
+    for delta in deltas:
+        wanted.setdefault(delta, "--delta")
+    print(epsilon_table(spent(state), wanted))
+    if report is None:
+        print(f"{REPORT_NAME}  not there: noise source and what else was disclosed are not known")
+        return 0
+    print(f"noise source  {report.get('noise_source', 'not said')}")
+    if report.get("warning"):
+        print(f"warning       {report['warning']}")
+    disclosed = report.get("disclosed")
+    for item in (disclosed if isinstance(disclosed, list) else [disclosed]) or ["nothing beside the model"]:
+        print(f"disclosed     {item}")
+    different = disagreements(report, state)
+    for line in different:
+        print(f"DISAGREES     {line}")
+    verdict = "does NOT agree with the ledger: believe the ledger" if different else "agrees with the ledger"
+    print(f"{REPORT_NAME}  {verdict}")
+    return 1 if different else 0
+
+
+# --- a plan ---
+
+
+def plan(
+    N: int, batch: int, epochs: float, sigma: float | None, target: float | None, delta: float, plot: str | None
+) -> int:
+    """Print what `epochs` epochs cost; draw it where `plot` says. One of sigma and target is None."""
+    q, steps = batch / N, round(epochs * N / batch)
+    if steps < 1:
+        fail(f"--plan {N} {batch} {epochs:g}: is no step at all; wanted at least batch / N = {q:.3g} epochs")
+    per_epoch, strict = math.ceil(N / batch), 1 / (10 * N)
+    uses = math.ceil(steps / per_epoch)
+    counts = sorted({max(1, round(steps * share)) for share in (0.001, 0.01, 0.05, *(i / 10 for i in range(1, 11)))})
+    targets = sorted({*TARGETS, *([target] if target is not None else [])})
+    evaluations = (target is not None) + 1 + len(counts) + len(FACTORS) + len(targets)
+    bar = tqdm(total=evaluations, desc="accounting", leave=False, disable=not sys.stderr.isatty())
+
+    def ticked(value):
+        bar.update()
+        return value
+
+    if target is not None:
+        sigma = ticked(choose_sigma(target, delta, N, batch, steps, "poisson"))
+    phases = [Phase(sigma, q, steps)]
+    bound = ticked(accounting.epsilon_bound(phases, delta))
+
+
+    def prices(noise: float, count: int) -> tuple[float, ...]:
+        """PRV, RDP, PRV at 1/(10 N), and shuffled, of `count` steps."""
+        drawn = [Phase(noise, q, count)]
+        shuffled = accounting.epsilon_shuffle(noise, math.ceil(count / per_epoch), delta)
+        return ticked((accounting.epsilon_prv(drawn, delta), accounting.epsilon_rdp(drawn, delta),
+                       accounting.epsilon_prv(drawn, strict), shuffled))
+
+    by_steps = [(count, *prices(sigma, count)) for count in counts]
+    by_sigma = [(sigma * factor, *prices(sigma * factor, steps)) for factor in FACTORS]
+    needed = []
+    for wanted in targets:
+        needed.append(ticked((wanted, sigma_or_none(wanted, delta, N, batch, steps, "poisson"),
+                              sigma_or_none(wanted, delta, N, batch, steps, "shuffle"))))
+    bar.close()
+
+    print(f"plan          N {N}, expected batch {batch}, q {q:.8g}, {epochs:g} epochs = {steps} steps")
+    for sampling, relation in RELATIONS.items():
+        print(f"relation      {relation.format(unit='unit')} ({sampling})")
+    chosen = "" if target is None else f", the smallest that keeps epsilon within {target:g}"
+    print(f"sigma         {sigma:.6g}{chosen}")
+    deltas = {delta: "--delta", strict: "1/(10 N)"}
+    print(epsilon_table(phases, deltas))
+    shuffled = accounting.epsilon_shuffle(sigma, uses, delta)
+    print(f"shuffled      the same noise, every unit {uses} times: epsilon {shuffled:.4f} at delta {delta:g}, not amplified "
+          f"(Poisson {bound.epsilon:.4f})")
+    header = f"{'PRV':>10} {'RDP':>10} {'PRV 1/(10N)':>12} {'shuffled':>10}"
+    print(f"\n{'steps':>10} {'epochs':>8} {header}")
+    for count, *values in by_steps:
+        print(f"{count:10d} {count * q:8.2f} " + table_values(values))
+    print(f"\n{'sigma':>10} {'':8} {header}")
+    for other, *values in by_sigma:
+        print(f"{other:10.5g} {'':8} " + table_values(values))
+    print(f"\n{'epsilon':>10} {'sigma, Poisson':>16} {'sigma, shuffled':>16}   at delta {delta:g}")
+    for wanted, poisson, shuffled in needed:
+        print(f"{wanted:10.4g} {sigma_text(poisson):>16} {sigma_text(shuffled):>16}")
+    if plot:
+        draw(plot, by_steps, by_sigma, sigma, delta, strict, f"N = {N}, expected batch {batch}, {epochs:g} epochs")
+        print(f"\nplot          {plot}")
+    return 0
+
+
+def sigma_or_none(target: float, delta: float, N: int, batch: int, steps: int, sampling: str) -> float | None:
+    """choose_sigma, or None where it refuses."""
+    try:
+        return choose_sigma(target, delta, N, batch, steps, sampling)
+    except ValueError:
+        return None
+
+
+def sigma_text(sigma: float | None) -> str:
+    return "out of range" if sigma is None else f"{sigma:.5g}"
+
+
+def table_values(values: list[float]) -> str:
+    return "{:10.4f} {:10.4f} {:12.4f} {:10.4f}".format(*values)
+
+
+def draw(path: str, by_steps: list, by_sigma: list, sigma: float, delta: float, strict: float, title: str) -> None:
+    """Write the PNG: epsilon against steps, and sigma against epsilon."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    names = [f"PRV, delta {delta:g}", f"RDP, delta {delta:g}", f"PRV, delta {strict:.3g} = 1/(10 N)",
+             f"shuffled, delta {delta:g}"]
+    styles = [("tab:blue", "-"), ("tab:orange", "--"), ("tab:green", "-."), ("tab:red", ":")]
+    for column, (name, (colour, line)) in enumerate(zip(names, styles), start=1):
+        left.plot([row[0] for row in by_steps], [row[column] for row in by_steps], line, color=colour, label=name,
+                  drawstyle="steps-post" if column == 4 else "default")
+        right.plot([row[column] for row in by_sigma], [row[0] for row in by_sigma], line, color=colour, label=name)
+    left.set(xlabel="steps", ylabel="epsilon", yscale="log", title=f"epsilon spent at sigma = {sigma:.4g}")
+    right.set(xlabel="epsilon", ylabel="sigma", xscale="log", title="noise that the whole run needs")
+    right.axhline(sigma, color="grey", linewidth=0.8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.suptitle(title)
+    with atomic_write(path, "wb") as handle:
+        figure.savefig(handle, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("path", nargs="?", metavar="LEDGER|WORK_DIR|privacy.json", help="whose epsilon to recompute")
+    add("--delta", type=float, nargs="+", default=[], help="more deltas for a ledger; exactly one for a plan")
+    add("--plan", type=float, nargs=3, metavar=("N", "BATCH", "EPOCHS"), help="units, expected batch, epochs to come")
+    add("--sigma", type=float, help="plan with this noise multiplier")
+    add("--epsilon", type=float, help="plan with the smallest noise multiplier that meets this")
+    add("--plot", metavar="FILE.png", help="plan: write the curves there")
+    args = parser.parse_args()
+    for delta in args.delta:
+        if not 0 < delta < 1:
+            fail(f"--delta {delta:g}: wanted a number above 0 and below 1, such as 1e-5")
+    if (args.path is None) == (args.plan is None):
+        fail("wanted either a ledger, training folder or privacy.json, or --plan N BATCH EPOCHS; see --help")
+    if args.plan is None:
+        for flag in ("sigma", "epsilon", "plot"):
+            if getattr(args, flag) is not None:
+                fail(f"--{flag}: goes with --plan N BATCH EPOCHS alone; a ledger has its own noise")
+        return report_ledger(args.path, args.delta)
+
+    N, batch, epochs = args.plan
+    if not all(math.isfinite(value) and value > 0 for value in args.plan):
+        fail(f"--plan {N:g} {batch:g} {epochs:g}: wanted three numbers above 0")
+    if N != int(N) or batch != int(batch):
+        fail(f"--plan {N:g} {batch:g} {epochs:g}: N and BATCH count units, wanted whole numbers")
+    if batch > N:
+        fail(f"--plan {N:g} {batch:g} {epochs:g}: the batch is larger than the data; lower BATCH")
+    if (args.sigma is None) == (args.epsilon is None):
+        fail("--plan: wanted exactly one of --sigma (what does it cost?) and --epsilon (what noise does it take?)")
+    if args.sigma is not None and not (0 < args.sigma < math.inf):
+        fail(f"--sigma {args.sigma:g}: wanted a number above 0; without noise epsilon is infinite")
+    if args.epsilon is not None and not (0 < args.epsilon < math.inf):
+        fail(f"--epsilon {args.epsilon:g}: wanted a number above 0")
+    if len(args.delta) != 1:
+        fail(f"--delta: a plan wants exactly one, got {len(args.delta)}; 1/(10 N) is added by itself")
+    if args.plot is not None:
+        folder = os.path.dirname(args.plot) or "."
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            fail(f"--plot {args.plot}: {folder} is no folder that can be written to; make it first")
+    return plan(int(N), int(batch), epochs, args.sigma, args.epsilon, args.delta[0], args.plot)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,239 @@
+"""The report of a ledger, against dp_accounting on its raw records; the plan, against the accountant; refusals."""
+
+import json
+import math
+import re
+
+import pytest
+from conftest import ROOT, assert_user_error, run_script
+from privacy import accounting
+from privacy.accounting import Phase
+from privacy.ledger import FILE_NAME, Ledger, epsilons
+
+SCRIPT = ROOT / "src" / "privacy_report.py"
+SETTINGS = {"unit": "example", "N": 2000, "q": 0.02, "sigma": 0.8, "clip": 1.5, "sampling": "poisson",
+            "steps_per_epoch": 50, "delta": 1e-5, "world_size": 2}  # fmt: skip
+PLAN = ("--plan", 42061, 128, 20, "--delta", 1e-5)
+
+
+def write_ledger(folder, attempts, **changed) -> Ledger:
+    """A ledger by the run's own writer. attempts: (first step, last step, settings that this attempt changes)."""
+    for number, (first, last, changes) in enumerate(attempts):
+        ledger = Ledger(str(folder), {**SETTINGS, **changed, **changes}, resume=number > 0, changed=tuple(changes))
+        for step in range(first, last + 1):
+            ledger.charge(step)
+        ledger.close()
+    return ledger
+
+
+def write_report(folder, ledger: Ledger, **changed) -> None:
+    """privacy.json with the keys that the specification names."""
+    last = ledger.state.records[-1]
+    prv, rdp = epsilons(ledger.state, last["delta"])
+    report = {key: last[key] for key in ("unit", "N", "q", "sigma", "clip", "sampling", "delta")}
+    report |= {"relation": "add or remove one example", "steps_charged": ledger.state.charged, "epsilon_prv": prv,
+               "epsilon_rdp": rdp, "noise_source": "os", "disclosed": ["validation loss of every epoch"]}  # fmt: skip
+    (folder / "privacy.json").write_text(json.dumps(report | changed))
+
+
+def printed(output: str) -> dict[float, tuple[float, float]]:
+    """delta -> (PRV, RDP) of the report's table."""
+    rows = re.findall(r"^ *([\d.e-]+) +([\d.]+|inf) +([\d.]+|inf)  \S", output, re.MULTILINE)
+    return {float(delta): (float(prv), float(rdp)) for delta, prv, rdp in rows}
+
+
+def contents(folder) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_epsilon_of_raw_records_by_dp_accounting(tmp_path):
+    """Two attempts, the second with other noise; steps 31 to 40 were redone and are charged twice."""
+    dp_accounting = pytest.importorskip("dp_accounting")
+    pld = pytest.importorskip("dp_accounting.pld.privacy_loss_distribution")
+    write_ledger(tmp_path, [(1, 40, {}), (31, 70, {"sigma": 1.0})])
+    process = run_script(SCRIPT, tmp_path, "--delta", 1e-6)
+    assert process.returncode == 0, process.stderr
+    records = [json.loads(line) for line in (tmp_path / FILE_NAME).read_text().splitlines()]
+    assert len(records) == 80
+    counts = {}
+    for record in records:
+        counts[record["sigma"], record["q"]] = counts.get((record["sigma"], record["q"]), 0) + 1
+    total, rdp = None, dp_accounting.rdp.RdpAccountant(accounting.ORDERS)
+    for (sigma, q), steps in counts.items():
+        part = pld.from_gaussian_mechanism(sigma, sampling_prob=q).self_compose(steps)
+        total = part if total is None else total.compose(part)
+        rdp.compose(dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(sigma)), steps)
+    table = printed(process.stdout)
+    assert set(table) == {1e-5, 5e-5, 1e-6}  # the run's, 1/(10 N), --delta
+    for delta, (by_prv, by_rdp) in table.items():
+        truth = total.get_epsilon_for_delta(delta)
+        assert 0.999 * truth < by_prv < truth + 0.012
+        assert by_rdp == pytest.approx(rdp.get_epsilon(delta), rel=0.01)
+    for words in ("80 in 2 attempts", "furthest is step 70", "sigma 0.8", "sigma 1,", "one example", "add or remove one example",
+                  "C 1.5", "N 2000", "40 steps of sampling poisson", "privacy.json  not there"):  # fmt: skip
+        assert words in process.stdout, process.stdout
+
+
+def test_each_way_to_name_a_run(tmp_path):
+    ledger = write_ledger(tmp_path, [(1, 30, {})])
+    write_report(tmp_path, ledger)
+    before = contents(tmp_path)
+    outputs = set()
+    for path in (tmp_path, tmp_path / FILE_NAME, tmp_path / "privacy.json"):
+        process = run_script(SCRIPT, path)
+        assert process.returncode == 0, process.stdout + process.stderr
+        outputs.add(process.stdout)
+    assert len(outputs) == 1
+    (output,) = outputs
+    for words in ("noise source  os", "disclosed     validation loss of every epoch", "privacy.json  agrees with the ledger"):
+        assert words in output
+    assert contents(tmp_path) == before
+    # From the folder itself, and after the ledger was copied away from its run.
+    assert run_script(SCRIPT, "privacy.json", cwd=tmp_path).returncode == 0
+    (tmp_path / "elsewhere").mkdir()
+    copy = tmp_path / "elsewhere" / "ledger_of_monday"
+    copy.write_bytes(before[FILE_NAME])
+    assert printed(run_script(SCRIPT, copy).stdout) == printed(output)
+
+
+@pytest.mark.parametrize("changed", [{"epsilon_prv": 0.1}, {"steps_charged": 29}, {"sigma": 0.9}, {"N": 4000}, {"unit": "author"},
+                                     {"epsilon_rdp": "inf"}, {"epsilon_prv": None}, {"attempts": 2}, {"clip": True}])  # fmt: skip
+def test_a_report_that_says_something_else(tmp_path, changed):
+    write_report(tmp_path, write_ledger(tmp_path, [(1, 30, {})]), **changed)
+    process = run_script(SCRIPT, tmp_path)
+    assert process.returncode == 1
+    assert "does NOT agree" in process.stdout and f"DISAGREES     {next(iter(changed))}:" in process.stdout
+
+
+def test_shuffled_and_mixed_ledgers(tmp_path):
+    """55 steps of 50 an epoch begin a second epoch; a resumed attempt in it shuffles afresh, which is a third use."""
+    write_ledger(tmp_path, [(1, 55, {}), (54, 60, {})], sampling="shuffle", sigma=2.0)
+    process = run_script(SCRIPT, tmp_path)
+    prv, rdp = printed(process.stdout)[1e-5]
+    assert prv == pytest.approx(accounting.epsilon_gaussian(math.sqrt(3) / 2, 1e-5), abs=1e-4)
+    assert rdp > prv and "at most 3 times" in process.stdout and "zero-out" in process.stdout
+    # Then Poisson on top: the two compose.
+    write_more = Ledger(str(tmp_path), {**SETTINGS, "sigma": 2.0}, resume=True, changed=("sampling",))
+    for step in range(61, 101):
+        write_more.charge(step)
+    write_more.close()
+    mixed = printed(run_script(SCRIPT, tmp_path).stdout)[1e-5][0]
+    assert mixed == pytest.approx(accounting.epsilon_prv([Phase(2.0, 1.0, 3), Phase(2.0, 0.02, 40)], 1e-5), abs=1e-4)
+    assert mixed > prv
+
+
+def test_no_noise_no_steps_and_a_torn_line(tmp_path):
+    write_ledger(tmp_path, [(1, 3, {})], sigma=0.0)
+    assert printed(run_script(SCRIPT, tmp_path).stdout)[1e-5] == (math.inf, math.inf)
+    path = tmp_path / FILE_NAME
+    path.unlink()
+    write_ledger(tmp_path, [(1, 30, {})])
+    whole = printed(run_script(SCRIPT, tmp_path).stdout)
+    path.write_bytes(path.read_bytes()[:-40])
+    process = run_script(SCRIPT, tmp_path)
+    assert "steps charged 30 in 1 attempt, one of them a last line cut short" in process.stdout
+    assert printed(process.stdout) == whole
+    path.write_bytes(b"")
+    assert "nothing was drawn" in run_script(SCRIPT, tmp_path).stdout
+    path.write_bytes(b'{"step": 1')
+    assert_user_error(run_script(SCRIPT, tmp_path), "cut short", "charged")
+
+
+def test_damage_is_refused(tmp_path):
+    write_ledger(tmp_path, [(1, 30, {})])
+    path = tmp_path / FILE_NAME
+    lines = path.read_text().splitlines(keepends=True)
+    damages = {
+        "a changed sigma": [*lines[:9], lines[9].replace('"sigma": 0.8', '"sigma": 1.8'), *lines[10:]],
+        "a lost line": lines[:9] + lines[10:],
+        "a doubled line": [*lines[:10], *lines[9:]],
+        "swapped lines": [*lines[:9], lines[10], lines[9], *lines[11:]],
+        "a cut line inside": [*lines[:9], lines[9][:50] + "\n", *lines[10:]],
+        "an empty line": [*lines[:9], "\n", *lines[9:]],
+    }
+    for name, damaged in damages.items():
+        path.write_text("".join(damaged))
+        process = run_script(SCRIPT, tmp_path)
+        assert process.stdout == "", name
+        assert_user_error(process, f"{FILE_NAME}:1", "damaged")
+    path.write_text("".join(lines))
+    (tmp_path / "privacy.json").write_text("{")
+    assert_user_error(run_script(SCRIPT, tmp_path), "privacy.json", "not JSON")
+    (tmp_path / "privacy.json").write_text("[3]")
+    assert_user_error(run_script(SCRIPT, tmp_path), "privacy.json", "object")
+
+
+# --- plans ---
+
+
+def test_plan_with_sigma(tmp_path):
+    plot = tmp_path / "plan.png"
+    process = run_script(SCRIPT, *PLAN, "--sigma", 0.6, "--plot", plot)
+    assert process.returncode == 0, process.stderr
+    table = printed(process.stdout)
+    assert table[1e-5] == (pytest.approx(5.4253, abs=1e-4), pytest.approx(6.3534, abs=1e-4))
+    assert "= 6572 steps" in process.stdout and "epsilon 58.7774 at delta 1e-05" in process.stdout
+    # The last row of the table over steps is the run itself; the middle one of the table over sigma too.
+    run = r"5\.4253 +6\.3534 +6\.0246 +58\.7774"
+    assert re.search(rf"^ +6572 +20\.00 +{run}$", process.stdout, re.MULTILINE)
+    assert re.search(rf"^ +0\.6 +{run}$", process.stdout, re.MULTILINE)
+    # Needed noise: what calibration says, for both samplers.
+    for target in (1, 2, 3, 8):
+        row = re.search(rf"^ +{target} +([\d.]+) +([\d.]+)$", process.stdout, re.MULTILINE)
+        poisson, shuffled = map(float, row.groups())
+        assert accounting.epsilon_prv([Phase(poisson, 128 / 42061, 6572)], 1e-5) == pytest.approx(target, rel=0.006)
+        assert accounting.epsilon_shuffle(shuffled, 20, 1e-5) == pytest.approx(target, rel=0.006)
+    image = plot.read_bytes()
+    assert image.startswith(b"\x89PNG\r\n\x1a\n") and len(image) > 20_000
+
+
+def test_plan_with_epsilon():
+    process = run_script(SCRIPT, *PLAN, "--epsilon", 8)
+    sigma = float(re.search(r"^sigma +([\d.]+), the smallest", process.stdout, re.MULTILINE).group(1))
+    assert 0.995 * 8 <= printed(process.stdout)[1e-5][0] <= 8
+    assert sigma == pytest.approx(accounting.calibrate_sigma(8, 1e-5, 128 / 42061, 6572), rel=1e-5)
+    assert list(printed(process.stdout))[1] == pytest.approx(1 / 420610, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((), "--plan"),
+        (("{tmp}/nothing",), "cannot be read"),
+        (("{tmp}",), FILE_NAME),
+        (("{tmp}/privacy.json",), "no such file"),
+        (("{tmp}/lonely/privacy.json",), "without the ledger"),
+        (("{tmp}/binary",), "damaged"),
+        (("{tmp}/binary", "--delta", "0"), "--delta"),
+        (("{tmp}/binary", "--delta", "nan"), "--delta"),
+        (("{tmp}/binary", "--delta", "x"), "--delta"),
+        (("{tmp}/binary", "--sigma", "1"), "--sigma"),
+        (("{tmp}/binary", *PLAN), "or --plan"),
+        ((*PLAN,), "exactly one of --sigma"),
+        ((*PLAN, "--sigma", "1", "--epsilon", "8"), "exactly one of --sigma"),
+        ((*PLAN, "--sigma", "0"), "--sigma 0"),
+        ((*PLAN, "--sigma", "-1"), "--sigma -1"),
+        ((*PLAN, "--sigma", "nan"), "--sigma nan"),
+        ((*PLAN, "--epsilon", "0"), "--epsilon 0"),
+        ((*PLAN, "--epsilon", "inf"), "--epsilon inf"),
+        ((*PLAN, "--epsilon", "1e9"), "next to no privacy"),
+        ((*PLAN, "--sigma", "1", "--plot", "{tmp}/no/such/plan.png"), "--plot"),
+        (("--plan", 100, 10, 3, "--sigma", "1"), "--delta"),
+        (("--plan", 100, 10, 3, "--sigma", "1", "--delta", "1e-5", "1e-6"), "exactly one"),
+        (("--plan", 100, 200, 3, "--sigma", "1", "--delta", "1e-5"), "larger than the data"),
+        (("--plan", 100, 10.5, 3, "--sigma", "1", "--delta", "1e-5"), "whole numbers"),
+        (("--plan", 100, 0, 3, "--sigma", "1", "--delta", "1e-5"), "above 0"),
+        (("--plan", "nan", 10, 3, "--sigma", "1", "--delta", "1e-5"), "above 0"),
+        (("--plan", 100, 10, 0.001, "--sigma", "1", "--delta", "1e-5"), "no step"),
+        (("--plan", 100, 10, "--sigma", "1", "--delta", "1e-5"), "--plan"),
+        (("--plam", 100, 10, 1), "--plam"),
+    ],
+)
+def test_bad_input(tmp_path, arguments, words):
+    (tmp_path / "binary").write_bytes(bytes(range(256)) + b"\n\xff\n")
+    (tmp_path / "lonely").mkdir()
+    (tmp_path / "lonely" / "privacy.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    process = run_script(SCRIPT, *(str(argument).replace("{tmp}", str(tmp_path)) for argument in arguments))
+    assert_user_error(process, words)
+    assert process.stdout == "" and sorted(tmp_path.rglob("*")) == before
