@@ -1,10 +1,11 @@
-"""Time a context of beam search: this project's, Hugging Face transformers' at its best batch size, and the arithmetic floor.
+"""Time beam search: this project's, Hugging Face transformers' at its best batch size, and the arithmetic floor.
 
     python scripts/benchmark_beam.py --data data/e2e/test.jsonl --init_checkpoint ../shared/reference/beam
 
-Everything runs in one process, one after the other, on the same contexts, taken evenly from the different ones of --data.
-The floor is the time of the products alone, at the speed that this machine reaches on the largest of them (the vocabulary's),
-for the hypotheses that the search ran; and the vocabulary's logits read once at the speed of a maximum over them.
+Everything runs in one process, one after the other, on the same contexts, taken evenly from the different ones of
+--data. The floor is the time of the products alone, for the hypotheses that the search ran, at the speed that this
+machine reaches on the largest of them (the vocabulary's), and of reading the logits once, at the speed of a maximum.
+transformers runs without its n-gram ban, a Python loop that would slow it down.
 Needs transformers (requirements-dev.txt).
 """
 
@@ -73,9 +74,9 @@ def floor_seconds(decoder: CountingDecoder, config: GPT2Config) -> float:
     per_logit = best_of(10, lambda: [logits.amax(-1) for _ in range(blocks)]) / (blocks * logits.numel())
     head = 2 * config.n_embd * config.vocab_size
     body = 2 * config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.inner)
-    print(f"floor: {decoder.rows} hypotheses through the head, {head * decoder.rows / 1e9:.0f} GFLOP; {decoder.tokens} tokens "
-          f"through the layers, {body * decoder.tokens / 1e9:.0f} GFLOP; {1e-9 / per_product:.0f} GFLOP/s, "
-          f"{1e-9 / per_logit:.1f} G logits/s")
+    print(f"floor: {decoder.rows} hypotheses through the head, {head * decoder.rows / 1e9:.0f} GFLOP; "
+          f"{decoder.tokens} tokens through the layers, {body * decoder.tokens / 1e9:.0f} GFLOP; "
+          f"{1e-9 / per_product:.0f} GFLOP/s, {1e-9 / per_logit:.1f} G logits/s")
     return (head * decoder.rows + body * decoder.tokens) * per_product + decoder.rows * config.vocab_size * per_logit
 
 
@@ -95,9 +96,10 @@ def transformers_seconds(folder: str, contexts: list[list[int]], batch: int) -> 
             longest = max(map(len, part))
             ids = torch.tensor([[ends[-1]] * (longest - len(context)) + context for context in part])
             mask = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in part])
-            out = model.generate(ids, attention_mask=mask, num_beams=SETTINGS.beam, do_sample=False, early_stopping=False,
-                                 max_new_tokens=SETTINGS.eval_len, length_penalty=SETTINGS.length_penalty,
-                                 no_repeat_ngram_size=0, eos_token_id=ends, pad_token_id=ends[-1])
+            out = model.generate(ids, attention_mask=mask, num_beams=SETTINGS.beam, do_sample=False,
+                                 early_stopping=False, max_new_tokens=SETTINGS.eval_len,
+                                 length_penalty=SETTINGS.length_penalty, no_repeat_ngram_size=0,
+                                 eos_token_id=ends, pad_token_id=ends[-1])
             found.extend(row[longest:].tolist() for row in out)
 
     with torch.inference_mode():
@@ -110,7 +112,8 @@ def main() -> None:
     parser.add_argument("--init_checkpoint", required=True, help="a folder in Hugging Face's layout")
     parser.add_argument("--contexts", type=int, default=60)
     parser.add_argument("--slots", type=int, default=32, help="contexts in work at once")
-    parser.add_argument("--batch_sizes", type=int, nargs="*", default=[4, 10, 20, 30], help="for transformers; none skips it")
+    parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1, 4, 10, 20, 30],
+                        help="for transformers; none skips it")
     args = parser.parse_args()
     contexts = different_contexts(args.data, args.contexts)
 
@@ -126,7 +129,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     counting = CountingDecoder(loaded.model, args.slots, SETTINGS.beam)
     search(counting, SETTINGS)
-    print(f"{len(contexts)} contexts, beam {SETTINGS.beam}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    print(f"{len(contexts)} contexts, beam {SETTINGS.beam}, {torch.get_num_threads()} threads, "
+          f"load {os.getloadavg()[0]:.1f}")
     floor = floor_seconds(counting, config) / len(contexts)
     print(f"floor          {floor:.4f} s a context")
     print(f"this project   {ours:.4f} s a context, {ours / floor:.1f} times the floor, peak memory {peak:.0f} MiB")

@@ -131,7 +131,7 @@ class Beams:
         return Edits(penalised, banned, settings.repetition_penalty)
 
     def extend(self, slots: np.ndarray, total: np.ndarray, parent: np.ndarray, token: np.ndarray) -> np.ndarray:
-        """Take each context's best pairs, best first, (A, K) each, as its new beams. Returns the slots that are done."""
+        """Take each context's best pairs, best first, (A, K) each, as its new beams; the slots that are done."""
         settings, length = self.settings, self.length[slots]
         self.history[slots] = self.history[slots[:, None], parent]
         self.history[slots, :, length] = token

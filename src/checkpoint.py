@@ -78,7 +78,7 @@ def read_file(path: str, flag: str = "--init_checkpoint") -> dict:
 
 
 def canonical_weights(content: dict, path: str, flag: str) -> dict[str, Tensor]:
-    """A file's weights under this project's names; constant buffers and a head that equals the token embedding dropped."""
+    """A file's weights under this project's names, without constant buffers and the copy of the tied embedding."""
     raw = content.get("model_state_dict", content)
     if not isinstance(raw, dict) or not all(isinstance(name, str) for name in raw):
         fail(f"{flag} {path}: its entry 'model_state_dict' is no dict of named tensors")
@@ -92,7 +92,8 @@ def canonical_weights(content: dict, path: str, flag: str) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             fail(f"{flag} {path}: {name} is a {type(value).__name__}, wanted a tensor")
         if value.device.type != "cpu" or value.layout != torch.strided or not value.is_floating_point():
-            fail(f"{flag} {path}: {name} is {value.dtype}, {value.layout}, {value.device}, wanted a dense floating-point tensor")
+            fail(f"{flag} {path}: {name} is {value.dtype}, {value.layout}, {value.device}, "
+                 "wanted a dense floating-point tensor")
         if name in HEAD_NAMES:
             head = value
         elif PREFIX + bare in weights:
@@ -120,7 +121,8 @@ def load_strictly(model: GPT2LMModel, weights: dict[str, Tensor], path: str, fla
     for names, what in ((shaped, "has another shape"), (missing, "lacks"), (unknown, "holds unknown")):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            fail(f"{flag} {path}: {what}: {', '.join(names[:3])}{more}; does --model_card or --lora_dim match the file?")
+            fail(f"{flag} {path}: {what}: {', '.join(names[:3])}{more}; "
+                 "does --model_card or --lora_dim match the file?")
     with torch.no_grad():
         for name, value in weights.items():
             wanted[name].copy_(value)
@@ -128,15 +130,16 @@ def load_strictly(model: GPT2LMModel, weights: dict[str, Tensor], path: str, fla
 
 def read_config(path: str, flag: str = "--model_card") -> GPT2Config:
     """The GPT-2 shape in Hugging Face's config.json: `path` is that file, its folder, or a weight file beside it."""
+    wanted = f"wanted one of {', '.join(MODEL_CARDS)} or a folder with config.json"
     if not os.path.exists(path):
-        fail(f"{flag} {path}: no such file or folder; wanted one of {', '.join(MODEL_CARDS)} or a folder with config.json")
+        fail(f"{flag} {path}: no such file or folder; {wanted}")
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     file = path if path.endswith(".json") else os.path.join(folder, "config.json")
     try:
         with open(file, encoding="utf-8") as handle:
             content = json.load(handle)
     except OSError as error:
-        fail(f"{flag} {path}: {file}: {error.strerror}; wanted one of {', '.join(MODEL_CARDS)} or a folder with config.json")
+        fail(f"{flag} {path}: {file}: {error.strerror}; {wanted}")
     except (ValueError, RecursionError) as error:
         fail(f"{flag} {file}: not JSON ({error})")
     if not isinstance(content, dict):
@@ -151,7 +154,7 @@ def read_config(path: str, flag: str = "--model_card") -> GPT2Config:
 
 
 def checked_config(values: dict, where: str) -> GPT2Config:
-    """GPT2Config(**values); UserError, beginning with `where`, for what is missing, unknown or not a positive number."""
+    """GPT2Config(**values); a UserError that begins with `where` names what is missing or not a positive number."""
     for field in dataclasses.fields(GPT2Config):
         if field.name not in values:
             if field.default is dataclasses.MISSING:
@@ -201,16 +204,16 @@ class Loaded:
 
 
 def load_model(init_checkpoint: str | None, model_card: str | None = None, lora_config: LoRAConfig | None = None,
-               base_checkpoint: str | None = None) -> Loaded:
+               base_checkpoint: str | None = None, flag: str = "--init_checkpoint") -> Loaded:
     """Build a GPT-2 on the CPU in float32 and give every weight its value.
 
     init_checkpoint  file or folder (find_checkpoint); None draws GPT-2's initialisation from torch's generator
     model_card       None takes the shape from the checkpoint; given, it must agree with it
     lora_config      None takes the adapter from the checkpoint; given, it must agree with it where the file has one
     base_checkpoint  where the frozen weights of an adapter-only file lie, if not where the file says
+    flag             what gave init_checkpoint, for messages
     Raises UserError for whatever does not fit.
     """
-    flag = "--init_checkpoint"
     config = resolve_card(model_card) if model_card else None
     if init_checkpoint is None:
         if config is None:
@@ -231,10 +234,10 @@ def load_model(init_checkpoint: str | None, model_card: str | None = None, lora_
             if lora_config is not None and lora_config.dim != stored_lora.dim:
                 fail(f"--lora_dim {lora_config.dim}: {path} holds adapters of rank {stored_lora.dim}; "
                      f"give --lora_dim {stored_lora.dim}")
-            if lora_config is not None and (lora_config.alpha, lora_config.enable) != (stored_lora.alpha, stored_lora.enable):
-                fail(f"--lora_alpha {lora_config.alpha:g} with slots {list(lora_config.enable)}: {path} was trained with "
-                     f"{stored_lora.alpha:g} and {list(stored_lora.enable)}")
             lora_config = lora_config or stored_lora
+            if (lora_config.alpha, lora_config.enable) != (stored_lora.alpha, stored_lora.enable):
+                fail(f"--lora_alpha {lora_config.alpha:g} with slots {list(lora_config.enable)}: {path} was "
+                     f"trained with {stored_lora.alpha:g} and {list(stored_lora.enable)}")
     elif config is None:
         config = read_config(path, "--model_card not given, and beside " + flag)
     lora_config = lora_config or LoRAConfig()
@@ -314,8 +317,9 @@ def optimizer_path(work_dir: str, step: int) -> str:
 
 
 def save_checkpoint(work_dir: str, step: int, model: GPT2LMModel, base: dict | None, optimizer: dict) -> None:
-    """Write the pair of step `step`. model.{step}.pt is renamed into place last, so it never stands without its partner;
-    the partner of an older step goes only after that. Adapters are saved alone when `base` names their frozen weights."""
+    """Write the pair of step `step`. model.{step}.pt is renamed into place last, so it never stands without its
+    partner; the partner of an older step goes only after that. Adapters are saved alone when `base` names their frozen
+    weights. Raises OSError naming the file when the disk is full."""
     lora_only = model.lora_config.dim > 0 and base is not None
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad or not lora_only}
     if lora_only:
@@ -342,12 +346,12 @@ def write(path: str, content: dict) -> None:
     try:
         with atomic_write(path, "wb") as handle:
             torch.save(content, handle)
-    except RuntimeError as error:
-        # When the disk is full, torch's writer puts an error of its own over the operating system's.
-        cause = error.__context__
+    except (OSError, RuntimeError) as error:
+        # When the disk is full, torch's writer puts an error of its own over the system's, which names no file.
+        cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise OSError(cause.errno, cause.strerror, path) from cause
+        raise OSError(cause.errno, cause.strerror, path) from error
 
 
 def latest_resumable(work_dir: str) -> int | None:

@@ -47,6 +47,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our standard output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
+    except KeyboardInterrupt:
+        status = 130
     except OSError as error:
         # A full disk, a missing permission, a folder where a file was wanted: the operating system's own words name it.
         if error.filename is None and error.errno is None:
@@ -54,6 +56,14 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error: {error.filename or 'input/output'}: {error.strerror}", file=sys.stderr, flush=True)
         status = 2
     sys.exit(status)
+
+
+def open_text(path: str, flag: str = "") -> IO[str]:
+    """Open `path` for reading as UTF-8, or raise UserError. `flag` names the flag that gave the path."""
+    try:
+        return open(path, encoding="utf-8", newline="\n")
+    except OSError as error:
+        fail(f"{flag} {path}: cannot be read ({error.strerror.lower()})".strip())
 
 
 def read_lines(path: str, flag: str = "") -> Iterator[tuple[int, str]]:
@@ -70,7 +80,7 @@ def read_lines(path: str, flag: str = "") -> Iterator[tuple[int, str]]:
                 except UnicodeDecodeError as error:
                     fail(f"{path}:{number}: not UTF-8 (byte 0x{line[error.start]:02x}); save the file as UTF-8")
     except OSError as error:
-        fail(f"{flag} {path}: cannot be read ({error.strerror})".strip())
+        fail(f"{flag} {path}: cannot be read ({error.strerror.lower()})".strip())
 
 
 @contextlib.contextmanager
@@ -88,9 +98,11 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
             os.fsync(handle.fileno())
         os.replace(aside, path)
         sync_folder(os.path.dirname(path))
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(aside)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = path  # a full disk shows at a write, which does not know its file's name
         raise
 
 

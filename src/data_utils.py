@@ -41,35 +41,40 @@ class Examples:
     def lengths(self) -> np.ndarray:
         return np.diff(self.starts)
 
-    def micro_batches(self, units: Tensor, token_budget: int) -> Iterator[MicroBatch]:
+    def micro_batches(self, units: Tensor, token_budget: int, step: int = 0) -> Iterator[MicroBatch]:
         """Cut `units` (int64) into micro-batches of at most `token_budget` padded tokens, or of one example.
 
-        Sorted by length, so that little is padded. Which units share a micro-batch changes nothing but rounding.
+        Sorted by length, so that little is padded. Which units share a micro-batch changes nothing but rounding, and an
+        example is the same in every step.
         """
         chosen = units.numpy()
         if not len(chosen):
             return
-        chosen = chosen[np.argsort(self.lengths[chosen], kind="stable")]
-        for group in groups_within(self.lengths[chosen], token_budget):
-            yield self.collate(chosen[group])
+        lengths = self.lengths
+        chosen = chosen[np.argsort(lengths[chosen], kind="stable")]
+        for group in groups_within(lengths[chosen], token_budget):
+            rows = chosen[group]
+            yield collate(self.tokens, self.starts[rows], lengths[rows], self.first_scored[rows])
 
-    def collate(self, units: np.ndarray) -> MicroBatch:
-        # The last token of an example is a target only: no state is computed for it.
-        inputs = self.lengths[units] - 1
-        T = max(1, int(inputs.max()))
-        columns = np.arange(T)
-        real = columns < inputs[:, None]
-        source = self.starts[units][:, None] + columns
-        ids = np.where(real, self.tokens[np.where(real, source, 0)], 0)
-        scored = real & (columns >= self.first_scored[units][:, None] - 1)  # a state predicts the token after it
-        positions = np.flatnonzero(scored)
-        counts = scored.sum(1)
-        return MicroBatch(
-            ids=torch.from_numpy(ids.astype(np.int64)),
-            positions=torch.from_numpy(positions),
-            targets=torch.from_numpy(self.tokens[source[scored] + 1].astype(np.int64)),
-            weights=torch.from_numpy(np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)),
-            counts=counts.tolist(), rows_per_unit=1, tokens=int(self.lengths[units].sum()))
+
+def collate(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, first_scored: np.ndarray,
+            rows_per_unit: int = 1) -> MicroBatch:
+    """A micro-batch of texts: tokens[starts[m] : starts[m] + lengths[m]] is row m, scored from its token first_scored[m] on;
+    rows_per_unit consecutive ones belong to a unit."""
+    inputs = lengths - 1  # the last token of a text is a target only: no state is computed for it
+    T = max(1, int(inputs.max()))
+    columns = np.arange(T)
+    real = columns < inputs[:, None]
+    source = starts[:, None] + columns
+    ids = np.where(real, tokens[np.where(real, source, 0)], 0)
+    scored = real & (columns >= first_scored[:, None] - 1)  # a state predicts the token after it
+    counts = scored.sum(1)
+    return MicroBatch(
+        ids=torch.from_numpy(ids.astype(np.int64)),
+        positions=torch.from_numpy(np.flatnonzero(scored)),
+        targets=torch.from_numpy(tokens[source[scored] + 1].astype(np.int64)),
+        weights=torch.from_numpy(np.repeat(1 / (np.maximum(counts, 1) * rows_per_unit), counts).astype(np.float32)),
+        counts=counts.reshape(-1, rows_per_unit).sum(1).tolist(), rows_per_unit=rows_per_unit, tokens=int(lengths.sum()))
 
 
 def groups_within(lengths: np.ndarray, token_budget: int) -> Iterator[slice]:

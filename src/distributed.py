@@ -5,10 +5,13 @@ Open MPI's variables under `--platform k8s`); started as plain `python` it is al
 GPUs talk over NCCL, CPUs over gloo.
 """
 
+import contextlib
+import atexit
 import datetime
 import os
 import socket
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +40,8 @@ class World:
     def all_reduce(self, buffer: Tensor) -> Tensor:
         """Sum `buffer` over the ranks, in place; every rank holds the same bits afterwards."""
         if self.size > 1:
-            dist.all_reduce(buffer)
+            with self.answered():
+                dist.all_reduce(buffer)
         return buffer
 
     def broadcast(self, tensor: Tensor) -> Tensor:
@@ -45,7 +49,8 @@ class World:
         if self.size == 1:
             return tensor
         moved = tensor.to(self.device)
-        dist.broadcast(moved, src=0)
+        with self.answered():
+            dist.broadcast(moved, src=0)
         return moved.to(tensor.device)
 
     def gather(self, value: object) -> list:
@@ -53,15 +58,25 @@ class World:
         if self.size == 1:
             return [value]
         values: list = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self.answered():
+            dist.all_gather_object(values, value)
         return values
+
+    @contextlib.contextmanager
+    def answered(self) -> Iterator[None]:
+        """Around a collective: a rank that died, or that did not come in time, is one line and not a traceback."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise UserError(f"rank {self.rank}: the job ends, another rank died or did not answer in time "
+                            f"({str(error).splitlines()[0][:200]}); the cause is in that rank's output")
 
     def barrier(self) -> None:
         """Wait until every rank is here: reading the sum makes the process wait, not the GPU's stream alone."""
         self.all_reduce(torch.zeros(1, device=self.device)).item()
 
     def agree(self, error: Exception | None) -> None:
-        """Raise on every rank where any rank has an error, so that none waits for another. Rank 0's message names the rank."""
+        """Raise on every rank where any has an error, so that none waits for another; rank 0's message names it."""
         messages = self.gather(None if error is None else str(error))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         if not failed:
@@ -98,8 +113,9 @@ def environment_world(platform: str, local_rank_flag: int | None) -> tuple[int, 
     rank, size = integer("RANK"), integer("WORLD_SIZE")
     if not 0 <= rank < size:
         fail(f"environment: RANK={rank} with WORLD_SIZE={size}: expected 0 <= RANK < WORLD_SIZE; {UNSET}")
-    local = integer("LOCAL_RANK") if "LOCAL_RANK" in os.environ else local_rank_flag if local_rank_flag is not None else rank
-    return rank, size, local
+    if "LOCAL_RANK" in os.environ:
+        return rank, size, integer("LOCAL_RANK")
+    return rank, size, rank if local_rank_flag is None else local_rank_flag
 
 
 def integer(name: str) -> int:
@@ -124,7 +140,7 @@ def meeting_point(rank: int, agent_store: bool) -> tuple[str, int]:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("", port))  # on every interface, as the store will: the address may be a service's, not ours
+                probe.bind(("", port))  # every interface, as the store does: the address may be a service's, not ours
             except OSError as error:
                 fail(f"{where}: {error.strerror}; choose another --master_port, or end the run that holds it")
     return address, port
@@ -186,6 +202,8 @@ def start(platform: str = "local", local_rank_flag: int | None = None, timeout_s
                                 store=dist.PrefixStore(f"attempt{attempt}", store),
                                 timeout=datetime.timedelta(seconds=timeout_seconds))
     except (RuntimeError, ValueError) as error:
-        fail(f"environment: the {size} processes met at MASTER_ADDR={address} MASTER_PORT={port} but cannot talk to each "
-             f"other ({str(error).splitlines()[0][:160]})")
-    return World(rank, size, local_rank, device)
+        fail(f"environment: the {size} processes met at MASTER_ADDR={address} MASTER_PORT={port} but cannot talk to "
+             f"each other ({str(error).splitlines()[0][:160]})")
+    world = World(rank, size, local_rank, device)
+    atexit.register(world.close)  # a group left open can abort the process as it ends, and hide its exit status
+    return world

@@ -7,9 +7,10 @@ One process:      python src/gpt2_beam.py --data data/e2e/test.jsonl --eval_len 
                       --eos_token_id 628 --init_checkpoint trained_models/e2e --work_dir trained_models/e2e
 Many (CPU, GPU):  python -m torch.distributed.run --nproc_per_node=2 src/gpt2_beam.py ... the same flags
 
-Input:  a line {"context": [ids], ...}; other keys are ignored. Output, WORK_DIR/OUTPUT_FILE, a line for each input line:
-{"id": line number from 0, "predict": [generated ids, through the EOS if any]}. It appears whole or not at all; a search
-that was killed leaves OUTPUT_FILE.journal.RANK behind, from which --resume continues.
+Input:   a line {"context": [ids], ...}; other keys are ignored.
+Output:  WORK_DIR/OUTPUT_FILE, for each input line {"id": line number from 0, "predict": [generated ids, through the
+EOS if any]}. It appears whole or not at all; a search that was killed leaves OUTPUT_FILE.journal.RANK behind, from
+which --resume continues.
 """
 
 import glob
@@ -92,7 +93,7 @@ def parse_flags() -> Flags:
         help="raise --batch_size as far as so many cached tokens allow, each context counted with its longest possible "
              "beams (default 24576; 0 keeps --batch_size). No batch size changes the result")
     add("--seq_len", type=int, default=512, help="tokens of context and generated text together")
-    add("--eval_len", type=int, default=256, help="tokens to generate at most; contexts are cut on the left to the rest")
+    add("--eval_len", type=int, default=256, help="tokens to generate at most; contexts keep the last seq_len - eval_len")
     add("--min_length", type=int, default=0, help="no EOS before so many tokens")
     add("--model_card", help="gpt2.sm, gpt2.md, gpt2.lg, gpt2.xl, or a folder or file with config.json; "
                              "default: the checkpoint's shape")
@@ -155,7 +156,7 @@ def read_contexts(flags: Flags, vocab_size: int) -> tuple[list[list[int]], list[
         try:
             context = json.loads(line)["context"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            fail(f'{where}: wanted a line {{"context": [ids], ...}}, got {line[:60]!r}; make the file with gpt2_encode.py')
+            fail(f'{where}: wanted {{"context": [ids], ...}}, got {line[:60]!r}; make the file with gpt2_encode.py')
         if not isinstance(context, list) or not all(type(token) is int for token in context):
             fail(f"{where}: context is not a list of token ids, got {line[:60]!r}; make the file with gpt2_encode.py")
         if not context:
@@ -180,7 +181,7 @@ def load(flags: Flags) -> Loaded:
     found = loaded.model.lora_config
     whole = loaded.base is not None and loaded.base["absolute"] == os.path.abspath(loaded.path)
     if flags.lora_dim and whole:
-        fail(f"--lora_dim {flags.lora_dim}: {loaded.path} holds no adapter; leave --lora_dim out to search with it as it is")
+        fail(f"--lora_dim {flags.lora_dim}: {loaded.path} holds no adapter; leave the flag out")
     if flags.lora_dim is not None and flags.lora_dim != found.dim:
         fail(f"--lora_dim {flags.lora_dim}: {loaded.path} has rank {found.dim}; leave the flag out")
     if flags.lora_alpha is not None and found.dim and flags.lora_alpha != found.alpha:

@@ -46,7 +46,7 @@ def parse(argv: list[str]) -> Namespace:
     add("--fp16", action="store_true", help="refused: use --bf16")
     add("--platform", default="local", help="local (the launcher's environment, or one process) or k8s (Open MPI's)")
     add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
-    add("--random_seed", type=int, default=10, help="seeds initialisation and dropout, never the noise")
+    add("--random_seed", type=int, default=10, help="seeds initialisation, and dropout where there is no noise")
     add("--lr", type=float, default=1e-5)
     add("--weight_decay", type=float, default=0.01)
     add("--correct_bias", action="store_true", help="Adam's bias corrections")

@@ -4,7 +4,8 @@ The hypotheses of one context are a tree: the context is the trunk, every genera
 stored once a node and never move when beams are reordered; what a hypothesis may see is one row of booleans, and a
 reordering copies those. Nodes that no hypothesis sees any more are swept out when room is needed.
 
-Shapes: S slots (contexts), K beams, L nodes a slot, R rows (live hypotheses), B new contexts, T tokens, D width, H heads.
+Shapes: S slots (contexts), K beams, L nodes a slot, R rows (live hypotheses), B new contexts, T tokens, D width,
+H heads.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,9 +44,10 @@ class TreeDecoder:
         model.requires_grad_(False)
         self.config, self.beam = model.config, beam
         body = model.transformer
-        self.token_embedding, self.position_embedding, self.ln_f = body.wte.weight, body.wpe.weight, body.ln_f
+        self.position_embedding, self.ln_f = body.wpe.weight, body.ln_f
         self.blocks = [PackedBlock(block) for block in body.h]
         self.vocabulary = Vocabulary(model.lm_head.weight)
+        self.token_embedding = self.vocabulary.groups.view(-1, self.config.n_embd)  # tied: the head's copy serves both
         self.device, dtype = self.token_embedding.device, self.token_embedding.dtype
         self.room = 0  # L
         self.kv = torch.empty(len(self.blocks), slots, 0, 2 * self.config.n_embd, dtype=dtype, device=self.device)
@@ -129,7 +131,7 @@ class TreeDecoder:
         needed[slots] += wanted
         room = int(needed.max()) + SPARE_STEPS * self.beam
         kept = int(self.used.max())
-        order = (~live).to(torch.int8).argsort(dim=1, stable=True)[:, :kept]  # (S, kept): live nodes first, in their order
+        order = (~live).to(torch.int8).argsort(dim=1, stable=True)[:, :kept]  # (S, kept): live nodes first
         kv = self.kv.new_zeros(len(self.kv), len(order), room, self.kv.shape[-1])
         for layer, old in enumerate(self.kv):
             kv[layer, :, :kept] = old[torch.arange(len(order), device=self.device)[:, None], order]

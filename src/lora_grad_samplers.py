@@ -24,7 +24,7 @@ Gradients = dict[nn.Parameter, Tensor]
 
 
 def register(*layers: type[nn.Module]) -> Callable:
-    """Register `sampler(layer, x, grad)` for `layers`: trainable parameters' gradients from input and output gradient."""
+    """Register `sampler(layer, x, grad)` for `layers`: x is the layer's input, grad the gradient at its output."""
     def decorate(sampler: Callable[[nn.Module, Tensor, Tensor], Gradients]) -> Callable:
         @register_grad_sampler(layers)
         def sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> Gradients:

@@ -42,6 +42,11 @@ class MicroBatch:
     def units(self) -> int:
         return len(self.counts)
 
+    @property
+    def texts(self) -> int:
+        """Rows in which something is scored."""
+        return len(torch.unique_consecutive(self.positions // self.ids.shape[1]))
+
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
             return self

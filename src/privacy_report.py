@@ -219,8 +219,8 @@ def plan(
     deltas = {delta: "--delta", strict: "1/(10 N)"}
     print(epsilon_table(phases, deltas))
     shuffled = accounting.epsilon_shuffle(sigma, uses, delta)
-    print(f"shuffled      the same noise, every unit {uses} times: epsilon {shuffled:.4f} at delta {delta:g}, not amplified "
-          f"(Poisson {bound.epsilon:.4f})")
+    print(f"shuffled      the same noise, every unit {uses} times: epsilon {shuffled:.4f} at delta {delta:g}, "
+          f"not amplified (Poisson {bound.epsilon:.4f})")
     header = f"{'PRV':>10} {'RDP':>10} {'PRV 1/(10N)':>12} {'shuffled':>10}"
     print(f"\n{'steps':>10} {'epochs':>8} {header}")
     for count, *values in by_steps:
@@ -232,7 +232,12 @@ def plan(
     for wanted, poisson, shuffled in needed:
         print(f"{wanted:10.4g} {sigma_text(poisson):>16} {sigma_text(shuffled):>16}")
     if plot:
-        draw(plot, by_steps, by_sigma, sigma, delta, strict, f"N = {N}, expected batch {batch}, {epochs:g} epochs")
+        # A shuffled run pays for an epoch when it begins.
+        begun = range(0, uses, max(1, uses // 200))
+        stairs = [(index * per_epoch, accounting.epsilon_shuffle(sigma, index + 1, delta)) for index in begun]
+        stairs.append((steps, shuffled))
+        title = f"N = {N}, expected batch {batch}, {epochs:g} epochs"
+        draw(plot, by_steps, by_sigma, stairs, sigma, delta, strict, title)
         print(f"\nplot          {plot}")
     return 0
 
@@ -253,8 +258,13 @@ def table_values(values: list[float]) -> str:
     return "{:10.4f} {:10.4f} {:12.4f} {:10.4f}".format(*values)
 
 
-def draw(path: str, by_steps: list, by_sigma: list, sigma: float, delta: float, strict: float, title: str) -> None:
-    """Write the PNG: epsilon against steps, and sigma against epsilon."""
+def draw(
+    path: str, by_steps: list, by_sigma: list, stairs: list, sigma: float, delta: float, strict: float, title: str
+) -> None:
+    """Write the PNG: epsilon against steps, and sigma against epsilon. The rows are those of the printed tables.
+
+    stairs: (step, epsilon from there on) of the shuffled run.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -265,8 +275,10 @@ def draw(path: str, by_steps: list, by_sigma: list, sigma: float, delta: float, 
              f"shuffled, delta {delta:g}"]
     styles = [("tab:blue", "-"), ("tab:orange", "--"), ("tab:green", "-."), ("tab:red", ":")]
     for column, (name, (colour, line)) in enumerate(zip(names, styles), start=1):
-        left.plot([row[0] for row in by_steps], [row[column] for row in by_steps], line, color=colour, label=name,
-                  drawstyle="steps-post" if column == 4 else "default")
+        if column < 4:
+            left.plot([row[0] for row in by_steps], [row[column] for row in by_steps], line, color=colour, label=name)
+        else:
+            left.plot(*zip(*stairs), line, color=colour, label=name, drawstyle="steps-post")
         right.plot([row[column] for row in by_sigma], [row[0] for row in by_sigma], line, color=colour, label=name)
     left.set(xlabel="steps", ylabel="epsilon", yscale="log", title=f"epsilon spent at sigma = {sigma:.4g}")
     right.set(xlabel="epsilon", ylabel="sigma", xscale="log", title="noise that the whole run needs")

@@ -77,18 +77,19 @@ class WorkDir:
 class Display:
     """Progress for people: a bar on a terminal, plain lines elsewhere. Silent on every rank but the first."""
 
-    def __init__(self, is_main: bool, total: int, done: int, unit: str = "step", quiet: bool = False):
-        self.is_main = is_main
-        on_terminal = is_main and sys.stderr.isatty() and not quiet
-        self.bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True) if on_terminal else None
+    def __init__(self, is_main: bool, total: int, done: int, bar: bool = True, progress: bool = True):
+        """bar: show one on a terminal. progress: say what is neither a warning nor a result, too."""
+        self.is_main, self.progress = is_main, progress
+        on_terminal = is_main and sys.stderr.isatty() and bar
+        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if on_terminal else None
 
     def advance(self) -> None:
         if self.bar is not None:
             self.bar.update()
 
-    def say(self, text: str) -> None:
-        """A line on standard output, above the bar where there is one."""
-        if self.is_main:
+    def say(self, text: str, important: bool = False) -> None:
+        """A line on standard output, above the bar where there is one. important: a warning or a result."""
+        if self.is_main and (self.progress or important):
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
@@ -108,17 +109,19 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self.loss, self.units, self.tokens, self.start = 0.0, 0.0, 0.0, time.monotonic()
+        self.loss, self.units, self.tokens, self.texts, self.start = 0.0, 0.0, 0.0, 0.0, time.monotonic()
 
-    def add(self, loss: float, units: float, tokens: float) -> None:
+    def add(self, loss: float, units: float, tokens: float, texts: float) -> None:
         self.loss += loss
         self.units += units
         self.tokens += tokens
+        self.texts += texts
 
     def read(self, unit: str) -> dict:
-        """Mean loss of a unit (None where none was drawn), units and real tokens a second; starts anew."""
+        """Mean loss of a unit (None where none was drawn), units, texts and real tokens a second; starts anew."""
         seconds = max(time.monotonic() - self.start, 1e-9)
         reading = {"loss": self.loss / self.units if self.units else None,
-                   f"{unit}s_per_s": self.units / seconds, "tokens_per_s": self.tokens / seconds}
+                   f"{unit}s_per_s": self.units / seconds, "texts_per_s": self.texts / seconds,
+                   "tokens_per_s": self.tokens / seconds}
         self.reset()
         return reading

@@ -18,7 +18,7 @@ from distributed import World
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, Ordinary
 from privacy.ledger import Ledger
-from privacy.plan import PlanSettings, PrivacyPlan, check_settings, choose_sigma
+from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
 from run_log import WorkDir
 
 SLOTS = ("query", "key", "value")
@@ -26,7 +26,22 @@ SLOTS = ("query", "key", "value")
 DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Settings that change how a run goes about its work, not what it computes: a resumed run may differ in them.
 FREE = ("resume", "resume_changed", "log_interval", "eval_interval", "save_interval", "valid_batch_size", "grad_engine",
-        "micro_batch_tokens", "collective_timeout", "local_rank", "work_dir", "platform")
+        "micro_batch_tokens", "collective_timeout", "local_rank", "work_dir", "platform",
+        # of fine-tune-dp.py; its data and vocabulary are compared by their digests, wherever the files lie
+        "resume_from_checkpoint", "logging_steps", "eval_strategy", "eval_steps", "save_steps", "log_level", "disable_tqdm",
+        "dry_run", "output_dir", "cache_dir", "train_file", "eval_file", "vocab", "without_effect")
+
+
+def boolean(text: str) -> bool:
+    """True for true, yes, 1 and the like, as Hugging Face's argument parser takes them."""
+    for value, words in ((True, ("true", "yes", "t", "y", "1")), (False, ("false", "no", "f", "n", "0"))):
+        if text.lower() in words:
+            return value
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+# add_argument(name, **SWITCH): a flag that takes "true" or "false" behind it, or nothing for true.
+SWITCH = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +59,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--noise_seed", type=int, help="the seed of --noise_source seeded")
     group.add_argument("--grad_engine", choices=("book_keeping", "opacus"), default="book_keeping",
                        help="how the clipped sum is computed; opacus = Opacus's hooks, for comparison")
-    group.add_argument("--bf16", action="store_true", help="matrix products in bfloat16; norms, sums and noise stay float32")
+    group.add_argument("--bf16", **SWITCH, help="matrix products in bfloat16; norms, sums and noise stay float32")
     group.add_argument("--micro_batch_tokens", type=int, help="padded tokens of a physical batch; changes nothing but "
                        f"speed and memory (default {DEFAULT_TOKENS['cpu']} on CPU, {DEFAULT_TOKENS['cuda']} on a GPU)")
     group.add_argument("--resume", action="store_true", help="continue the run in the work folder from its last checkpoint")
@@ -54,6 +69,16 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
                        help="parts of the fused projection that get an adapter (default query value)")
     group.add_argument("--collective_timeout", type=float, default=600, metavar="SECONDS",
                        help="how long ranks wait for one another before the job ends (default 600)")
+
+
+@dataclass(frozen=True)
+class FlagNames:
+    """What the calling script names the flags that this file has to complain about."""
+
+    batch: str = "--train_batch_size x --grad_acc x processes"
+    steps: str = "--max_step"
+    clip: str = "--max_grad_norm"
+    folder: str = "--work_dir"
 
 
 @dataclass(frozen=True)
@@ -80,6 +105,10 @@ class Request:
     log_interval: int
     eval_interval: int
     save_interval: int
+    last_step: int | None = None  # end there, of the `steps` that are planned
+    show_bar: bool = True
+    show_progress: bool = True
+    flags: FlagNames = FlagNames()
 
 
 def digest_file(path: str) -> str:
@@ -111,7 +140,7 @@ def plan_settings(request: Request, args: argparse.Namespace, world: World) -> P
         try:
             sigma.fill_(choose_sigma(request.target_epsilon, request.delta, request.N, request.batch, request.steps, sampling))
         except UserError as failure:
-            error = failure
+            error = UserError(f"--target_epsilon: {failure}")
     world.agree(error)
     return PlanSettings(
         unit=request.unit, N=request.N, batch=request.batch, steps=request.steps, clip=request.clip,
@@ -120,18 +149,34 @@ def plan_settings(request: Request, args: argparse.Namespace, world: World) -> P
 
 
 def check_request(request: Request) -> None:
-    check_settings(request.N, request.batch, request.steps, request.clip, request.sigma, request.delta, request.target_epsilon)
+    """Raise UserError for a value that no plan can have."""
+    flags, sigma, target_epsilon = request.flags, request.sigma, request.target_epsilon
+    if request.batch > request.N:
+        fail(f"{flags.batch} = {request.batch} is larger than the training data ({request.N} {request.unit}s): "
+             "lower one of them")
+    if request.steps < 1:
+        fail(f"{flags.steps} {request.steps}: expected at least one step")
+    if not 0 < request.clip < math.inf:
+        fail(f"{flags.clip} {request.clip:g}: expected a number above 0")
+    if sigma is not None and not 0 <= sigma < math.inf:
+        fail(f"--noise_multiplier {sigma:g}: expected a number >= 0")
+    if not 0 < request.delta < 1:
+        fail(f"--target_delta {request.delta:g}: expected a number between 0 and 1")
+    if target_epsilon is not None and not 0 < target_epsilon < math.inf:
+        fail(f"--target_epsilon {target_epsilon:g}: expected a number above 0")
 
 
-def open_folder(work: WorkDir, settings: PlanSettings, world: World, recorded: dict, args: argparse.Namespace) -> Ledger:
+def open_folder(work: WorkDir, settings: PlanSettings, world: World, recorded: dict, args: argparse.Namespace,
+                flag: str) -> Ledger:
     """On rank 0: the run's ledger, and args.json with everything that a resumed run must agree with."""
     entries = settings.ledger_entries(world.size)
     unknown = [name for name in args.resume_changed if name not in {*recorded, *entries}]
     if unknown:
         fail(f"--resume_changed {unknown[0]}: no setting has this name; wanted some of those that --resume says differ")
     if not args.resume and (found := checkpoint.numbered_checkpoints(work.path)):
-        fail(f"--work_dir {work.path}: holds {os.path.basename(found[-1][1])} of an earlier run; choose another folder")
-    ledger = Ledger(work.path, entries, args.resume, tuple(args.resume_changed))
+        fail(f"{flag} {work.path}: holds {os.path.basename(found[-1][1])} of an earlier run; continue it "
+             "with --resume, or choose another folder")
+    ledger = Ledger(work.path, entries, args.resume, tuple(args.resume_changed), flag)
     recorded = json.loads(json.dumps(recorded))
     if args.resume and ledger.state.charged:  # a run that was killed before its first step has nothing to agree with
         before = work.read_json("args.json")
@@ -170,22 +215,23 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
     optimizer = AdamW(flat, request.betas, request.adam_eps, request.weight_decay, request.correct_bias)
 
     work = ledger = plan = error = None
-    done = 0
+    done, before = 0, None
     try:
         if world.is_main:
-            work = WorkDir(work_dir, must_exist=args.resume)
+            work = WorkDir(work_dir, must_exist=args.resume, flag=request.flags.folder)
             recorded = {**recorded, "sigma": settings.sigma, "delta": settings.delta, "N": settings.N, "steps": settings.steps,
                         "expected_batch": settings.batch, "sampling": settings.sampling, "world_size": world.size,
                         "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-            ledger = open_folder(work, settings, world, recorded, args)
+            ledger = open_folder(work, settings, world, recorded, args, request.flags.folder)
         if args.resume:
-            done = training.resume(world, work_dir, model, flat, optimizer)
+            done, before = training.resume(work_dir, model, optimizer)
             if ledger is not None:
                 check_ledger_is_whole(work, ledger, done)
         plan = PrivacyPlan(settings, world, ledger, done)
         engine = build_engine(args.grad_engine, model, flat, plan, request.smoothing)
     except (UserError, OSError) as failure:
-        error = failure if isinstance(failure, UserError) else UserError(f"--work_dir {work_dir}: {failure.strerror}")
+        error = failure if isinstance(failure, UserError) else UserError(
+            f"{request.flags.folder} {failure.filename or work_dir}: {failure.strerror}")
     world.agree(error)
     if len(set(world.gather(done))) > 1:
         error = UserError(f"--resume: the ranks found checkpoints of different steps in {work_dir}: "
@@ -196,8 +242,10 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
     options = training.LoopOptions(
         steps=request.steps, steps_per_epoch=request.N / request.batch, lr=request.lr, clip=request.grad_clip, bf16=args.bf16,
         token_budget=budget, log_interval=request.log_interval, eval_interval=request.eval_interval,
-        save_interval=request.save_interval, random_seed=request.random_seed)
-    return training.Trainer(world, loaded, flat, engine, optimizer, plan, data, valid, work, options, disclosed, done)
+        save_interval=request.save_interval, random_seed=request.random_seed, last_step=request.last_step,
+        show_bar=request.show_bar, show_progress=request.show_progress)
+    return training.Trainer(world, loaded, flat, engine, optimizer, plan, data, valid, work, options, disclosed, done,
+                            before)
 
 
 def build_engine(name: str, model, flat: FlatParameters, plan: PrivacyPlan, smoothing: float) -> training.Engine:
@@ -218,11 +266,11 @@ def announce(plan: PrivacyPlan, trainer: training.Trainer) -> None:
     if trainer.done:
         say(f"resumed after step {trainer.done}; {plan.ledger.state.charged if plan.ledger else 0} steps charged so far")
     if not settings.private:
-        say("noise multiplier 0: ordinary training without clipping or noise; epsilon = inf")
+        say("noise multiplier 0: ordinary training without clipping or noise; epsilon = inf", important=True)
         return
     say(f"noise multiplier {settings.sigma:.6g}, clipping {settings.clipping} to {settings.clip:g}, {settings.sampling} "
         f"sampling, noise from {settings.noise_source}, delta {settings.delta:.3g}")
     if settings.noise_source == "seeded":
-        say("WARNING: --noise_source seeded: anyone who knows the seed can subtract the noise. For tests only.")
+        say("WARNING: --noise_source seeded: anyone who knows the seed can subtract the noise. For tests only.", important=True)
     if settings.sampling == "shuffle":
-        say("shuffled batches: epsilon is reported without amplification by sampling")
+        say("shuffled batches: epsilon is reported without amplification by sampling", important=True)

@@ -10,7 +10,7 @@ import os
 
 import tokenizers
 
-from cli import fail, open_text, read_lines
+from cli import fail, read_lines
 
 END_OF_TEXT = "<|endoftext|>"
 # A byte is written as a printable character in both files; these 256 characters are the alphabet.
@@ -68,11 +68,11 @@ def load_tokenizer(folder: str) -> Tokenizer:
 
 def _read_vocab(path: str) -> dict[str, int]:
     """symbol -> id; the ids are 0..n-1, and every byte and <|endoftext|> have one."""
-    with open_text(path) as handle:
-        try:
-            vocab = json.load(handle)
-        except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
-            fail(f"{path}: is not JSON ({error}); fetch it again")
+    text = "\n".join(line for _, line in read_lines(path))
+    try:
+        vocab = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        fail(f"{path}: is not JSON ({error}); fetch it again")
     if not isinstance(vocab, dict) or not all(type(number) is int for number in vocab.values()):
         fail(f"{path}: is not a JSON object of symbol: id; fetch it again")
     if sorted(vocab.values()) != list(range(len(vocab))):

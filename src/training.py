@@ -1,7 +1,7 @@
 """The step loop of both training scripts: draw, sum clipped gradients, release, update; log, evaluate, save, stop.
 
-What differs between the scripts (the unit, the data, the flags) comes in from outside: `data.micro_batches(units, budget)`
-cuts drawn units, `plan` draws and releases, `engine.accumulate(batch)` adds to the flat buffer.
+What differs between the scripts (the unit, the data, the flags) comes in from outside: `data.micro_batches(units, budget,
+step)` cuts drawn units, `plan` draws and releases, `engine.accumulate(batch)` adds to the flat buffer.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,14 +25,14 @@ from optimizer import AdamW, FlatParameters
 from privacy.plan import PrivacyPlan
 from run_log import Display, Meter, WorkDir
 
-# What a step sums over the ranks beside the gradient: sum of losses, units, real tokens, ranks asked to stop.
-EXTRA = 4
+# What a step sums over the ranks beside the gradient: sum of losses, units, real tokens, texts, ranks asked to stop.
+EXTRA = 5
 
 
 class Data(Protocol):
     def __len__(self) -> int: ...
 
-    def micro_batches(self, units: Tensor, token_budget: int): ...
+    def micro_batches(self, units: Tensor, token_budget: int, step: int = 0) -> Iterator[MicroBatch]: ...
 
 
 class Engine(Protocol):
@@ -53,6 +53,9 @@ class LoopOptions:
     eval_interval: int  # 0 = only at the end
     save_interval: int
     random_seed: int
+    last_step: int | None = None  # end there, of the `steps` that the noise and the schedule are made for
+    show_bar: bool = True  # on a terminal
+    show_progress: bool = True  # and not warnings and results alone
 
 
 class StopRequest:
@@ -79,7 +82,7 @@ class StopRequest:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of the dropout masks of one step on one rank: a resumed run draws the same ones."""
+    """Seed of the dropout masks of one step on one rank, without privacy: a resumed run draws the same ones."""
     return int.from_bytes(hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()[:7], "big")
 
 
@@ -112,22 +115,28 @@ class Trainer:
 
     def __init__(self, world: World, loaded: checkpoint.Loaded, flat: FlatParameters, engine: Engine, optimizer: AdamW,
                  plan: PrivacyPlan, data: Data, valid: Data | None, work: WorkDir | None, options: LoopOptions,
-                 disclosed: list[str], done: int = 0):
-        """work: the run's folder on rank 0, None on the others. disclosed: what the run shows beside the model."""
+                 disclosed: list[str], done: int = 0, before: dict | None = None):
+        """work: the run's folder on rank 0, None on the others. disclosed: what the run shows beside the model.
+        before: a resumed run's progress() at its checkpoint."""
         self.world, self.model, self.base, self.flat, self.engine = world, loaded.model, loaded.base, flat, engine
         self.optimizer, self.plan, self.data, self.valid = optimizer, plan, data, valid
         self.work, self.options, self.disclosed, self.done = work, options, disclosed, done
         self.saved = done if done else -1
         self.stop = StopRequest()
-        self.meter, self.started = Meter(), time.monotonic()
-        self.display = Display(world.is_main, options.steps, done)
+        self.last = min(options.steps, options.last_step or options.steps)
+        before = before or {"loss": 0.0, "units": 0.0, "seconds": 0.0}
+        self.total_loss, self.total_units = before["loss"], before["units"]
+        self.meter, self.started = Meter(), time.monotonic() - before["seconds"]
+        self.valid_loss: float | None = None
+        self.facts: dict = {}  # what the script adds to privacy.json
+        self.display = Display(world.is_main, self.last, done, options.show_bar, options.show_progress)
 
     def run(self) -> int:
         """Train to the last step that the plan permits. Returns the process's exit status."""
         self.model.train()
         stopped = exhausted = False
         try:
-            while self.done < self.options.steps and not stopped:
+            while self.done < self.last and not stopped:
                 drawn = self.plan.open_step(self.done + 1)
                 if drawn is None:
                     exhausted = True
@@ -136,7 +145,7 @@ class Trainer:
                 self.display.advance()
                 self.after_step(stopped)
             if exhausted:
-                self.display.say(f"the privacy budget permits no step after {self.done}: the run ends here")
+                self.display.say(f"the privacy budget permits no step after {self.done}: the run ends here", important=True)
             if not stopped:
                 self.finish()
             if self.saved != self.done:
@@ -147,7 +156,7 @@ class Trainer:
         if stopped:
             number = self.world.gather(self.stop.signal)
             number = next(value for value in number if value is not None)
-            self.display.say(f"{signal.Signals(number).name}: stopped after step {self.done}; continue with --resume")
+            self.display.say(f"{signal.Signals(number).name}: stopped after step {self.done}; continue with --resume", important=True)
             return 128 + number
         return 0
 
@@ -156,16 +165,18 @@ class Trainer:
     def step(self, drawn: Tensor) -> bool:
         """One logical step on the drawn units. Returns whether any rank was asked to stop."""
         options, flat = self.options, self.flat
-        torch.manual_seed(step_seed(options.random_seed, self.done + 1, self.world.rank))
+        torch.manual_seed(self.plan.dropout_seed() if self.plan.settings.private
+                          else step_seed(options.random_seed, self.done + 1, self.world.rank))
         flat.sums.zero_()
-        loss, tokens = torch.zeros((), device=self.world.device), 0
+        loss, tokens, texts = torch.zeros((), device=self.world.device), 0, 0
         with autocast(self.world.device, options.bf16):
-            for batch in self.data.micro_batches(drawn, options.token_budget):
+            for batch in self.data.micro_batches(drawn, options.token_budget, self.done + 1):
                 losses = self.engine.accumulate(batch.to(self.world.device))
                 loss += losses.nan_to_num(0.0, 0.0, 0.0).sum()
                 tokens += batch.tokens
+                texts += batch.texts
         asked = float(self.stop.signal is not None)
-        flat.extra.copy_(torch.tensor([0.0, len(drawn), tokens, asked]))
+        flat.extra.copy_(torch.tensor([0.0, len(drawn), tokens, texts, asked]))
         flat.extra[0] = loss
         grad = self.plan.release(flat.sums, flat.size)
         lr = options.lr(self.done)
@@ -173,8 +184,10 @@ class Trainer:
             grad.mul_((options.clip / grad.norm()).clamp(max=1.0))
         self.optimizer.step(grad, lr)
         self.done += 1
-        total, units, tokens, asked = flat.extra.tolist()
-        self.meter.add(total, units, tokens)
+        total, units, tokens, texts, asked = flat.extra.tolist()
+        self.meter.add(total, units, tokens, texts)
+        self.total_loss += total
+        self.total_units += units
         if not math.isfinite(flat.data.sum().item()):  # the same bits on every rank: all of them stop
             spent = f"epsilon {self.plan.epsilon()[0]:.4f} is spent" if self.world.is_main else "see rank 0"
             mistake = UserError(f"step {self.done}: a parameter is NaN or infinite; {spent}; lower --lr and start from "
@@ -189,7 +202,7 @@ class Trainer:
         options = self.options
         if self.done % options.log_interval == 0:
             self.log()
-        if stopped or self.done == options.steps:
+        if stopped or self.done == self.last:
             return  # run() evaluates and saves
         if options.eval_interval and self.done % options.eval_interval == 0:
             self.evaluate()
@@ -214,7 +227,7 @@ class Trainer:
         self.display.status(**shown)
         self.display.say(
             f"| epoch {record['epoch']:7.2f} step {self.done:>7d} of {self.options.steps} | lr {record['lr']:.3g} | "
-            f"loss {shown['loss']} | ppl {shown['ppl']} | {shown['tok/s']} tokens/s | "
+            f"loss {shown['loss']} | ppl {shown['ppl']} | {reading['texts_per_s']:.1f} texts/s {shown['tok/s']} tokens/s | "
             f"epsilon {prv:.4f} (PRV) {rdp:.4f} (RDP) at delta {self.plan.settings.delta:.3g}")
 
     def evaluate(self) -> None:
@@ -222,6 +235,7 @@ class Trainer:
             return
         start = time.monotonic()
         loss, ppl = evaluate(self.model, self.valid, self.world, self.options.token_budget, self.options.bf16)
+        self.valid_loss = loss
         if self.work is not None:
             self.work.append_metrics({**self.head(), "valid_loss": finite(loss), "valid_ppl": finite(ppl)})
             self.display.say(f"| evaluation at step {self.done} | {time.monotonic() - start:.1f} s | valid loss {loss:.4f} | "
@@ -233,8 +247,9 @@ class Trainer:
         error = None
         if self.work is not None:
             try:
-                checkpoint.save_checkpoint(self.work.path, self.done, self.model, self.base, self.optimizer.state_dict())
-                self.work.write_json("privacy.json", self.plan.report(self.disclosed))
+                checkpoint.save_checkpoint(self.work.path, self.done, self.model, self.base,
+                                           {**self.optimizer.state_dict(), "progress": self.progress()})
+                self.write_report()
             except OSError as failure:
                 error = UserError(f"{self.work.path}: the checkpoint of step {self.done} could not be written "
                                   f"({failure.strerror}); the one before is intact: make room and --resume")
@@ -249,18 +264,35 @@ class Trainer:
             self.log()
         self.evaluate()
 
+    def progress(self) -> dict:
+        """What a resumed run continues to count: sum of the units' losses, units, seconds."""
+        return {"loss": self.total_loss, "units": self.total_units, "seconds": time.monotonic() - self.started}
+
+    def summary(self) -> dict:
+        """The run in five numbers, on rank 0: mean training loss of a unit over all steps, last evaluation, epsilons, seconds."""
+        prv, rdp = self.plan.epsilon()
+        return {"train_loss": self.total_loss / self.total_units if self.total_units else None,
+                "eval_loss": None if self.valid_loss is None else finite(self.valid_loss),
+                "final_epsilon_prv": finite(prv), "final_epsilon_rdp": finite(rdp),
+                "train_runtime": round(time.monotonic() - self.started, 3)}
+
+    def write_report(self) -> dict:
+        """Write privacy.json, on rank 0; returns its content."""
+        report = {**self.plan.report(self.disclosed), **self.facts}
+        self.work.write_json("privacy.json", report)
+        return report
+
     def close_report(self) -> None:
         if self.work is None:
             return
-        report = self.plan.report(self.disclosed)
-        self.work.write_json("privacy.json", report)
+        report = self.write_report()
         if not self.plan.settings.private:
-            self.display.say("epsilon = inf: the run had no noise and gives no privacy")
+            self.display.say("epsilon = inf: the run had no noise and gives no privacy", important=True)
             return
         self.display.say(
             f"epsilon {report['epsilon_prv']:.4f} (PRV upper bound), {report['epsilon_rdp']:.4f} (RDP) at delta "
             f"{report['delta']:.3g}; {report['epsilon_prv_strict']:.4f} (PRV) at delta {report['delta_strict']:.3g}; "
-            f"{report['relation']}; {report['steps_charged']} steps charged")
+            f"{report['relation']}; {report['steps_charged']} steps charged", important=True)
 
 
 def finite(value: float) -> float | str:
@@ -268,17 +300,18 @@ def finite(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def resume(world: World, work_dir: str, model: GPT2LMModel, flat: FlatParameters, optimizer: AdamW) -> int:
-    """Bring parameters and optimizer to the newest checkpoint of `work_dir`; returns its step, 0 where there is none.
+def resume(work_dir: str, model: GPT2LMModel, optimizer: AdamW) -> tuple[int, dict | None]:
+    """Bring parameters and optimizer to the newest checkpoint of `work_dir`; returns its step, 0 where there is none, and
+    the run's progress() there.
 
     A run that was killed before its first checkpoint starts again from its initial weights; its ledger keeps what it spent.
     """
     step = checkpoint.latest_resumable(work_dir)
     if step is None:
-        return 0
+        return 0, None
     state = checkpoint.load_resumable(work_dir, step, model)  # the parameters are views: this fills the flat buffer
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
         fail(f"--resume {checkpoint.optimizer_path(work_dir, step)}: {error}")
-    return step
+    return step, state.get("progress")

@@ -100,14 +100,28 @@ def fault_error(point: str, nth: int, number: int) -> None:
     wrap(point, "before", nth, fail)
 
 
-def fault_file_limit(size: int) -> None:
-    """No file of this process may grow beyond `size` bytes (EFBIG)."""
+def fault_late_ledger() -> None:
+    """A mutant: a step's record is written when the step is over, where it ought to be on disk before the mask is drawn."""
+    from privacy.ledger import Ledger
+    charge, late = Ledger.charge, []
+    Ledger.charge = lambda self, step: late.append((self, step))
+    wrap("training:Trainer.after_step", "before", 0, lambda *_: charge(*late.pop()))
+
+
+def fault_dump(file: str) -> None:
+    """Write the parameters that this rank ends with to `file`."""
+    wrap("training:Trainer.close_report", "before", 1,
+         lambda arguments, _: pathlib.Path(file).write_bytes(arguments[0].flat.data.numpy().tobytes()))
+
+
+def fault_file_limit(size: int, point: str) -> None:
+    """From the first call of `point` on, no file of this process may grow beyond `size` bytes (EFBIG)."""
     import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    wrap(point, "before", 1, lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)))
 
 
 FAULTS = {"signal": fault_signal, "tear": fault_tear, "count": fault_count, "sleep": fault_sleep, "error": fault_error,
-          "file_limit": fault_file_limit}
+          "dump": fault_dump, "late_ledger": fault_late_ledger, "file_limit": fault_file_limit}
 
 
 # ------------------------------------------------------------------ the server

@@ -1,4 +1,4 @@
-"""The search against a literal, slow transcription of the published algorithm; the cache against whole forward passes."""
+"""The search against a literal, slow transcription of the algorithm; the cache against whole forward passes."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kv_cache
-from beam_search import SearchSettings, beam_search
+from beam_search import NOTHING, Beams, SearchSettings, beam_search
 from checkpoint import load_model
 from kv_cache import TreeDecoder
 from model import GPT2Config, GPT2LMModel, LoRAConfig
@@ -29,7 +29,7 @@ def slow_search(logits_after, context: list[int], s: SearchSettings) -> tuple[li
             logits = logits_after(context + tokens).copy()
             if s.repetition_penalty != 1:
                 for token in set(tokens):
-                    logits[token] = logits[token] * s.repetition_penalty if logits[token] < 0 else logits[token] / s.repetition_penalty
+                    logits[token] *= s.repetition_penalty if logits[token] < 0 else 1 / s.repetition_penalty
             if i < s.min_length:
                 logits[list(s.eos_ids)] = -math.inf
             n = s.no_repeat_ngram_size
@@ -53,8 +53,8 @@ def slow_search(logits_after, context: list[int], s: SearchSettings) -> tuple[li
 
 
 class TableDecoder:
-    """A language model without a network, on whole sequences: the state is a random function of the last two tokens and of
-    the length (without which two orders of the same steps would tie)."""
+    """A language model without a network, on whole sequences: the state is a random function of the last two tokens
+    and of the length (without which two orders of the same steps would tie)."""
 
     def __init__(self, V: int, seed: int, sharpness: float, block: int = GROUP):
         generator = torch.Generator().manual_seed(seed)
@@ -89,7 +89,8 @@ class TableDecoder:
 def random_settings(draw: random.Random, V: int) -> SearchSettings:
     return SearchSettings(
         beam=min(V, draw.randint(1, 16)), eval_len=draw.randint(1, 14),
-        eos_ids=tuple(draw.sample(range(V), draw.randint(1, 3))), length_penalty=draw.choice([-1.0, 0.0, 0.5, 0.8, 1.0, 2.0]),
+        eos_ids=tuple(draw.sample(range(V), draw.randint(1, 3))),
+        length_penalty=draw.choice([-1.0, 0.0, 0.5, 0.8, 1.0, 2.0]),
         no_repeat_ngram_size=draw.randint(0, 4), repetition_penalty=draw.choice([0.5, 1.0, 1.0, 1.2, 2.0]),
         min_length=draw.choice([0, 0, 2, 5, 20]))
 
@@ -115,9 +116,42 @@ def test_equals_the_transcription_on_random_tables(seed):
     settings = random_settings(draw, V)
     decoder = TableDecoder(V, seed, sharpness=draw.choice([0.3, 1.0, 3.0]))
     contexts = random_contexts(draw, V, 6, 5)
-    assert_found(beam_search(contexts, decoder, settings, slots=draw.choice([1, 2, 6, 50])), contexts, decoder.logits_after,
-                 settings)
+    found = beam_search(contexts, decoder, settings, slots=draw.choice([1, 2, 6, 50]))
+    assert_found(found, contexts, decoder.logits_after, settings)
     assert sorted(decoder.admitted) == sorted(map(tuple, contexts))  # each prefix is run once, not once a beam
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_stopping_is_exact_where_short_or_certain_hypotheses_win(seed):
+    """Negative penalties reverse the order of lengths, and so the bound under which a beam is given up."""
+    draw = random.Random(seed)
+    settings = SearchSettings(beam=6, eval_len=12, eos_ids=(0, 1, 2), length_penalty=-0.25 * (1 + seed % 4),
+                              min_length=seed % 3)
+    decoder = TableDecoder(17, seed, sharpness=1.0)
+    contexts = random_contexts(draw, 17, 8, 5)
+    assert_found(beam_search(contexts, decoder, settings, 8), contexts, decoder.logits_after, settings)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_edits_equal_a_loop(n):
+    """Over hypotheses of unequal length, as they stand side by side when contexts come and go."""
+    draw = np.random.default_rng(n)
+    settings = SearchSettings(3, 12, (5, 6), no_repeat_ngram_size=n, repetition_penalty=1.5, min_length=4)
+    beams = Beams(8, settings)
+    beams.length[:] = np.arange(8) + 2
+    for slot in range(8):
+        beams.history[slot, :, :slot + 2] = draw.integers(0, 3, (3, slot + 2))
+    slots, places = np.repeat(np.arange(8), 3), np.tile(np.arange(3), 8)
+    penalised, banned = set(), set()
+    for row, (slot, place) in enumerate(zip(slots, places)):
+        tokens = [token for token in beams.history[slot, place].tolist() if token != NOTHING]
+        penalised |= {(row, token) for token in tokens}
+        banned |= {(row, token) for token in settings.eos_ids if len(tokens) < 4}
+        banned |= {(row, tokens[i + n - 1]) for i in range(len(tokens) - n + 1)
+                   if tokens[i:i + n - 1] == tokens[len(tokens) - n + 1:]}
+    edits = beams.edits(slots, places)
+    assert set(zip(*edits.penalised.tolist())) == penalised
+    assert set(zip(*edits.banned.tolist())) == banned
 
 
 def small_model(seed: int, V: int, lora_dim: int = 0) -> GPT2LMModel:
@@ -144,12 +178,12 @@ def test_equals_the_transcription_on_random_gpt2s(seed):
 
     contexts = random_contexts(draw, V, 7, 20)
     slots = draw.choice([1, 3, 7])
-    assert_found(beam_search(contexts, TreeDecoder(model, slots, settings.beam), settings, slots), contexts, logits_after,
-                 settings)
+    found = beam_search(contexts, TreeDecoder(model, slots, settings.beam), settings, slots)
+    assert_found(found, contexts, logits_after, settings)
 
 
 def test_cache_gives_the_states_of_whole_forward_passes(monkeypatch):
-    """Hypotheses are grafted at random over many sweeps of the cache; every state equals the model's on the whole sequence."""
+    """Hypotheses are grafted at random over many sweeps; every state equals the model's on the whole sequence."""
     monkeypatch.setattr(kv_cache, "SPARE_STEPS", 2)
     model, draw = small_model(3, 31, lora_dim=2), np.random.default_rng(0)
     exact = small_model(3, 31, lora_dim=2).double()
@@ -186,7 +220,7 @@ def test_slots_and_company_change_nothing():
 
 
 def test_stops_when_no_beam_can_win():
-    """Where EOS is nearly certain, the search ends after a few steps and runs few rows; the result is the full search's."""
+    """Where EOS is nearly certain, the search ends after a few steps with few rows; the result is the full search's."""
     decoder = TableDecoder(40, 2, 0.1)
     decoder.states[..., 0], decoder.lengths[:, 0] = 12.0, 0.0  # every state agrees with EOS's row below
     decoder.weight[:, 0], decoder.weight[7, 0] = 0.0, 1.0
@@ -204,8 +238,9 @@ def test_nothing_left_gives_no_token():
     assert list(beam_search([], TableDecoder(3, 0, 1.0), settings, 4)) == []
 
 
-@pytest.mark.parametrize("change", [{"beam": 0}, {"eval_len": 0}, {"repetition_penalty": 0.0}, {"repetition_penalty": math.nan},
-                                    {"length_penalty": math.inf}, {"length_penalty": 1e9}, {"min_length": -1}])
+@pytest.mark.parametrize("change", [
+    {"beam": 0}, {"eval_len": 0}, {"repetition_penalty": 0.0}, {"repetition_penalty": math.nan},
+    {"length_penalty": math.inf}, {"length_penalty": 1e9}, {"min_length": -1}])
 def test_settings_without_a_meaning_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         SearchSettings(**{"beam": 2, "eval_len": 4, "eos_ids": (0,), **change})
@@ -213,7 +248,7 @@ def test_settings_without_a_meaning_are_refused(change):
 
 @pytest.mark.parametrize("V, block", [(64, 64), (200, 64), (1000, 128), (1000, 1024)])
 def test_best_pairs_equal_a_full_log_softmax(V, block):
-    """Selection over two contexts with unequal numbers of rows, logits far below zero, bans and penalties on the best tokens."""
+    """Two contexts with unequal numbers of rows, logits far below zero, bans and penalties on the best tokens."""
     generator = torch.Generator().manual_seed(V + block)
     weight, states = torch.randn(V, 16, generator=generator), torch.randn(5, 16, generator=generator) * 8
     context, place = np.array([0, 0, 0, 1, 1]), np.array([0, 2, 3, 1, 3])

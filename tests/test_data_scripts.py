@@ -73,7 +73,7 @@ def test_special_tokens_go_where_the_flags_say(tmp_path, flags):
         (b"a||b\n\nc||d\n", [":2:", "without ||"]),
         (b"a||b\nc|| \n", [":2:", "empty completion"]),
         (b"||b\n", [":1:", "empty context"]),
-        (b"a||b\nc\xff||d\n", ["not UTF-8", "0xff"]),
+        (b"a||b\nc\xff||d\n", [":2:", "not UTF-8", "0xff"]),
     ],
 )
 def test_converting_bad_text(tmp_path, content, words):
@@ -110,11 +110,11 @@ def test_paths_that_cannot_be(tmp_path):
     (tmp_path / "in.txt").write_text("a||b\n")
     (tmp_path / "in.jsonl").write_text('{"context": "a", "completion": "b"}\n')
     text, lines, out = tmp_path / "in.txt", tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    assert_user_error(convert(tmp_path / "none.txt", out), "none.txt", "no such file")
-    assert_user_error(convert(tmp_path, out), "is a folder")
+    assert_user_error(convert(tmp_path / "none.txt", out), "none.txt", "No such file")
+    assert_user_error(convert(tmp_path, out), "Is a directory")
     assert_user_error(convert(text, text), "is the input itself")
     assert_user_error(convert(text, tmp_path / "none" / "out.jsonl"), "No such file")
-    assert_user_error(encode(tmp_path / "none.jsonl", out), "--input", "no such file")
+    assert_user_error(encode(tmp_path / "none.jsonl", out), "--input", "No such file")
     assert_user_error(encode(lines, lines), "--output", "is the input itself")
     assert_user_error(encode(lines, tmp_path / "none" / "out.jsonl"), "No such file")
     assert_user_error(encode(lines, out, vocab=tmp_path), "--vocab", "encoder.json does not exist")

@@ -219,7 +219,7 @@ def test_mistakes_are_one_line(tmp_path):
     assert_user_error(make_data("--domain", "public", "--out", tmp_path / "none"), "--out", "no such folder")
     assert_user_error(make_vocab("--train", tmp_path / "text.txt", *out), "--out", "no such folder")
     (tmp_path / "vocab").mkdir()
-    assert_user_error(make_vocab("--train", tmp_path / "none.txt", *out), "--train", "no such file")
+    assert_user_error(make_vocab("--train", tmp_path / "none.txt", *out), "--train", "No such file")
     assert_user_error(make_vocab("--train", tmp_path / "bad.txt", *out), "bad.txt:2", "wanted context||completion")
     assert_user_error(make_vocab("--train", tmp_path / "empty.txt", *out), "--train", "is empty")
     assert_user_error(make_vocab("--train", tmp_path / "text.txt", *out, "--size", 257), "--size 257", "more than 257")

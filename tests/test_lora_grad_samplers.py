@@ -80,7 +80,7 @@ def losses(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def looped(model: nn.Module, batches: list[torch.Tensor], masks: Masks | None = None) -> dict[str, torch.Tensor]:
-    """name -> per-sample gradients of the sum over `batches` of the sample's loss, by autograd on one sample at a time."""
+    """name -> per-sample gradients of the loss summed over `batches`, by autograd on one sample at a time."""
     gradients: dict[str, list[torch.Tensor]] = {}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for i in range(len(batches[0])):

@@ -41,7 +41,8 @@ def dense_delta(layer: lora.MergedLinear) -> torch.Tensor:
             continue
         for o in range(width):
             for k in range(layer.r):
-                delta[slot * width + o] += layer.lora_alpha / layer.r * layer.lora_B[j * width + o, k] * layer.lora_A[j * layer.r + k]
+                b = layer.lora_alpha / layer.r * layer.lora_B[j * width + o, k]
+                delta[slot * width + o] += b * layer.lora_A[j * layer.r + k]
         j += 1
     return delta
 
@@ -224,7 +225,7 @@ def test_dropout_acts_on_the_adapter_alone_and_is_unbiased(dropout):
     n = 20_000
     with torch.no_grad():
         samples = layer.train()(x.expand(n, 6))
-        kept = F.linear(torch.eye(6, dtype=torch.float64), layer.expanded_B() @ layer.lora_A)  # (I, O): each input's part
+        kept = F.linear(torch.eye(6, dtype=torch.float64), layer.expanded_B() @ layer.lora_A)  # (I, O) by input
         # every input is kept with probability 1-p and divided by it: variance p/(1-p) of its part, squared and summed
         spread = (kept.square().sum(0) * dropout / (1 - dropout) / n).sqrt()
     assert ((samples.mean(0) - exact[0]).abs() <= 5 * spread + 1e-12).all()

@@ -3,8 +3,12 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
+import privacy_report
 import pytest
+from cli import run_main
 from conftest import ROOT, assert_user_error, run_script
 from privacy import accounting
 from privacy.accounting import Phase
@@ -14,6 +18,19 @@ SCRIPT = ROOT / "src" / "privacy_report.py"
 SETTINGS = {"unit": "example", "N": 2000, "q": 0.02, "sigma": 0.8, "clip": 1.5, "sampling": "poisson",
             "steps_per_epoch": 50, "delta": 1e-5, "world_size": 2}  # fmt: skip
 PLAN = ("--plan", 42061, 128, 20, "--delta", 1e-5)
+
+
+@pytest.fixture
+def report(capsys, monkeypatch):
+    """report(ARGUMENTS...) runs the script inside this process: starting it takes longer than what it does."""
+
+    def run(*arguments) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            run_main(privacy_report.main)
+        return subprocess.CompletedProcess(sys.argv, ended.value.code, *capsys.readouterr())
+
+    return run
 
 
 def write_ledger(folder, attempts, **changed) -> Ledger:
@@ -46,12 +63,12 @@ def contents(folder) -> dict:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_epsilon_of_raw_records_by_dp_accounting(tmp_path):
+def test_epsilon_of_raw_records_by_dp_accounting(report, tmp_path):
     """Two attempts, the second with other noise; steps 31 to 40 were redone and are charged twice."""
     dp_accounting = pytest.importorskip("dp_accounting")
     pld = pytest.importorskip("dp_accounting.pld.privacy_loss_distribution")
     write_ledger(tmp_path, [(1, 40, {}), (31, 70, {"sigma": 1.0})])
-    process = run_script(SCRIPT, tmp_path, "--delta", 1e-6)
+    process = report(tmp_path, "--delta", 1e-6)
     assert process.returncode == 0, process.stderr
     records = [json.loads(line) for line in (tmp_path / FILE_NAME).read_text().splitlines()]
     assert len(records) == 80
@@ -69,23 +86,23 @@ def test_epsilon_of_raw_records_by_dp_accounting(tmp_path):
         truth = total.get_epsilon_for_delta(delta)
         assert 0.999 * truth < by_prv < truth + 0.012
         assert by_rdp == pytest.approx(rdp.get_epsilon(delta), rel=0.01)
-    for words in ("80 in 2 attempts", "furthest is step 70", "sigma 0.8", "sigma 1,", "one example", "add or remove one example",
-                  "C 1.5", "N 2000", "40 steps of sampling poisson", "privacy.json  not there"):  # fmt: skip
+    for words in ("80 in 2 attempts", "furthest is step 70", "sigma 0.8", "sigma 1,", "one example", "C 1.5", "N 2000",
+                  "add or remove one example", "40 steps of sampling poisson", "privacy.json  not there"):  # fmt: skip
         assert words in process.stdout, process.stdout
 
 
-def test_each_way_to_name_a_run(tmp_path):
+def test_each_way_to_name_a_run(report, tmp_path):
     ledger = write_ledger(tmp_path, [(1, 30, {})])
     write_report(tmp_path, ledger)
     before = contents(tmp_path)
     outputs = set()
     for path in (tmp_path, tmp_path / FILE_NAME, tmp_path / "privacy.json"):
-        process = run_script(SCRIPT, path)
+        process = report(path)
         assert process.returncode == 0, process.stdout + process.stderr
         outputs.add(process.stdout)
     assert len(outputs) == 1
     (output,) = outputs
-    for words in ("noise source  os", "disclosed     validation loss of every epoch", "privacy.json  agrees with the ledger"):
+    for words in ("noise source  os", "disclosed     validation loss of every epoch", "agrees with the ledger"):
         assert words in output
     assert contents(tmp_path) == before
     # From the folder itself, and after the ledger was copied away from its run.
@@ -93,22 +110,25 @@ def test_each_way_to_name_a_run(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     copy = tmp_path / "elsewhere" / "ledger_of_monday"
     copy.write_bytes(before[FILE_NAME])
-    assert printed(run_script(SCRIPT, copy).stdout) == printed(output)
+    assert printed(report(copy).stdout) == printed(output)
 
 
-@pytest.mark.parametrize("changed", [{"epsilon_prv": 0.1}, {"steps_charged": 29}, {"sigma": 0.9}, {"N": 4000}, {"unit": "author"},
-                                     {"epsilon_rdp": "inf"}, {"epsilon_prv": None}, {"attempts": 2}, {"clip": True}])  # fmt: skip
-def test_a_report_that_says_something_else(tmp_path, changed):
+@pytest.mark.parametrize(
+    "changed",
+    [{"epsilon_prv": 0.1}, {"steps_charged": 29}, {"sigma": 0.9}, {"N": 4000}, {"unit": "author"},
+     {"epsilon_rdp": "inf"}, {"epsilon_prv": None}, {"attempts": 2}, {"clip": True}],
+)
+def test_a_report_that_says_something_else(report, tmp_path, changed):
     write_report(tmp_path, write_ledger(tmp_path, [(1, 30, {})]), **changed)
-    process = run_script(SCRIPT, tmp_path)
+    process = report(tmp_path)
     assert process.returncode == 1
     assert "does NOT agree" in process.stdout and f"DISAGREES     {next(iter(changed))}:" in process.stdout
 
 
-def test_shuffled_and_mixed_ledgers(tmp_path):
+def test_shuffled_and_mixed_ledgers(report, tmp_path):
     """55 steps of 50 an epoch begin a second epoch; a resumed attempt in it shuffles afresh, which is a third use."""
     write_ledger(tmp_path, [(1, 55, {}), (54, 60, {})], sampling="shuffle", sigma=2.0)
-    process = run_script(SCRIPT, tmp_path)
+    process = report(tmp_path)
     prv, rdp = printed(process.stdout)[1e-5]
     assert prv == pytest.approx(accounting.epsilon_gaussian(math.sqrt(3) / 2, 1e-5), abs=1e-4)
     assert rdp > prv and "at most 3 times" in process.stdout and "zero-out" in process.stdout
@@ -117,29 +137,29 @@ def test_shuffled_and_mixed_ledgers(tmp_path):
     for step in range(61, 101):
         write_more.charge(step)
     write_more.close()
-    mixed = printed(run_script(SCRIPT, tmp_path).stdout)[1e-5][0]
+    mixed = printed(report(tmp_path).stdout)[1e-5][0]
     assert mixed == pytest.approx(accounting.epsilon_prv([Phase(2.0, 1.0, 3), Phase(2.0, 0.02, 40)], 1e-5), abs=1e-4)
     assert mixed > prv
 
 
-def test_no_noise_no_steps_and_a_torn_line(tmp_path):
+def test_no_noise_no_steps_and_a_torn_line(report, tmp_path):
     write_ledger(tmp_path, [(1, 3, {})], sigma=0.0)
-    assert printed(run_script(SCRIPT, tmp_path).stdout)[1e-5] == (math.inf, math.inf)
+    assert printed(report(tmp_path).stdout)[1e-5] == (math.inf, math.inf)
     path = tmp_path / FILE_NAME
     path.unlink()
     write_ledger(tmp_path, [(1, 30, {})])
-    whole = printed(run_script(SCRIPT, tmp_path).stdout)
+    whole = printed(report(tmp_path).stdout)
     path.write_bytes(path.read_bytes()[:-40])
-    process = run_script(SCRIPT, tmp_path)
+    process = report(tmp_path)
     assert "steps charged 30 in 1 attempt, one of them a last line cut short" in process.stdout
     assert printed(process.stdout) == whole
     path.write_bytes(b"")
-    assert "nothing was drawn" in run_script(SCRIPT, tmp_path).stdout
+    assert "nothing was drawn" in report(tmp_path).stdout
     path.write_bytes(b'{"step": 1')
-    assert_user_error(run_script(SCRIPT, tmp_path), "cut short", "charged")
+    assert_user_error(report(tmp_path), "cut short", "charged")
 
 
-def test_damage_is_refused(tmp_path):
+def test_damage_is_refused(report, tmp_path):
     write_ledger(tmp_path, [(1, 30, {})])
     path = tmp_path / FILE_NAME
     lines = path.read_text().splitlines(keepends=True)
@@ -153,22 +173,22 @@ def test_damage_is_refused(tmp_path):
     }
     for name, damaged in damages.items():
         path.write_text("".join(damaged))
-        process = run_script(SCRIPT, tmp_path)
+        process = report(tmp_path)
         assert process.stdout == "", name
         assert_user_error(process, f"{FILE_NAME}:1", "damaged")
     path.write_text("".join(lines))
     (tmp_path / "privacy.json").write_text("{")
-    assert_user_error(run_script(SCRIPT, tmp_path), "privacy.json", "not JSON")
+    assert_user_error(report(tmp_path), "privacy.json", "not JSON")
     (tmp_path / "privacy.json").write_text("[3]")
-    assert_user_error(run_script(SCRIPT, tmp_path), "privacy.json", "object")
+    assert_user_error(report(tmp_path), "privacy.json", "object")
 
 
 # --- plans ---
 
 
-def test_plan_with_sigma(tmp_path):
+def test_plan_with_sigma(report, tmp_path):
     plot = tmp_path / "plan.png"
-    process = run_script(SCRIPT, *PLAN, "--sigma", 0.6, "--plot", plot)
+    process = report(*PLAN, "--sigma", 0.6, "--plot", plot)
     assert process.returncode == 0, process.stderr
     table = printed(process.stdout)
     assert table[1e-5] == (pytest.approx(5.4253, abs=1e-4), pytest.approx(6.3534, abs=1e-4))
@@ -187,8 +207,8 @@ def test_plan_with_sigma(tmp_path):
     assert image.startswith(b"\x89PNG\r\n\x1a\n") and len(image) > 20_000
 
 
-def test_plan_with_epsilon():
-    process = run_script(SCRIPT, *PLAN, "--epsilon", 8)
+def test_plan_with_epsilon(report):
+    process = report(*PLAN, "--epsilon", 8)
     sigma = float(re.search(r"^sigma +([\d.]+), the smallest", process.stdout, re.MULTILINE).group(1))
     assert 0.995 * 8 <= printed(process.stdout)[1e-5][0] <= 8
     assert sigma == pytest.approx(accounting.calibrate_sigma(8, 1e-5, 128 / 42061, 6572), rel=1e-5)
@@ -229,11 +249,11 @@ def test_plan_with_epsilon():
         (("--plam", 100, 10, 1), "--plam"),
     ],
 )
-def test_bad_input(tmp_path, arguments, words):
+def test_bad_input(report, tmp_path, arguments, words):
     (tmp_path / "binary").write_bytes(bytes(range(256)) + b"\n\xff\n")
     (tmp_path / "lonely").mkdir()
     (tmp_path / "lonely" / "privacy.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
-    process = run_script(SCRIPT, *(str(argument).replace("{tmp}", str(tmp_path)) for argument in arguments))
+    process = report(*(str(argument).replace("{tmp}", str(tmp_path)) for argument in arguments))
     assert_user_error(process, words)
     assert process.stdout == "" and sorted(tmp_path.rglob("*")) == before

@@ -165,7 +165,7 @@ DAMAGE = {
         lambda f: (f / "encoder.json").write_bytes((f / "encoder.json").read_bytes()[:-9]),
         "encoder.json: is not JSON",
     ),
-    "binary encoder.json": (lambda f: (f / "encoder.json").write_bytes(b"\xff\xfe\x00"), "encoder.json: is not JSON"),
+    "binary encoder.json": (lambda f: (f / "encoder.json").write_bytes(b"\xff\xfe\x00"), "encoder.json:1: not UTF-8"),
     "a list": (lambda f: (f / "encoder.json").write_text("[1]"), "encoder.json: is not a JSON object"),
     "an id of text": (edit_vocab(lambda v: v.update(a="64")), "encoder.json: is not a JSON object"),
     "an id twice": (edit_vocab(lambda v: v.update(a=0)), "are not 0..1499"),

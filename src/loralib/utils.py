@@ -6,7 +6,8 @@ from .layers import LoRALayer
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze every parameter whose name holds no `lora_`. bias: "none", "all", or "lora_only" (biases of adapted layers)."""
+    """Freeze every parameter whose name holds no `lora_`, except for biases: "none", "all", or "lora_only", those of
+    adapted layers."""
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f'bias={bias!r}: expected "none", "all" or "lora_only"')
     for name, parameter in model.named_parameters():

@@ -27,8 +27,8 @@ from optimizer import FlatParameters
 # Writing, squaring and summing one entry of a materialised gradient costs about as much as this many multiply-adds of a
 # matrix product (measured on 2 cores: 90 GMAC/s against 4 GB/s a pass of three); see scripts/benchmark_training.py.
 TRAFFIC_COST = 75
-# Rounding of float32 sums that may cancel: the squared norm of a tied embedding is raised by this share of its terms.
-CANCELLATION_SLACK = 1e-6
+# Units in the last place by which rounding may shrink a squared norm whose terms cancel, see gram_norm_sq().
+ROUNDING = 8
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class ClippingRule:
 
         A unit whose gradient is NaN or infinite gets factors of zero.
         """
+        finite = torch.isfinite(norms_sq.sum(1))  # before the clamp: -inf is an overflow whose sign was lost, not a zero
+        norms_sq = norms_sq.clamp(min=0)
         total = norms_sq.sum(1)
-        finite = torch.isfinite(total)
         if self.kind == "per_layer":
             bound = self.C / math.sqrt(norms_sq.shape[1])
             factors = bound / norms_sq.sqrt().clamp(min=bound)
@@ -76,7 +77,7 @@ class Outer:
         p, q = wide(self.p), wide(self.q)
         (_, S, P), Q = p.shape, q.shape[2]
         if S * S * (P + Q) < TRAFFIC_COST * P * Q:
-            return ((p @ p.mT) * (q @ q.mT)).sum((1, 2)).clamp(min=0)
+            return gram_norm_sq(p @ p.mT, q @ q.mT)
         self.grads = p.mT @ q  # (U, P, Q)
         self.p = self.q = None
         return self.grads.flatten(1).square().sum(1)
@@ -115,7 +116,7 @@ class Lookup:
 
     def norm_sq(self) -> Tensor:
         same = self.ids[:, :, None] == self.ids[:, None, :]  # (U, S, S): two positions add up where they share an entry
-        return ((self.rows @ self.rows.mT) * same).sum((1, 2)).clamp(min=0)
+        return gram_norm_sq(self.rows @ self.rows.mT, same.to(self.rows.dtype))
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
         rows = zero_rows(self.rows, finite) * factor[:, None, None]
@@ -132,7 +133,7 @@ class Ragged:
         return zip(self.b.split(self.counts), self.h.split(self.counts))
 
     def norm_sq(self) -> Tensor:
-        return torch.stack([((wide(b) @ wide(b).T) * (h @ h.T)).sum() for b, h in self.by_unit()]).clamp(min=0)
+        return torch.stack([gram_norm_sq(wide(b) @ wide(b).T, h @ h.T) for b, h in self.by_unit()])
 
     def cross(self, table: Lookup) -> Tensor:
         """<this gradient, that of the same table's lookups>: sum_{s,t} b_t[x_s] <h_t, e_s>, for each unit."""
@@ -146,6 +147,17 @@ class Ragged:
             bad = ~finite.repeat_interleave(counts)[:, None]
             b, h = b.masked_fill(bad, 0), h.masked_fill(bad, 0)
         add_product(self.target, wide(b), h)
+
+
+def gram_norm_sq(pp: Tensor, qq: Tensor) -> Tensor:
+    """sum_{s,t} <p_s,p_t> <q_s,q_t> from the Gram matrices (..., S, S), never less than the true sum.
+
+    Where positions cancel, the sum is far below its terms and their rounding would hide it: a unit would pass for a small one
+    and contribute more than C. So it is raised by ROUNDING units in the last place of (sum_s |p_s| |q_s|)^2, a bound on the
+    terms that nothing cancels in (and on the cross term of two such sums); for ordinary units, by less than 1e-6 S of itself.
+    """
+    sizes = (pp.diagonal(dim1=-2, dim2=-1) * qq.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1)
+    return (pp * qq).sum((-2, -1)) + ROUNDING * torch.finfo(pp.dtype).eps * sizes.square()
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -300,7 +312,7 @@ class BookKeeping:
         head = next(c for parameter, c in self.noted if parameter is weight and isinstance(c, Ragged))
         table = next(c for parameter, c in self.noted if parameter is weight and isinstance(c, Lookup))
         column = self.norms_sq[:, self.column[id(weight)]]
-        column.mul_(1 + CANCELLATION_SLACK).add_(head.cross(table), alpha=2).clamp_(min=0)
+        column.add_(head.cross(table), alpha=2)
 
     def accumulate(self, batch: MicroBatch) -> Tensor:
         """Add the clipped gradients of a micro-batch's units to `flat.grad`; return their losses, (U,) float32.

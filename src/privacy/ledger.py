@@ -65,7 +65,7 @@ def check_record(record: object, previous: LedgerState) -> str | None:
     if record["checksum"] != checksum(previous.last_checksum, record):
         return "its checksum does not follow from the line before"
     if not (record["N"] >= 1 and 0 < record["q"] <= 1 and 0 <= record["sigma"] < math.inf and record["steps_per_epoch"] >= 1
-            and 0 < record["delta"] < 1 and record["step"] >= 1 and record["attempt"] >= max(1, previous.attempts)
+            and 0 < record["clip"] < math.inf and 0 < record["delta"] < 1 and record["world_size"] >= 1 and record["step"] >= 1 and record["attempt"] >= max(1, previous.attempts)
             and record["sampling"] in ("poisson", "shuffle")):
         return "a value is out of range"
     return None
@@ -83,7 +83,7 @@ def read_ledger(path: str) -> LedgerState:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         problem = check_record(record, state)
         if problem is not None:
@@ -97,14 +97,15 @@ def read_ledger(path: str) -> LedgerState:
 class Ledger:
     """The ledger of a run, open for appending, with the settings that every record of this attempt carries."""
 
-    def __init__(self, work_dir: str, settings: Mapping, resume: bool, changed: tuple[str, ...] = ()):
+    def __init__(self, work_dir: str, settings: Mapping, resume: bool, changed: tuple[str, ...] = (),
+                 flag: str = "--work_dir"):
         """settings: the FIXED keys. resume: continue the folder's ledger, which must agree with `settings` except in
         `changed`. Raises UserError where it is missing or differs, or where a new run finds one."""
         self.path = os.path.join(work_dir, FILE_NAME)
         self.settings = {key: settings[key] for key in FIXED}
         exists = os.path.exists(self.path)
         if exists and os.path.getsize(self.path) and not resume:  # an empty one is of a run that never drew a step
-            fail(f"--work_dir {work_dir}: holds {FILE_NAME} of an earlier run; continue it with --resume, "
+            fail(f"{flag} {work_dir}: holds {FILE_NAME} of an earlier run; continue it with --resume, "
                  "or choose another folder (deleting it would forget privacy already spent)")
         if resume and not exists:
             fail(f"--resume: {self.path} is missing: nobody knows what the run has spent; restore it or start in a new folder")

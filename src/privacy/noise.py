@@ -1,4 +1,4 @@
-"""Where randomness that privacy rests on comes from: sampling masks and Gaussian noise.
+"""Where randomness that privacy rests on comes from: sampling masks, Gaussian noise, seeds of dropout.
 
 Guarantees: a stream is keyed by the operating system's entropy (kinds "os" and "secure") or, for tests alone, by a seed
 (kind "seeded"); never by --random_seed. Streams of different purposes, ranks or instances never share a key. A key is
@@ -28,7 +28,7 @@ from torch import Tensor
 from cli import fail
 
 KINDS = ("os", "secure", "seeded")
-PURPOSES = ("mask", "noise")
+PURPOSES = ("mask", "noise", "dropout")
 KEY_BYTES = 32
 CPU_CHUNK = 2**15  # normals made at a time: their float64 working set of 1 MB stays in the second-level cache
 DEVICE_CHUNK = 2**22  # on a GPU a chunk has to pay for a dozen kernel launches
@@ -78,7 +78,7 @@ def fresh_key(kind: str) -> bytes:
 
 
 class NoiseSource:
-    """One stream of randomness: a rank's sampling masks, or a rank's noise."""
+    """One stream of randomness: a rank's sampling masks, its noise, or its seeds of dropout."""
 
     def __init__(
         self, kind: str, purpose: str, rank: int = 0, seed: int | None = None, device: torch.device | str = "cpu"

@@ -35,7 +35,7 @@ class OpacusHooks:
             losses.sum().backward()
         finally:
             self.hooks.disable_hooks()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False):
             grads = []
             for name, parameter in self.flat.named:
                 sample = parameter.grad_sample  # (M, *shape)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cli import UserError, fail
+from cli import UserError
 from distributed import World
 from privacy import accounting
 from privacy.clipping import ClippingRule
@@ -74,24 +74,6 @@ def choose_sigma(target_epsilon: float, delta: float, N: int, batch: int, steps:
     return accounting.calibrate_sigma(target_epsilon, delta, batch / N, steps)
 
 
-def check_settings(N: int, batch: int, steps: int, clip: float, sigma: float | None, delta: float,
-                   target_epsilon: float | None) -> None:
-    """Raise UserError for a value that no plan can have."""
-    if batch > N:
-        fail(f"--train_batch_size x --grad_acc x processes = {batch} is larger than the training data ({N} units): "
-             "lower one of them")
-    if steps < 1:
-        fail(f"--max_step {steps}: expected at least one step")
-    if not (0 < clip < math.inf):
-        fail(f"--max_grad_norm {clip:g}: expected a number above 0")
-    if sigma is not None and not (0 <= sigma < math.inf):
-        fail(f"--noise_multiplier {sigma:g}: expected a number >= 0")
-    if not 0 < delta < 1:
-        fail(f"--target_delta {delta:g}: expected a number between 0 and 1")
-    if target_epsilon is not None and not (0 < target_epsilon < math.inf):
-        fail(f"--target_epsilon {target_epsilon:g}: expected a number above 0")
-
-
 class PrivacyPlan:
     """A run's promise, kept step by step."""
 
@@ -108,6 +90,7 @@ class PrivacyPlan:
         else:
             self.sampler = ShuffleSampler(settings.N, settings.batch, world, mask_source)
         self.noise = NoiseSource(settings.noise_source, "noise", world.rank, seed, world.device)
+        self.dropout = NoiseSource(settings.noise_source, "dropout", world.rank, seed)
         self.open: int | None = None
         self.permitted = self.count_permitted(done) if ledger is not None else 0
 
@@ -150,6 +133,17 @@ class PrivacyPlan:
             return None
         self.open = step
         return self.sampler.draw(step)
+
+    def dropout_seed(self) -> int:
+        """A seed for this rank's dropout masks in the open step.
+
+        Masks are drawn for a whole micro-batch, so one more unit gives the others other masks: with masks that anyone could
+        draw again from a public seed, the sum would move by more than C. While they are secret, each unit's mask has one
+        law with and without the other units, the step is a mixture over masks, and C bounds it for each of them.
+        """
+        assert self.open is not None, "dropout_seed() without open_step()"
+        self.dropout.begin_step(self.open)
+        return int(self.dropout.uniform(1).item() * 2**53)
 
     def release(self, sums: Tensor, coordinates: int) -> Tensor:
         """Turn the ranks' clipped sums into the released gradient, and sum what else the step carries.

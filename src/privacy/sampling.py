@@ -17,7 +17,7 @@ class PoissonSampler:
     """
 
     def __init__(self, N: int, q: float, world: World, source: NoiseSource):
-        self.own = torch.arange(world.rank, N, world.size)
+        self.own = torch.arange(N)[world.rank::world.size]
         self.q, self.source = q, source
 
     def draw(self, step: int) -> Tensor:

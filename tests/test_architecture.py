@@ -1,0 +1,149 @@
+"""The shape of the code: imports point downward, scripts stand alone, few files know Opacus, eval/ stands apart.
+
+    scripts    every file of src/ with a __main__ part
+    run        a run: its set-up, its loop, its files
+    privacy    the package src/privacy/
+    model      the model, its data, its gradients
+    ground     errors and ranks, which all of them need: they import nothing of ours but each other
+"""
+
+import ast
+import pathlib
+
+import pytest
+from conftest import ROOT
+
+SRC = ROOT / "src"
+GROUND, MODEL, PRIVACY, RUN, SCRIPT = range(5)
+LAYERS = {
+    GROUND: {"cli", "distributed"},
+    MODEL: {"model", "loralib", "lora_grad_samplers", "losses", "optimizer", "data_utils", "author_data", "tokenizer", "triples",
+            "vocabulary", "kv_cache", "beam_search"},
+    RUN: {"run_setup", "training", "checkpoint", "run_log"},
+}
+OPACUS = {"lora_grad_samplers", "privacy.opacus_hooks", "privacy.accounting", "run_setup"}
+MOST_LINES = 450
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """The modules that a file imports, anywhere in it: for `from a import b` both a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = node.module or ""
+            if node.level:
+                package = ".".join([*path.relative_to(SRC).parts[:-node.level], *package.split(".")]).strip(".")
+            found |= {package, *(f"{package}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def module_name(path: pathlib.Path) -> str:
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_script(path: pathlib.Path) -> bool:
+    return '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8")
+
+
+def python_files(*folders: str) -> list[pathlib.Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+MODULES = {module_name(path): path for path in python_files("src")}
+
+
+def layer(name: str) -> int:
+    if is_script(MODULES[name]):
+        return SCRIPT
+    top = name.split(".")[0]
+    if top == "privacy":
+        return PRIVACY
+    placed = [level for level, names in LAYERS.items() if top in names]
+    assert len(placed) == 1, f"src/{name}: no script, and in no layer of this test: put it into one"
+    return placed[0]
+
+
+def ours(name: str) -> set[str]:
+    """The modules of src/ that `name` imports; a package's own parts do not count as imports of it."""
+    found = {module for module in imports(MODULES[name]) if module in MODULES}
+    return {module for module in found - {name} if not name.startswith(module + ".")}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_downward(name):
+    for module in ours(name):
+        assert layer(module) != SCRIPT, f"src/{name} imports the script {module}"
+        assert layer(module) <= layer(name), f"src/{name} imports {module} of a layer above"
+
+
+def test_nothing_imports_in_a_circle():
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"circle: {' -> '.join([*path, name])}"
+        if name not in done:
+            for module in ours(name):
+                visit(module, (*path, name))
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+def test_nobody_imports_a_script():
+    scripts = {path.stem for path in python_files("src", "eval", "scripts") if is_script(path)}
+    assert {"gpt2_ft", "gpt2_beam", "gpt2_decode", "measure_scores"} <= scripts
+    for path in python_files("src", "eval", "scripts"):
+        assert not imports(path) & scripts, f"{path.relative_to(ROOT)} imports a script"
+
+
+def test_opacus_is_known_to_few():
+    knowing = {name for name in MODULES if any(module.split(".")[0] == "opacus" for module in imports(MODULES[name]))}
+    assert knowing <= OPACUS
+
+
+def test_what_the_parts_of_privacy_may_know():
+    """clipping knows layers and not privacy; accounting and the ledger know numbers and not tensors; noise knows neither."""
+    assert not {module for module in ours("privacy.clipping") if module.startswith("privacy")}
+    for name in ("privacy.accounting", "privacy.ledger"):
+        assert not any(module.split(".")[0] == "torch" for module in imports(MODULES[name]))
+        assert ours(name) <= {"cli", "privacy", "privacy.accounting"}
+    assert ours("privacy.noise") <= {"cli"}
+    for name in MODULES:  # one object owns the sampler and the noise
+        if {"privacy.sampling", "privacy.noise"} & ours(name):
+            assert name.startswith("privacy"), f"src/{name} samples or adds noise beside the plan"
+
+
+def test_eval_stands_apart():
+    known = {name.split(".")[0] for name in MODULES}
+    for path in python_files("eval"):
+        assert not {module.split(".")[0] for module in imports(path)} & known, f"{path.relative_to(ROOT)} imports of src/"
+
+
+@pytest.mark.parametrize("path", python_files("src", "eval", "scripts", "tests"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_short(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MOST_LINES
+    assert max(map(len, lines), default=0) <= 140  # a stray line, where 120 is the aim
+
+
+def test_the_checks_catch_what_is_wrong(monkeypatch, tmp_path):
+    """Negative controls: the same checks on a tree in which each rule is broken."""
+    for name, text in {"model": "import training", "training": "import model", "cli": "from privacy import plan",
+                       "gpt2_ft": 'import gpt2_beam\n\nif __name__ == "__main__":\n    pass\n',
+                       "gpt2_beam": '\nif __name__ == "__main__":\n    pass\n', "stranger": "x = 1"}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "privacy").mkdir()
+    (tmp_path / "privacy" / "plan.py").write_text("def f():\n    import cli\n")
+    tree = {**{path.stem: path for path in tmp_path.glob("*.py")}, "privacy.plan": tmp_path / "privacy" / "plan.py"}
+    monkeypatch.setattr("test_architecture.MODULES", tree)
+    for name in ("model", "cli", "gpt2_ft"):
+        with pytest.raises(AssertionError, match="imports"):
+            test_imports_point_downward(name)
+    with pytest.raises(AssertionError, match="circle"):
+        test_nothing_imports_in_a_circle()
+    with pytest.raises(AssertionError, match="in no layer"):
+        layer("stranger")
