@@ -2,6 +2,7 @@
 
     python scripts/benchmark_training.py                              # every task, every variant, on this machine
     python scripts/benchmark_training.py --tasks e2e_lora --variants ordinary published --repeats 5
+    python scripts/benchmark_training.py --scaling                    # ours: seconds a step against batch and length
 
 Every variant lives in a process of its own, so that its peak memory is its own; a variant and ours then take turns,
 one logical step each (A B A B ...), and what is printed are medians of the pairwise ratios. A step is all of a step:
@@ -167,6 +168,7 @@ class PlainLoop:
 def build(variant: str, task: str, options: argparse.Namespace, device: torch.device):
     """(a function that makes one logical step, units of it, its examples)."""
     lora, _, units, slow_units, tokens = TASKS[task]
+    units = options.units or units
     if options.micro_batch_tokens:
         tokens = options.micro_batch_tokens
     if variant in SLOW:
@@ -289,25 +291,8 @@ def compare(task: str, variant: str, options: argparse.Namespace, rate: float) -
             "ratio_max": max(ratios), "ours": summary(ours), "other": summary(other)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--variants", nargs="+", choices=[v for v in VARIANTS if v != "book_keeping"],
-                        default=[v for v in VARIANTS if v != "book_keeping"])
-    parser.add_argument("--model_card", choices=MODEL_CARDS, default="gpt2.sm")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--seq_len", type=int, default=512, help="what the published way pads to")
-    parser.add_argument("--length", type=int, default=128, help="tokens of an author's text")
-    parser.add_argument("--micro_batch_tokens", type=int, help="padded tokens of a micro-batch")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--output", help="JSON file (default results/DATE_benchmark_training.json)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {options.threads} threads"
-    rate = matmul_rate(device, torch.bfloat16 if options.bf16 else torch.float32)
-    print(f"{options.model_card} on {name}: matrix product {rate / 1e9:.1f} G multiply-adds/s")
+def comparisons(options: argparse.Namespace, rate: float) -> list[dict]:
+    """Ours against every asked variant in every asked task; prints a row each."""
     print("| task | against | ours/other (min-max) | ours units/s | other units/s | ours tokens/s | ours of matmul rate | "
           "other of matmul rate | ours peak GB | other peak GB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -321,7 +306,51 @@ def main() -> None:
                   f"{ours['units_per_s']:.2f} | {other['units_per_s']:.2f} | {ours['tokens_per_s']:.0f} | "
                   f"{ours['share_of_matmul_rate']:.2f} | {other['share_of_matmul_rate']:.2f} | {ours['peak_gb']:.2f} | "
                   f"{other['peak_gb']:.2f} |", flush=True)
-    path = options.output or os.path.join(ROOT, "results", f"{datetime.date.today()}_benchmark_training.json")
+    return rows
+
+
+def scaling(options: argparse.Namespace) -> list[dict]:
+    """Ours over logical batches (E2E's lengths, LoRA) and over lengths (4,096 tokens a step, whole model)."""
+    rows = []
+    cells = [("e2e_lora", units, options.length) for units in (32, 64, 128, 256, 512, 1024)]
+    cells += [("author_full", 4096 // length, length) for length in (32, 64, 128, 256, 512, 1023)]
+    print("| task | logical batch | tokens of a text | real tokens | seconds a step | tokens/s |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for task, units, length in cells:
+        one = Worker("book_keeping", task, argparse.Namespace(**{**vars(options), "units": units, "length": length}))
+        for index in range(options.repeats + 1):
+            one.step(counted=index > 0)
+        one.close()
+        seconds = statistics.median(one.seconds)
+        rows.append({"task": task, "units": units, "length": length, "tokens": one.tokens, "seconds": one.seconds})
+        print(f"| {task} | {units} | {'E2E' if task == 'e2e_lora' else length} | {one.tokens} | {seconds:.2f} | "
+              f"{one.tokens / seconds:.0f} |", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--variants", nargs="+", choices=[v for v in VARIANTS if v != "book_keeping"],
+                        default=[v for v in VARIANTS if v != "book_keeping"])
+    parser.add_argument("--model_card", choices=MODEL_CARDS, default="gpt2.sm")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seq_len", type=int, default=512, help="what the published way pads to")
+    parser.add_argument("--length", type=int, default=128, help="tokens of an author's text")
+    parser.add_argument("--micro_batch_tokens", type=int, help="padded tokens of a micro-batch")
+    parser.add_argument("--units", type=int, help="logical batch of the fast variants, in place of the task's own")
+    parser.add_argument("--scaling", action="store_true", help="time ours alone over batches and lengths")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--output", help="JSON file (default results/DATE_benchmark_training.json)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {options.threads} threads"
+    rate = matmul_rate(device, torch.bfloat16 if options.bf16 else torch.float32)
+    print(f"{options.model_card} on {name}: matrix product {rate / 1e9:.1f} G multiply-adds/s")
+    rows = scaling(options) if options.scaling else comparisons(options, rate)
+    path = options.output or os.path.join(ROOT, "results", f"{datetime.date.today()}_benchmark_training{'_scaling' if options.scaling else ''}.json")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w", encoding="utf-8") as handle:
         json.dump({"device": name, "torch": torch.__version__, "matmul_multiply_adds_per_s": rate,

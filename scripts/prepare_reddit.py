@@ -58,7 +58,9 @@ def usable(line: bytes, where: str) -> tuple[dict | None, str]:
         return None, f"by {author}"
     if not isinstance(content, str) or not content.strip():
         return None, "without a text"
-    if any("\ud800" <= character <= "\udfff" for character in author + content):
+    try:
+        (author + content).encode()
+    except UnicodeEncodeError:
         return None, "with half of a surrogate pair"
     return {"author": author, "content": content}, ""
 

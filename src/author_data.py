@@ -106,7 +106,9 @@ def read_record(line: bytes, source: Source, where: str) -> tuple[str | None, st
     for name, value in ((source.author_field, "" if author is None else author), (source.content_field, content)):
         if not isinstance(value, str):
             fail(f"{where}: {name!r} is {json.dumps(value)[:60]}, wanted a string")
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
             fail(f"{where}: {name!r} holds half of a surrogate pair, which is not text; mend or remove the line")
     if not content.strip():
         fail(f"{where}: {source.content_field!r} is empty; remove the line")

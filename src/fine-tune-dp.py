@@ -7,10 +7,8 @@ One process, on a GPU where there is one, else on the CPU:
 Many: the same after `python -m torch.distributed.run --nproc_per_node 16`, with --per_device_train_batch_size 64: a step has
 per_device_train_batch_size x gradient_accumulation_steps x processes authors, in expectation.
 
-A flag that Hugging Face's TrainingArguments have too has their meaning and default. AdamW is the one of gpt2_ft.py with bias
-corrections, which is Hugging Face's own of the published example's time: eps stands beside the uncorrected sqrt(v), where
-torch.optim.AdamW has it beside the corrected one (a difference of 1e-8 against noise of some 1e-4 a coordinate). Biases and
-layer norms do not decay, as with their Trainer. Texts get no special token, and the first token of a text is not scored.
+A flag that Hugging Face's TrainingArguments have too has their meaning and default: AdamW is torch's, and biases and layer
+norms do not decay. Texts get no special token, as in the published example; the first token of a text is not scored.
 
 Leaves in --output_dir: model.{step}.pt, args.json, metrics.jsonl, privacy_ledger.jsonl, privacy.json.
 """
@@ -241,8 +239,8 @@ def make_request(args: Namespace, N: int, world: World) -> run_setup.Request:
         sigma=0.0 if args.disable_dp else args.noise_multiplier,
         delta=1 / N if args.target_delta is None else args.target_delta,
         target_epsilon=None if args.disable_dp else args.target_epsilon, betas=(args.adam_beta1, args.adam_beta2),
-        adam_eps=args.adam_epsilon, weight_decay=args.weight_decay, correct_bias=True, no_decay_bias=True, smoothing=0.0,
-        grad_clip=args.max_grad_norm, random_seed=args.seed, lr=learning_rate(args, steps),
+        adam_eps=args.adam_epsilon, weight_decay=args.weight_decay, correct_bias=True, torch_eps=True, no_decay_bias=True,
+        smoothing=0.0, grad_clip=args.max_grad_norm, random_seed=args.seed, lr=learning_rate(args, steps),
         log_interval=1 if args.dry_run else args.logging_steps, eval_interval=1 if args.dry_run else every,
         save_interval=args.save_steps, last_step=2 if args.dry_run else None, show_bar=not args.disable_tqdm,
         show_progress=args.log_level not in ("warning", "error", "critical"), flags=FLAGS)

@@ -10,7 +10,7 @@ import argparse
 import os
 from collections.abc import Iterator
 
-from cli import fail, run_main
+from cli import Parser, fail, run_main
 from triples import linearise, read_json, write_examples
 
 ENTRY = '{"tripleset": [[subject, relation, object], ...], "annotations": [{"text": ...}, ...]}'
@@ -39,9 +39,7 @@ def convert(path: str) -> Iterator[dict[str, object] | str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", metavar="IN.json")
     parser.add_argument("output", metavar="OUT_formatted.jsonl")
     args = parser.parse_args()

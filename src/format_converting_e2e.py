@@ -6,14 +6,13 @@ A line is stripped of white space at both ends and split at its first `||`; it b
 `{"context": ..., "completion": ...}`, ASCII-escaped. The output is written whole or not at all.
 """
 
-import argparse
 import json
 import os
 import sys
 
 from tqdm import tqdm
 
-from cli import atomic_write, fail, read_lines, run_main
+from cli import Parser, atomic_write, fail, read_lines, run_main
 
 
 def convert_line(line: str, where: str) -> dict[str, str]:
@@ -28,7 +27,7 @@ def convert_line(line: str, where: str) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="E2E text to JSON lines", allow_abbrev=False)
+    parser = Parser(description="E2E text to JSON lines")
     parser.add_argument("input", metavar="IN.txt", help="E2E text, context||completion a line")
     parser.add_argument("output", metavar="OUT_formatted.jsonl", help="JSON lines to write")
     args = parser.parse_args()

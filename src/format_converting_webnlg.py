@@ -11,7 +11,7 @@ import argparse
 import os
 from collections.abc import Iterator
 
-from cli import fail, run_main
+from cli import Parser, fail, run_main
 from triples import linearise, read_json, write_examples
 
 # The ten categories of the challenge's training set; its test set has five more.
@@ -52,9 +52,7 @@ def is_list_of_objects(value: object) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", metavar="IN.json")
     parser.add_argument("output", metavar="OUT_formatted.jsonl")
     args = parser.parse_args()

@@ -93,7 +93,7 @@ def parse_flags() -> Flags:
         help="raise --batch_size as far as so many cached tokens allow, each context counted with its longest possible "
              "beams (default 24576; 0 keeps --batch_size). No batch size changes the result")
     add("--seq_len", type=int, default=512, help="tokens of context and generated text together")
-    add("--eval_len", type=int, default=256, help="tokens to generate at most; contexts keep the last seq_len - eval_len")
+    add("--eval_len", type=int, default=256, help="tokens to generate at most; contexts keep seq_len - eval_len")
     add("--min_length", type=int, default=0, help="no EOS before so many tokens")
     add("--model_card", help="gpt2.sm, gpt2.md, gpt2.lg, gpt2.xl, or a folder or file with config.json; "
                              "default: the checkpoint's shape")

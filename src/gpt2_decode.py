@@ -20,7 +20,7 @@ import os
 import re
 from dataclasses import dataclass, field
 
-from cli import atomic_write, fail, read_lines, run_main
+from cli import Parser, atomic_write, fail, read_lines, run_main
 from tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
 DEFAULT_REF_NUM = 4
@@ -161,9 +161,7 @@ def reference_files(groups: list[Group], ref_type: str, folder_or_file: str, ref
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", required=True, help="folder of encoder.json and vocab.bpe")
     parser.add_argument("--sample_file", required=True, help="what gpt2_beam.py wrote")
     parser.add_argument("--input_file", required=True, help="the formatted examples that were searched over")

@@ -8,7 +8,6 @@ Input: JSON lines with the strings "context" and "completion" (other keys are ig
 <|endoftext|> to the context, --add_eos to the completion. The output is written whole or not at all.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from cli import atomic_write, fail, read_lines, run_main
+from cli import Parser, atomic_write, fail, read_lines, run_main
 from tokenizer import load_tokenizer
 
 # Lines handed to the library at a time: enough to keep its threads busy, few enough for the progress bar to move.
@@ -46,7 +45,7 @@ def read_examples(path: str) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="GPT-2 BPE of formatted examples", allow_abbrev=False)
+    parser = Parser(description="GPT-2 BPE of formatted examples")
     parser.add_argument("--vocab", default="vocab", help="folder of encoder.json and vocab.bpe (default: vocab)")
     parser.add_argument("--input", required=True, help="formatted JSON lines to read")
     parser.add_argument("--output", required=True, help="JSON lines of token ids to write")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fast_linear import product
 from model import GPT2LMModel
 
 # Entries of a logits block: the block, and the passes over it, stay in a CPU's cache. A GPU wants few large launches.
@@ -121,13 +122,13 @@ class FrozenHeadLoss(torch.autograd.Function):
         total = torch.zeros(D, device=states.device, dtype=states.dtype)
         for start in range(0, V, block):
             W = head[start:start + block].to(low)
-            logits = (h @ W.T).to(states.dtype)
+            logits = product(h, W).to(states.dtype)
             new_top = torch.maximum(top, logits.amax(1, keepdim=True))
             shrink = (top - new_top).exp_()
             logits.sub_(new_top).exp_()
             Z = Z * shrink + logits.sum(1, keepdim=True)
             if expected is not None:
-                expected.mul_(shrink).add_(logits.to(low) @ W)
+                expected.mul_(shrink).add_(product(logits.to(low), W.T))
             if smoothing:
                 total += W.sum(0, dtype=states.dtype)
             top = new_top

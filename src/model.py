@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loralib as lora
+from fast_linear import linear
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.T, self.bias)
+        return linear(x, self.weight.T, self.bias)
 
 
 class Attention(nn.Module):
@@ -131,7 +132,7 @@ class TiedHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """states (..., D) -> logits (..., V)."""
-        return F.linear(states, self.weight)
+        return linear(states, self.weight)
 
 
 class GPT2LMModel(nn.Module):

@@ -71,12 +71,14 @@ class AdamW:
         m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2
         p -= lr sqrt(1-b2^t)/(1-b1^t) m / (sqrt(v) + eps)     (without correct_bias: p -= lr m / (sqrt(v) + eps))
         p -= lr wd p
+
+    torch_eps: eps stands beside the corrected root, sqrt(v/(1-b2^t)), as in torch.optim.AdamW.
     """
 
     def __init__(self, flat: FlatParameters, betas: tuple[float, float], eps: float, weight_decay: float,
-                 correct_bias: bool):
+                 correct_bias: bool, torch_eps: bool = False):
         self.flat, self.betas, self.eps = flat, betas, eps
-        self.weight_decay, self.correct_bias = weight_decay, correct_bias
+        self.weight_decay, self.correct_bias, self.torch_eps = weight_decay, correct_bias, torch_eps
         self.steps = 0
         self.m, self.v = torch.zeros_like(flat.data), torch.zeros_like(flat.data)
 
@@ -85,16 +87,18 @@ class AdamW:
         """Update the parameters with gradient (P,)."""
         self.steps += 1
         b1, b2 = self.betas
-        size = lr
+        size, eps = lr, self.eps
         if self.correct_bias:
             size *= math.sqrt(1 - b2 ** self.steps) / (1 - b1 ** self.steps)
+        if self.torch_eps:
+            eps *= math.sqrt(1 - b2 ** self.steps)
         chunk = CACHE_CHUNK if grad.device.type == "cpu" else len(grad)
         for start in range(0, len(grad), chunk):
             span = slice(start, min(start + chunk, len(grad)))
             p, g, m, v = self.flat.data[span], grad[span], self.m[span], self.v[span]
             m.lerp_(g, 1 - b1)
             v.mul_(b2).addcmul_(g, g, value=1 - b2)
-            p.addcdiv_(m, v.sqrt().add_(self.eps), value=-size)
+            p.addcdiv_(m, v.sqrt().add_(eps), value=-size)
             if self.weight_decay and start < self.flat.decayed:
                 p[:self.flat.decayed - start].mul_(1 - lr * self.weight_decay)
 

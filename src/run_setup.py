@@ -105,6 +105,7 @@ class Request:
     log_interval: int
     eval_interval: int
     save_interval: int
+    torch_eps: bool = False  # Adam's, see AdamW
     last_step: int | None = None  # end there, of the `steps` that are planned
     show_bar: bool = True
     show_progress: bool = True
@@ -212,7 +213,8 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
     if world.size > 1:
         from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
         DifferentiallyPrivateDistributedDataParallel(model)  # every rank starts from rank 0's parameters
-    optimizer = AdamW(flat, request.betas, request.adam_eps, request.weight_decay, request.correct_bias)
+    optimizer = AdamW(flat, request.betas, request.adam_eps, request.weight_decay, request.correct_bias,
+                      request.torch_eps)
 
     work = ledger = plan = error = None
     done, before = 0, None
@@ -263,7 +265,7 @@ def announce(plan: PrivacyPlan, trainer: training.Trainer) -> None:
     settings, say = plan.settings, trainer.display.say
     say(f"{settings.N} {settings.unit}s, expected batch {settings.batch} (q = {settings.q:.6g}), {settings.steps} steps, "
         f"{trainer.flat.size} trained parameters, {trainer.world.size} process(es) on {trainer.world.device.type}")
-    if trainer.done:
+    if trainer.done or (plan.ledger and plan.ledger.state.charged):
         say(f"resumed after step {trainer.done}; {plan.ledger.state.charged if plan.ledger else 0} steps charged so far")
     if not settings.private:
         say("noise multiplier 0: ordinary training without clipping or noise; epsilon = inf", important=True)

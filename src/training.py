@@ -99,7 +99,7 @@ def evaluate(model: GPT2LMModel, data: Data, world: World, token_budget: int, bf
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     with autocast(world.device, bf16):
-        for batch in data.micro_batches(torch.arange(world.rank, len(data), world.size), token_budget):
+        for batch in data.micro_batches(torch.arange(len(data))[world.rank::world.size], token_budget):
             batch = batch.to(world.device)
             losses = token_losses(model, batch, smoothing=0.0, head_trains=False, all_positions=False)
             total += torch.stack([losses.sum(dtype=torch.float64), torch.tensor(float(len(losses)), device=world.device)])
@@ -212,7 +212,7 @@ class Trainer:
     def head(self) -> dict:
         """What every line of metrics.jsonl begins with."""
         return {"step": self.done, "epoch": round(self.done / self.options.steps_per_epoch, 4),
-                "lr": self.options.lr(self.done - 1), "seconds": round(time.monotonic() - self.started, 3)}
+                "lr": self.options.lr(max(0, self.done - 1)), "seconds": round(time.monotonic() - self.started, 3)}
 
     def log(self) -> None:
         if self.work is None:

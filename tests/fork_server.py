@@ -11,6 +11,7 @@ The end of standard input ends the server and what it started.
 import functools
 import importlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -108,6 +109,19 @@ def fault_late_ledger() -> None:
     wrap("training:Trainer.after_step", "before", 0, lambda *_: charge(*late.pop()))
 
 
+def fault_entropy(file: str) -> None:
+    """Write what os.urandom gives, in hexadecimal, to `file`."""
+    original = os.urandom
+
+    def urandom(count: int) -> bytes:
+        drawn = original(count)
+        with open(file, "a") as handle:
+            handle.write(drawn.hex() + "\n")
+        return drawn
+
+    os.urandom = urandom
+
+
 def fault_dump(file: str) -> None:
     """Write the parameters that this rank ends with to `file`."""
     wrap("training:Trainer.close_report", "before", 1,
@@ -121,7 +135,7 @@ def fault_file_limit(size: int, point: str) -> None:
 
 
 FAULTS = {"signal": fault_signal, "tear": fault_tear, "count": fault_count, "sleep": fault_sleep, "error": fault_error,
-          "dump": fault_dump, "late_ledger": fault_late_ledger, "file_limit": fault_file_limit}
+          "dump": fault_dump, "entropy": fault_entropy, "late_ledger": fault_late_ledger, "file_limit": fault_file_limit}
 
 
 # ------------------------------------------------------------------ the server
@@ -154,11 +168,20 @@ def execute(job: dict) -> None:
         os._exit(status)
 
 
+def warm_up() -> None:
+    """Epsilons of the usual small run (small_runs.flags) are remembered by the accountant: its forks need not compute them."""
+    from privacy import accounting
+    for steps, delta in itertools.product(range(1, 13), (1e-5, 1 / 400)):
+        phases = [accounting.Phase(0.8, 0.2, steps)]
+        accounting.epsilon_prv(phases, delta), accounting.epsilon_rdp(phases, delta)
+
+
 def serve() -> None:
     sys.path.insert(0, str(ROOT / "src"))
     sys.path.insert(0, "")  # execute() puts the script's folder there
     for name in PRELOADED:
         importlib.import_module(name)
+    warm_up()
     answers, running = os.fdopen(os.dup(1), "w"), set()
     pending = b""
     print(json.dumps({"ready": os.getpid()}), file=answers, flush=True)

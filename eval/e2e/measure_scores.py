@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import IO
+from typing import IO, NoReturn
 
 import caption_metrics
 import java
@@ -29,10 +29,15 @@ from segments import Segments, UserError, load_segments
 RULE = "=============="
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("ref_file", metavar="REF", help="references: groups parted by empty lines, or .tsv/.csv")
     parser.add_argument("sys_file", metavar="SYS", help="system outputs, one a line; or .tsv/.csv")
     parser.add_argument("-l", "--sent-level", "--seg-level", "--sentence-level", "--segment-level", dest="segment_file",

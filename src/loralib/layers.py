@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fast_linear import linear
+
 
 class LoRALayer:
     """What the adapted layers share: rank, scaling, and a merge that is exact.
@@ -143,7 +145,7 @@ class MergedLinear(LoRALayer, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> (..., O)."""
         weight = self.weight.T if self.fan_in_fan_out else self.weight
-        result = F.linear(x, weight, self.bias)
+        result = linear(x, weight, self.bias)
         if not self.adds_adapter():
             return result
         dropping = self.training and self.lora_dropout > 0

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loralib as lora
+from fast_linear import product
 from losses import MicroBatch, unit_losses
 from model import Conv1D, GPT2LMModel, TiedHead
 from optimizer import FlatParameters
@@ -173,8 +174,8 @@ def zero_rows(tensor: Tensor, finite: Tensor | None) -> Tensor:
 
 
 def add_product(target: Tensor, p: Tensor, q: Tensor) -> None:
-    """target (P, Q) += p' q for p (s, P), q (s, Q), straight into the flat buffer."""
-    torch.addmm(target, p.T, q, out=target)
+    """target (P, Q) += p' q for p (s, P), q (s, Q)."""
+    target.add_(product(p.T, q.T))
 
 
 # ------------------------------------------------------------------ what each layer contributes

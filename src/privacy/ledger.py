@@ -64,9 +64,10 @@ def check_record(record: object, previous: LedgerState) -> str | None:
             return f"{key} is {record[key]!r}, wanted {kind.__name__}"
     if record["checksum"] != checksum(previous.last_checksum, record):
         return "its checksum does not follow from the line before"
-    if not (record["N"] >= 1 and 0 < record["q"] <= 1 and 0 <= record["sigma"] < math.inf and record["steps_per_epoch"] >= 1
-            and 0 < record["clip"] < math.inf and 0 < record["delta"] < 1 and record["world_size"] >= 1 and record["step"] >= 1 and record["attempt"] >= max(1, previous.attempts)
-            and record["sampling"] in ("poisson", "shuffle")):
+    if not (record["step"] >= 1 and record["attempt"] >= max(1, previous.attempts) and record["N"] >= 1
+            and 0 < record["q"] <= 1 and 0 <= record["sigma"] < math.inf and 0 < record["clip"] < math.inf
+            and record["sampling"] in ("poisson", "shuffle") and record["steps_per_epoch"] >= 1
+            and 0 < record["delta"] < 1 and record["world_size"] >= 1):
         return "a value is out of range"
     return None
 

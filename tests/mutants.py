@@ -1,0 +1,201 @@
+"""Shows that the privacy tests can fail: puts one mistake at a time into a copy of src/ and names the tests that notice it.
+
+    python tests/mutants.py              all mutants (some minutes)
+    python tests/mutants.py noise key    those whose names hold one of the words
+
+Prints a table, mutant -> caught by. The status is 1 where a mutant survives, does not even run, or where the tests fail
+without one. Each mutant runs in a fork of this process, which has imported the libraries and nothing of src/.
+"""
+
+import importlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PRELOADED = ("torch", "torch.distributed", "opacus", "opacus.grad_sample", "opacus.accountants", "scipy.stats", "pytest")
+MOST_FAILURES = 3  # of a mutant, then the next one
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake: `changes` are (old, new) texts in src/`file`, each old one there exactly once; `tests` may notice it."""
+
+    name: str
+    file: str
+    changes: tuple[tuple[str, str], ...]
+    tests: tuple[str, ...]  # pytest's file, or file::test
+
+
+PLAN, SAMPLING, CLIPPING, NOISE = (f"privacy/{name}.py" for name in ("plan", "sampling", "clipping", "noise"))
+TRAINING = "training.py"
+RANKS = ("test_privacy_plan.py::test_noise_has_its_scale_after_the_all_reduce",)
+STEP = ("test_private_step.py::test_a_step_is_the_mechanism_written_out",)
+DRAWS = ("test_privacy_plan.py::test_draws_are_disjoint_and_the_extras_are_summed_and_no_more",)
+SAMPLER = ("test_sampling.py::test_poisson_is_independent_inclusion",)
+EMPTY = ("test_private_step.py::test_an_empty_run_takes_all_its_steps",
+         "test_privacy_plan.py::test_empty_draws_everywhere_are_steps_like_any_other")
+SEED = ("test_privacy_plan.py::test_one_random_seed_does_not_decide_the_noise",)
+STREAMS = ("test_noise.py::test_streams_of_other_purposes_and_ranks_are_others",)
+LOOP = ("test_clipping.py::test_engines_equal_the_loop", "test_clipping.py::test_one_more_unit_moves_the_sum_by_c")
+FAULTY = ("test_clipping.py::test_units_without_a_finite_gradient_give_nothing",)
+RECORD = ("test_privacy_plan.py::test_the_record_is_on_disk_before_the_mask_is_drawn",)
+BUDGET = ("test_privacy_plan.py::test_the_budget_is_checked_before_a_step_is_drawn",)
+DROPOUT = ("test_private_step.py::test_dropout_masks_are_no_function_of_the_random_seed",)
+BF16 = ("test_clipping.py::test_float32_and_bf16_norms_are_of_what_is_summed",)
+CANCEL = ("test_clipping.py::test_positions_that_cancel_in_float32",)
+ROWS = ("test_clipping.py::test_units_of_several_texts",)
+SHUFFLE = ("test_sampling.py::test_shuffle_uses_each_unit_once_an_epoch",)
+
+ADD_NOISE = "self.noise.add_normal_(own, self.settings.sigma * self.settings.clip)"
+MASK = "return self.own[self.source.uniform(len(self.own)) < self.q]"
+FACTORS = "factors, finite = self.rule.factors(self.norms_sq)"
+ADD_NORM = "self.norms_sq[:, self.column[id(parameter)]] += contribution.norm_sq()"
+
+MUTANTS = (
+    Mutant("noise at 0.9 sigma", PLAN, ((ADD_NOISE, ADD_NOISE.replace("self.settings.sigma", "0.9 * self.settings.sigma")),), RANKS),
+    Mutant("noise missing on a rank", PLAN,
+           (("if self.settings.private:\n            self.noise", "if self.settings.private and self.world.rank != 1:\n            self.noise"),),
+           RANKS),
+    Mutant("noise of every rank on every coordinate", PLAN, ((ADD_NOISE, ADD_NOISE.replace("own", "sums[:coordinates]")),), RANKS),
+    Mutant("noise repeated in every step", PLAN, (("self.noise.begin_step(self.open)", "self.noise.begin_step(1)"),), STEP),
+    Mutant("noise without C", PLAN, ((ADD_NOISE, ADD_NOISE.replace(" * self.settings.clip", "")),), RANKS),
+    Mutant("clip after the mean", CLIPPING,
+           ((FACTORS, "factors, finite = torch.ones_like(self.norms_sq), torch.ones(batch.units, dtype=torch.bool)"),
+            ("        finally:\n            self.batch, self.noted",
+             "                self.flat.grad.mul_((self.rule.C * batch.units / self.flat.grad.norm()).clamp(max=1.0))\n"
+             "        finally:\n            self.batch, self.noted")), LOOP),
+    Mutant("mask reused in the next step", SAMPLING,
+           ((MASK, "if step % 2:\n            self.mask = self.source.uniform(len(self.own)) < self.q\n        return self.own[self.mask]"),),
+           SAMPLER),
+    Mutant("empty draws skipped", TRAINING, (("self.optimizer.step(grad, lr)", "len(drawn) and self.optimizer.step(grad, lr)"),),
+           EMPTY + STEP),
+    Mutant("empty draws released without noise", PLAN, (("if self.settings.private:\n            self.noise",
+           "if self.settings.private and sums.any():\n            self.noise"),), EMPTY),
+    Mutant("empty draws drawn again", SAMPLING,
+           ((MASK, "found = self.source.uniform(len(self.own)) < self.q\n        for _ in range(50):\n            if not found.any():\n"
+             "                found = self.source.uniform(len(self.own)) < self.q\n        return self.own[found]"),), STEP),
+    Mutant("batch divided by its actual size", PLAN,
+           ((".div_(self.settings.batch)", ".div_(max(1.0, float(sums[coordinates + 1])))"),), STEP),
+    Mutant("batch token mean", "data_utils.py",
+           (("np.repeat(1 / (np.maximum(counts, 1) * rows_per_unit), counts)",
+             "np.full(counts.sum(), len(counts) / max(1, counts.sum()))"),), STEP),
+    Mutant("cross term dropped", CLIPPING, (("column.add_(head.cross(table), alpha=2)", "column.add_(0)"),), LOOP),
+    Mutant("ledger written after the step", PLAN,
+           (("                    self.ledger.charge(step)\n", ""),
+            ("        self.open = None\n        return sums", "        if self.ledger is not None:\n            self.ledger.charge(self.open)\n"
+             "        self.open = None\n        return sums")), RECORD),
+    Mutant("q per rank", PLAN, (("PoissonSampler(settings.N, settings.q,", "PoissonSampler(settings.N, settings.q / world.size,"),), DRAWS),
+    Mutant("every rank draws from all the units", SAMPLING, (("torch.arange(N)[world.rank::world.size]", "torch.arange(N)"),), DRAWS + SAMPLER),
+    Mutant("the same key on each rank", NOISE, (("{self.purpose},{self.rank},{step}", "{self.purpose},{step}"),), SAMPLER + SEED),
+    Mutant("the same key for mask and noise", NOISE, (("{self._seed},{self.purpose},", "{self._seed},"),), STREAMS),
+    Mutant("the key from --random_seed", NOISE,
+           (("key = os.urandom(KEY_BYTES)", "key = torch.initial_seed().to_bytes(KEY_BYTES, 'little')"),), SEED),
+    Mutant("a parameter left out of the norms", CLIPPING,
+           ((ADD_NORM, f"if type(module) is nn.LayerNorm: continue\n                {ADD_NORM}"),), LOOP),
+    Mutant("a parameter left out of the sum", CLIPPING,
+           (("        self.noted += found\n", "        self.noted += [item for item in found if item[0].dim() > 1]\n"),), LOOP),
+    Mutant("per_layer gives C to each parameter", CLIPPING, (("bound = self.C / math.sqrt(norms_sq.shape[1])", "bound = self.C"),), LOOP),
+    Mutant("no unit clipped", CLIPPING, ((FACTORS, f"{FACTORS}\n                factors = torch.ones_like(factors)"),), LOOP),
+    Mutant("texts clipped in place of units", CLIPPING, (("U = self.batch.units\n", "U = len(self.batch.ids)\n"),), ROWS),
+    Mutant("units without a finite gradient let through", CLIPPING,
+           (("torch.where(finite[:, None], factors, 0.0), finite", "factors.nan_to_num(1.0, 1.0), finite | True"),), FAULTY),
+    Mutant("rounding of cancelling sums forgotten", CLIPPING, (("\nROUNDING = 8\n", "\nROUNDING = 0\n"),), CANCEL),
+    Mutant("sums in bfloat16", "privacy/opacus_hooks.py", ((", torch.autocast(batch.ids.device.type, enabled=False)", ""),), BF16),
+    Mutant("dropout masks from --random_seed", TRAINING, (("self.plan.dropout_seed() if self.plan.settings.private", "0 if False"),), DROPOUT),
+    Mutant("one step beyond the budget", PLAN, (("if self.permitted < 1:", "if self.permitted < 0:"),), BUDGET),
+    Mutant("shuffle pads the last batch", SAMPLING,
+           (("batch = self.order[position * self.batch:(position + 1) * self.batch]",
+             "batch = torch.cat([self.order, self.order])[position * self.batch:(position + 1) * self.batch]"),), SHUFFLE),
+)
+
+
+def mutated(text: str, mutant: Mutant) -> str:
+    """The file with the mistake in it; ValueError where the file no longer holds the text to change, so that none goes stale."""
+    for old, new in mutant.changes:
+        if text.count(old) != 1:
+            raise ValueError(f"{mutant.name}: src/{mutant.file} holds {text.count(old)} times: {old!r}")
+        text = text.replace(old, new)
+    return text
+
+
+def run_tests(tests: tuple[str, ...], folder: pathlib.Path, mutant: Mutant | None) -> tuple[str, list[str]]:
+    """("passed", "failed" or "broken", the tests that failed) of a copy of the project with the mutant in it."""
+    for name in ("src", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pytest.ini", folder)
+    if mutant is not None:
+        file = folder / "src" / mutant.file
+        file.write_text(mutated(file.read_text(encoding="utf-8"), mutant), encoding="utf-8")
+    outcome = folder / "outcome.json"
+    child = os.fork()
+    if child == 0:
+        try:
+            run_here(tests, folder, outcome)
+        finally:
+            os._exit(1)  # reached by an error alone
+    os.waitpid(child, 0)
+    if not outcome.exists():
+        return "broken", []
+    code, failed = json.loads(outcome.read_text())
+    return {0: "passed", 1: "failed"}.get(code, "broken"), failed
+
+
+def run_here(tests: tuple[str, ...], folder: pathlib.Path, outcome: pathlib.Path) -> None:
+    """In the fork: pytest on the copy, its output in a file there."""
+    import pytest
+
+    class Failures:
+        def __init__(self):
+            self.names: list[str] = []
+
+        def pytest_runtest_logreport(self, report) -> None:
+            if report.failed:
+                self.names.append(report.nodeid.split("/")[-1])
+
+    os.chdir(folder)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    failures = Failures()
+    code = pytest.main(["-p", "no:cacheprovider", f"--maxfail={MOST_FAILURES}", f"--rootdir={folder}",
+                        *(f"tests/{test}" for test in tests)], plugins=[failures])
+    outcome.write_text(json.dumps([int(code), failures.names]))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def main(words: list[str]) -> int:
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    if not chosen:
+        print(f"error: no mutant's name holds {' or '.join(words)}", file=sys.stderr)
+        return 2
+    for name in PRELOADED:
+        importlib.import_module(name)
+    needed = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+    survivors = 0
+    width = max(len(mutant.name) for mutant in chosen)
+    for mutant in (None, *chosen):
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            result, failed = run_tests(needed if mutant is None else mutant.tests, pathlib.Path(folder).resolve(), mutant)
+            output = pathlib.Path(folder, "output.txt")
+            tail = output.read_text(errors="replace")[-2000:] if output.exists() else ""
+        good = result == ("passed" if mutant is None else "failed")
+        survivors += not good
+        said = {"passed": "passed" if mutant is None else "SURVIVED", "broken": f"DOES NOT RUN\n{tail}", "failed": ", ".join(failed)}[result]
+        print(f"{'(none)' if mutant is None else mutant.name:{width}}  {time.monotonic() - started:5.0f} s  {said}", flush=True)
+        if mutant is None and not good:
+            print(tail)
+            return 1
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
