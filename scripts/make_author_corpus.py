@@ -1,10 +1,10 @@
-"""Write a generated corpus with authors, {"author", "content"} a line, by a Zipf law: the r-th author writes about 1/r^s as much.
+"""Write a generated corpus with authors, {"author", "content"} a line; author r writes 1/r^s of what the first does.
 
     python scripts/make_author_corpus.py --authors 600 --records 6000 --words 40 --out authors.jsonl
     python scripts/make_author_corpus.py --authors 304279 --records 500000 --words 270 --out reddit_size.jsonl
 
-The second is as large as the part of the Reddit corpus that training uses. The texts are restaurant reviews from the
-demonstration's grammar (scripts/demo_grammar.py); an author writes about a few restaurants of their own, so authors differ.
+The second is as large as the part of the Reddit corpus that training uses. The texts are made with the demonstration's
+grammar (scripts/demo_grammar.py); an author writes about a few restaurants of their own, so authors differ.
 The same arguments give the same bytes, with the pinned numpy.
 """
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="generate a corpus with authors", allow_abbrev=False)
     parser.add_argument("--authors", type=int, default=600)
     parser.add_argument("--records", type=int, default=6000)
-    parser.add_argument("--words", type=int, default=40, help="mean words of a text; lengths are log-normal (default 40)")
+    parser.add_argument("--words", type=int, default=40, help="mean words of a text, log-normal (default 40)")
     parser.add_argument("--exponent", type=float, default=1.0, help="s of the Zipf law (default 1)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", required=True, help="file to write")
@@ -62,11 +62,12 @@ def main() -> None:
     lengths = np.maximum(1, args.words * generator.lognormal(-0.18, 0.6, args.records)).astype(int)  # of mean `words`
     own = generator.integers(MEANINGS, size=(args.authors, OWN))
     pool = sentence_pool(args.seed)
-    # Lines are made of whole sentences; which ones is decided in blocks, since a call of the generator costs more than a word.
+    # Which sentences come next is decided for many at once: a call of the generator costs more than a sentence.
     picks = generator.integers(OWN * TEXTS, size=1 << 16)
     place = 0
-    with atomic_write(args.out) as out:
-        for owner, length in tqdm(zip(owners, lengths), total=args.records, unit=" records", disable=not sys.stderr.isatty()):
+    bar = tqdm(zip(owners, lengths), total=args.records, unit=" records", disable=not sys.stderr.isatty())
+    with atomic_write(args.out) as out, bar:
+        for owner, length in bar:
             sentences, words = [], 0
             while words < length:
                 pick = picks[place]

@@ -16,9 +16,10 @@ for part in train valid; do
     "$PYTHON" src/gpt2_encode.py --vocab vocab/demo --add_bos --add_eos \
         --input "$work/${part}_formatted.jsonl" --output "$work/$part.jsonl"
 done
-"$PYTHON" src/gpt2_ft.py --train_data "$work/train.jsonl" --valid_data "$work/valid.jsonl" \
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 2 src/gpt2_ft.py \
+    --train_data "$work/train.jsonl" --valid_data "$work/valid.jsonl" \
     --model_card pretrained_checkpoints/demo/config.json --noise_multiplier 0 --lora_dim 0 --obj jlm \
-    --train_batch_size 64 --max_epoch 6 --seq_len 256 --lr 0.003 --scheduler cosine --warmup_step 100 \
+    --train_batch_size 16 --max_epoch 6 --seq_len 256 --lr 0.003 --scheduler cosine --warmup_step 100 \
     --correct_bias --adam_beta2 0.98 --weight_decay 0.01 --clip 1.0 --random_seed 1 \
     --log_interval 100 --eval_interval 500 --save_interval 1000 --micro_batch_tokens 4096 --work_dir "$work/run"
 "$PYTHON" src/export.py --init_checkpoint "$work/run" --output "$output"

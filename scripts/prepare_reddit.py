@@ -1,10 +1,10 @@
 """Make data/reddit/train.jsonl: the first usable records of the Webis-TLDR-17 corpus, {"author", "content"} a line.
 
-    python scripts/prepare_reddit.py                          # downloads the archive (3.1 GB, checked by sha256) where it is not there
-    python scripts/prepare_reddit.py --archive corpus.zip     # from a local copy, which is not checked
+    python scripts/prepare_reddit.py                        # fetches the archive (3.1 GB, checked) if it is not there
+    python scripts/prepare_reddit.py --archive corpus.zip   # from a local copy, which is not checked
 
-The archive is read as a stream and never unpacked (it would take 19 GB), and no further than needed. A record without an
-author or by a pseudo-author ([deleted], AutoModerator), and one without a text, is left out and counted.
+The archive is read as a stream and never unpacked (it would take 19 GB), and no further than needed. A record without
+an author or by a pseudo-author ([deleted], AutoModerator), and one without a text, is left out and counted.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def usable(line: bytes, where: str) -> tuple[dict | None, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="make data/reddit/train.jsonl", allow_abbrev=False)
-    parser.add_argument("--archive", help="a local copy of corpus-webis-tldr-17.zip (default: downloaded to data/reddit)")
+    parser.add_argument("--archive", help="a local corpus-webis-tldr-17.zip (default: downloaded to data/reddit)")
     parser.add_argument("--output", default=os.path.join(ROOT, "data", "reddit", "train.jsonl"))
     parser.add_argument("--records", type=int, default=500_000, help="usable records to take (default 500000)")
     args = parser.parse_args()

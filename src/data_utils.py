@@ -59,8 +59,8 @@ class Examples:
 
 def collate(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, first_scored: np.ndarray,
             rows_per_unit: int = 1) -> MicroBatch:
-    """A micro-batch of texts: tokens[starts[m] : starts[m] + lengths[m]] is row m, scored from its token first_scored[m] on;
-    rows_per_unit consecutive ones belong to a unit."""
+    """A micro-batch of texts: tokens[starts[m] : starts[m] + lengths[m]] is row m, scored from its token
+    first_scored[m] on; rows_per_unit consecutive ones belong to a unit."""
     inputs = lengths - 1  # the last token of a text is a target only: no state is computed for it
     T = max(1, int(inputs.max()))
     columns = np.arange(T)
@@ -74,7 +74,8 @@ def collate(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, first_s
         positions=torch.from_numpy(np.flatnonzero(scored)),
         targets=torch.from_numpy(tokens[source[scored] + 1].astype(np.int64)),
         weights=torch.from_numpy(np.repeat(1 / (np.maximum(counts, 1) * rows_per_unit), counts).astype(np.float32)),
-        counts=counts.reshape(-1, rows_per_unit).sum(1).tolist(), rows_per_unit=rows_per_unit, tokens=int(lengths.sum()))
+        counts=counts.reshape(-1, rows_per_unit).sum(1).tolist(), rows_per_unit=rows_per_unit,
+        tokens=int(lengths.sum()))
 
 
 def groups_within(lengths: np.ndarray, token_budget: int) -> Iterator[slice]:

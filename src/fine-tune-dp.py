@@ -1,14 +1,14 @@
-"""Fine-tune GPT-2 on texts that have authors, with differential privacy for each author and everything the author wrote.
+"""Fine-tune GPT-2 on texts that have authors, with differential privacy for each author with everything they wrote.
 
 One process, on a GPU where there is one, else on the CPU:
     python src/fine-tune-dp.py --output_dir scratch --model_name gpt2 --per_device_train_batch_size 1024 \
         --target_epsilon 8 --per_sample_max_grad_norm 1.0 --max_grad_norm 0 --num_train_epochs 3 --learning_rate 3e-4 \
         --lr_scheduler_type constant --lora_dim 4 --lora_alpha 32 --enable_lora --eval_strategy steps --eval_steps 45
-Many: the same after `python -m torch.distributed.run --nproc_per_node 16`, with --per_device_train_batch_size 64: a step has
-per_device_train_batch_size x gradient_accumulation_steps x processes authors, in expectation.
+Many: the same after `python -m torch.distributed.run --nproc_per_node 16`, with --per_device_train_batch_size 64: a
+step has per_device_train_batch_size x gradient_accumulation_steps x processes authors, in expectation.
 
-A flag that Hugging Face's TrainingArguments have too has their meaning and default: AdamW is torch's, and biases and layer
-norms do not decay. Texts get no special token, as in the published example; the first token of a text is not scored.
+A flag that Hugging Face's TrainingArguments have too has their meaning and default: AdamW is torch's, and biases and
+layer norms do not decay. Texts get no special token, as in the published example; a text's first token is not scored.
 
 Leaves in --output_dir: model.{step}.pt, args.json, metrics.jsonl, privacy_ledger.jsonl, privacy.json.
 """
@@ -52,8 +52,8 @@ def parse(argv: list[str]) -> Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--output_dir", required=True, help="folder of everything that the run writes")
-    add("--model_name", default="gpt2", help=f"{', '.join(MODEL_NAMES)} (under pretrained_checkpoints/), a checkpoint file, "
-        "or a folder in Hugging Face's layout (default gpt2)")
+    add("--model_name", default="gpt2", help=f"{', '.join(MODEL_NAMES)} (under pretrained_checkpoints/), a checkpoint "
+        "file, or a folder in Hugging Face's layout (default gpt2)")
     add("--base_checkpoint", help="the frozen weights under an adapter-only --model_name, if they were moved")
     add("--train_file", default=os.path.join(ROOT, "data", "reddit", "train.jsonl"),
         help="JSON lines with an author and a content (default data/reddit/train.jsonl of the repository)")
@@ -61,12 +61,14 @@ def parse(argv: list[str]) -> Namespace:
     add("--eval_fraction", type=float, help="share of the authors that is held out without --eval_file (default 0.02)")
     add("--author_field", default="author", help="name of the author's field")
     add("--content_field", default="content", help="name of the text's field")
-    add("--vocab", default=os.path.join(ROOT, "vocab"), help="folder of encoder.json and vocab.bpe (default: the repository's)")
+    add("--vocab", default=os.path.join(ROOT, "vocab"),
+        help="folder of encoder.json and vocab.bpe (default: the repository's)")
     add("--cache_dir", help="where the tokenised texts are kept (default: .author_cache beside the file)")
     add("--sequence_len", type=int, default=128, help="longest text in tokens; longer ones are cut (default 128)")
     add("--samples_per_author", type=int, default=1, metavar="K",
         help="texts that a drawn author contributes, drawn afresh in each step (default 1)")
-    add("--per_device_train_batch_size", type=int, default=8, help="expected authors of a process in one accumulation step")
+    add("--per_device_train_batch_size", type=int, default=8,
+        help="expected authors of a process in one accumulation step")
     add("--gradient_accumulation_steps", type=int, default=1, help="accumulation steps of a logical batch")
     add("--num_train_epochs", type=float, default=3.0, help="expected uses of every author (default 3)")
     add("--max_steps", type=int, default=-1, help="logical steps of the run, in place of --num_train_epochs")
@@ -77,8 +79,10 @@ def parse(argv: list[str]) -> Namespace:
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0, help="bound on the norm of the released gradient; 0 = none (default 1)")
-    add("--per_sample_max_grad_norm", type=float, default=1.0, help="C, the norm to which each author's gradient is clipped")
+    add("--max_grad_norm", type=float, default=1.0,
+        help="bound on the norm of the released gradient; 0 = none (default 1)")
+    add("--per_sample_max_grad_norm", type=float, default=1.0,
+        help="C, the norm to which each author's gradient is clipped")
     add("--noise_multiplier", type=float, help="sigma; exactly one of it and --target_epsilon is given")
     add("--disable_dp", **SWITCH, help="train without privacy; --target_epsilon and the like then have no effect")
     add("--enable_lora", **SWITCH, help="train adapters of rank --lora_dim, not the whole model")
@@ -90,21 +94,25 @@ def parse(argv: list[str]) -> Namespace:
     add("--eval_steps", type=int, help="default: --logging_steps")
     add("--logging_steps", type=int, default=500)
     add("--save_steps", type=int, default=500)
-    add("--log_level", choices=LOG_LEVELS, default="passive", help="warning and above: warnings and results alone are printed")
+    add("--log_level", choices=LOG_LEVELS, default="passive",
+        help="warning and above: warnings and results alone are printed")
     add("--disable_tqdm", **SWITCH, help="no progress bar on a terminal")
-    add("--seed", type=int, default=42, help="seeds the held-out split, the draws of texts and dropout, never the noise")
+    add("--seed", type=int, default=42,
+        help="seeds the held-out split, the draws of texts and dropout, never the noise")
     add("--dry_run", **SWITCH, help="stop after two of the run's steps, everything logged; they are charged, and "
         "--resume_from_checkpoint continues from there")
-    add("--resume_from_checkpoint", nargs="?", const="true", help="continue the run in --output_dir from its last checkpoint: "
-        "true, that folder or that checkpoint; the same as --resume")
+    add("--resume_from_checkpoint", nargs="?", const="true", help="continue the run in --output_dir from its last "
+        "checkpoint: true, that folder or that checkpoint; the same as --resume")
     add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
     group = parser.add_argument_group("accepted, without effect", "these steer Hugging Face's Trainer alone")
     group.add_argument("--remove_unused_columns", **SWITCH)
     group.add_argument("--label_names", nargs="+")
     group.add_argument("--prediction_loss_only", **SWITCH)
     group.add_argument("--eval_accumulation_steps", type=int)
-    group.add_argument("--per_device_eval_batch_size", type=int, help="evaluation batches are bounded by --micro_batch_tokens")
-    group.add_argument("--dataloader_num_workers", type=int, help="batches are cut from a memory map, in 0.1 %% of a step's time")
+    group.add_argument("--per_device_eval_batch_size", type=int,
+                       help="evaluation batches are bounded by --micro_batch_tokens")
+    group.add_argument("--dataloader_num_workers", type=int,
+                       help="1,024 authors are cut from a memory map in 7 ms, without workers")
     run_setup.add_shared_flags(parser)
     args = parser.parse_args(argv)
     args.without_effect = [name for name in WITHOUT_EFFECT if any(word.split("=")[0] == f"--{name}" for word in argv)]
@@ -123,9 +131,9 @@ def check(args: Namespace) -> None:
                         ("save_steps", 1), ("lora_dim", 0), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             fail(f"--{name} {getattr(args, name)}: expected at least {least}")
-    for name, low, high in (("learning_rate", 0, math.inf), ("weight_decay", 0, math.inf), ("adam_epsilon", 0, math.inf),
-                            ("adam_beta1", 0, 1), ("adam_beta2", 0, 1), ("lora_dropout", 0, 1), ("max_grad_norm", 0, math.inf),
-                            ("eval_fraction", 0, 1)):
+    for name, low, high in (("learning_rate", 0, math.inf), ("weight_decay", 0, math.inf),
+                            ("adam_epsilon", 0, math.inf), ("adam_beta1", 0, 1), ("adam_beta2", 0, 1),
+                            ("lora_dropout", 0, 1), ("max_grad_norm", 0, math.inf), ("eval_fraction", 0, 1)):
         if getattr(args, name) is not None and not low <= getattr(args, name) < high:
             fail(f"--{name} {getattr(args, name):g}: expected a number from {low} to below {high:g}")
     if args.eval_file is not None and args.eval_fraction is not None:
@@ -161,14 +169,15 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     if name not in MODEL_NAMES:
         if os.path.exists(name):
             return name, None
-        fail(f"--model_name {name}: no such model, file or folder; known are {', '.join(MODEL_NAMES)} (under {CHECKPOINTS})")
+        fail(f"--model_name {name}: no such model, file or folder; known are {', '.join(MODEL_NAMES)} "
+             f"(under {CHECKPOINTS})")
     places = [os.path.join(CHECKPOINTS, name), *(os.path.join(CHECKPOINTS, f"{name}-{ending}")
                                                  for ending in ("pytorch_model.bin", "model.safetensors"))]
     for place in places:
         if os.path.exists(place):
             return place, MODEL_NAMES[name]
-    fail(f"--model_name {name}: not at {', '.join(places)}; run bash scripts/download_pretrained_checkpoints.sh {name}, or give "
-         f"a file or folder; known are {', '.join(MODEL_NAMES)}")
+    fail(f"--model_name {name}: not at {', '.join(places)}; run bash scripts/download_pretrained_checkpoints.sh {name} "
+         f"or give a file or folder; known are {', '.join(MODEL_NAMES)}")
 
 
 def load(args: Namespace) -> Loaded:
@@ -201,7 +210,8 @@ def split(args: Namespace, corpus: Corpus, evaluation: Corpus | None) -> tuple[A
     """(training units, held-out texts or None, what the report says of the split)."""
     A = len(corpus.keys)
     if A < 2:
-        fail(f"--train_file {args.train_file}: all {corpus.texts} texts are by one author; author-level privacy wants many")
+        fail(f"--train_file {args.train_file}: all {corpus.texts} texts are by one author; author-level privacy wants "
+             "many")
     if evaluation is not None:
         chosen, both = np.arange(A), np.isin(evaluation.keys, corpus.keys).sum()
         held_out, held = evaluation.by_text(np.arange(len(evaluation.keys))), len(evaluation.keys)
@@ -218,8 +228,8 @@ def split(args: Namespace, corpus: Corpus, evaluation: Corpus | None) -> tuple[A
 
 
 def learning_rate(args: Namespace, steps: int) -> Callable[[int], float]:
-    """--lr_scheduler_type with Hugging Face's formulas: as optimizer.schedule, but that cosine falls to 0 over what the warm-up
-    leaves, and inverse_sqrt without warm-up has a time scale of 10,000 steps."""
+    """--lr_scheduler_type with Hugging Face's formulas: as optimizer.schedule, but that cosine falls to 0 over what the
+    warm-up leaves, and inverse_sqrt without warm-up has a time scale of 10,000 steps."""
     name, lr, warmup = args.lr_scheduler_type, args.learning_rate, args.warmup_steps
     if name == "cosine":
         rising, falling = schedule("constant", lr, steps, warmup), schedule("cosine", lr, max(1, steps - warmup))
@@ -233,15 +243,16 @@ def learning_rate(args: Namespace, steps: int) -> Callable[[int], float]:
 def make_request(args: Namespace, N: int, world: World) -> run_setup.Request:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world.size
     steps = args.max_steps if args.max_steps > 0 else max(1, round(args.num_train_epochs * N / batch))
-    every = {"no": 0, "steps": args.eval_steps or args.logging_steps, "epoch": max(1, round(N / batch))}[args.eval_strategy]
+    every = {"no": 0, "steps": args.eval_steps or args.logging_steps, "epoch": max(1, round(N / batch))}
+    log_interval, eval_interval = (1, 1) if args.dry_run else (args.logging_steps, every[args.eval_strategy])
     return run_setup.Request(
         unit="author", N=N, batch=batch, steps=steps, clip=args.per_sample_max_grad_norm,
         sigma=0.0 if args.disable_dp else args.noise_multiplier,
         delta=1 / N if args.target_delta is None else args.target_delta,
         target_epsilon=None if args.disable_dp else args.target_epsilon, betas=(args.adam_beta1, args.adam_beta2),
-        adam_eps=args.adam_epsilon, weight_decay=args.weight_decay, correct_bias=True, torch_eps=True, no_decay_bias=True,
-        smoothing=0.0, grad_clip=args.max_grad_norm, random_seed=args.seed, lr=learning_rate(args, steps),
-        log_interval=1 if args.dry_run else args.logging_steps, eval_interval=1 if args.dry_run else every,
+        adam_eps=args.adam_epsilon, weight_decay=args.weight_decay, correct_bias=True, torch_eps=True,
+        no_decay_bias=True, smoothing=0.0, grad_clip=args.max_grad_norm, random_seed=args.seed,
+        lr=learning_rate(args, steps), log_interval=log_interval, eval_interval=eval_interval,
         save_interval=args.save_steps, last_step=2 if args.dry_run else None, show_bar=not args.disable_tqdm,
         show_progress=args.log_level not in ("warning", "error", "critical"), flags=FLAGS)
 
@@ -249,17 +260,17 @@ def make_request(args: Namespace, N: int, world: World) -> run_setup.Request:
 def describe(trainer: Trainer, args: Namespace, corpus: Corpus, held_out: dict) -> None:
     """Say what is trained on what."""
     say, facts = trainer.display.say, corpus.facts
-    say(f"{args.train_file}: {facts['records']} records; {author_data.describe_left_out(facts)}; {corpus.texts} texts by "
-        f"{len(corpus.keys)} authors; {facts['cut']} cut to {args.sequence_len} tokens")
+    say(f"{args.train_file}: {facts['records']} records; {author_data.describe_left_out(facts)}; {corpus.texts} texts "
+        f"by {len(corpus.keys)} authors; {facts['cut']} cut to {args.sequence_len} tokens")
     say(f"held out: {held_out['texts']} texts of {held_out['authors']} authors, by {held_out['by']}"
         + (f", seed {held_out['seed']}" if held_out["by"] == "author" else ""))
     if held_out.get("authors_in_training_too"):
-        say(f"WARNING: {held_out['authors_in_training_too']} authors of --eval_file wrote training texts too: the evaluation "
-            "is not one of unknown authors", important=True)
+        say(f"WARNING: {held_out['authors_in_training_too']} authors of --eval_file wrote training texts too: the "
+            "evaluation is not one of unknown authors", important=True)
     vocab_size = trainer.model.config.vocab_size
     if facts["vocab_size"] != vocab_size:
-        say(f"WARNING: --vocab {args.vocab} has {facts['vocab_size']} ids, the model {vocab_size}: is it the model's own?",
-            important=True)
+        say(f"WARNING: --vocab {args.vocab} has {facts['vocab_size']} ids, the model {vocab_size}: is it the model's "
+            "own?", important=True)
     if args.without_effect:
         say(f"accepted, without effect: {' '.join('--' + name for name in args.without_effect)}")
     if args.disable_dp and args.target_epsilon is not None:
@@ -269,16 +280,17 @@ def describe(trainer: Trainer, args: Namespace, corpus: Corpus, held_out: dict) 
 def contributions(train: AuthorTexts, trainer: Trainer, resumed: bool, world: World) -> dict:
     """What authors gave, for privacy.json. Collective.
 
-    Which texts were used tells who took part, the secret that amplification by sampling rests on: that list is kept in memory
-    alone, so a resumed run does not know it for the steps before, and reports the expectation.
+    Which texts were used tells who took part, the secret that amplification by sampling rests on: that list is kept in
+    memory alone, so a resumed run does not know it for the steps before, and reports the expectation.
     """
     used = world.all_reduce(torch.tensor([float(train.used.sum())], dtype=torch.float64, device=world.device)).item()
     settings = trainer.plan.settings
+    expected = train.never_used(settings.q, trainer.done, settings.sampling == "poisson")
     return {
         "texts": len(train.starts), "samples_per_author": train.samples,
         "texts_per_author": {name: float(np.quantile(train.sizes, share)) for name, share in QUANTILES.items()},
         "texts_never_used": None if resumed else len(train.starts) - int(used),
-        "texts_never_used_expected": round(train.never_used(settings.q, trainer.done, settings.sampling == "poisson"), 1),
+        "texts_never_used_expected": round(expected, 1),
     }
 
 
@@ -294,7 +306,8 @@ def table(args: Namespace, trainer: Trainer, summary: dict) -> str:
              f"{trainer.done / trainer.options.steps_per_epoch:.3g}", number(summary["train_loss"], ".2f"),
              number(summary["eval_loss"], ".2f"), number(summary["final_epsilon_prv"], ".2f"),
              number(summary["train_runtime"], ".0f")]
-    head = ["Model (HF)", "Fine-tuning Method", "DP", "GPUs", "Epochs", "Train Loss", "Eval Loss", "epsilon", "Run Time [s]"]
+    head = ["Model (HF)", "Fine-tuning Method", "DP", "GPUs", "Epochs", "Train Loss", "Eval Loss", "epsilon",
+            "Run Time [s]"]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), cells))
 
 
@@ -322,11 +335,12 @@ def main() -> int:
         error = mistake
     world.agree(error)
 
-    recorded = {**vars(args), "train_sha256": corpus.facts["sha256"], "vocab_sha256": author_data.digest_vocab(args.vocab),
+    recorded = {**vars(args), "train_sha256": corpus.facts["sha256"],
+                "vocab_sha256": author_data.digest_vocab(args.vocab),
                 "eval_sha256": None if evaluation is None else evaluation.facts["sha256"]}
     disclosed = ["training loss and throughput of every log line, not privatised",
                  "evaluation loss, on authors whom the run does not train on and does not protect",
-                 "number of training authors and texts, quantiles of texts per author, texts never used, not privatised"]
+                 "numbers of authors, of texts and of texts never used, quantiles of texts per author, not privatised"]
     trainer = run_setup.build_trainer(request, args, world, loaded, train, valid, args.output_dir, disclosed, recorded)
     trainer.facts["held_out"] = held_out
     describe(trainer, args, corpus, held_out)

@@ -1,7 +1,7 @@
-"""The oracle of the clipping tests: units as lists of texts, and the clipped sum by a plain loop of autograd, a unit at a time.
+"""The oracle of the clipping tests: units as lists of texts, the clipped sum by a plain loop of autograd over units.
 
-Nothing here shares code with the engines, the losses or the batching of src/: a text is run alone, without padding, and its
-loss is written out token by token.
+Nothing here shares code with the engines, the losses or the batching of src/: a text is run alone, without padding, and
+its loss is written out token by token.
 """
 
 import copy
@@ -20,8 +20,8 @@ from torch import Tensor
 CONFIG = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=37, n_positions=208)
 RULES = ("flat", "per_layer", "automatic")
 # name -> (class, TRAFFIC_COST): at 0 the ghost norm is never the cheaper one, at infinity always
-ENGINES = {"ghost": (BookKeeping, math.inf), "materialise": (BookKeeping, 0), "chosen": (BookKeeping, clipping.TRAFFIC_COST),
-           "opacus": (OpacusHooks, clipping.TRAFFIC_COST)}
+ENGINES = {"ghost": (BookKeeping, math.inf), "materialise": (BookKeeping, 0),
+           "chosen": (BookKeeping, clipping.TRAFFIC_COST), "opacus": (OpacusHooks, clipping.TRAFFIC_COST)}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ Gradients = dict[str, Tensor]
 
 def draw_units(count: int, rows: int = 1, shortest: int = 2, longest: int = 14, tokens: int = CONFIG.vocab_size,
                seed: int = 1) -> list[Unit]:
-    """Random units of 1 to `rows` texts of `shortest` to `longest` tokens, of which there are `tokens` different ones."""
+    """Random units of 1 to `rows` texts of `shortest` to `longest` tokens, of which there are `tokens` different."""
     generator = torch.Generator().manual_seed(seed)
 
     def integer(low: int, high: int) -> int:
@@ -69,8 +69,9 @@ def pack(units: list[Unit], rows: int = 1, dtype: torch.dtype = torch.float64) -
                 targets.append(text.ids[t])
                 weights.append(1 / ((len(text.ids) - text.first) * len(unit)))
         counts.append(len(positions) - before)
+    tokens = sum(len(text.ids) for unit in units for text in unit)
     return MicroBatch(ids, torch.tensor(positions, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64),
-                      torch.tensor(weights, dtype=dtype), counts, rows, sum(len(text.ids) for unit in units for text in unit))
+                      torch.tensor(weights, dtype=dtype), counts, rows, tokens)
 
 
 def text_loss(logits: Tensor, text: Text, smoothing: float) -> Tensor:
@@ -123,8 +124,8 @@ def clipped_sum(gradients: list[Gradients], rule: ClippingRule) -> Gradients:
 # ------------------------------------------------------------------ models and engines under test
 
 
-def make_model(lora: LoRAConfig = LoRAConfig(), config: GPT2Config = CONFIG, dtype: torch.dtype = torch.float64, seed: int = 0,
-               spread: float = 0.3) -> GPT2LMModel:
+def make_model(lora: LoRAConfig = LoRAConfig(), config: GPT2Config = CONFIG, dtype: torch.dtype = torch.float64,
+               seed: int = 0, spread: float = 0.3) -> GPT2LMModel:
     """Every parameter random, so that no zero (lora_B, biases) hides a wrong term; frozen as for training."""
     model = GPT2LMModel(config, lora).to(dtype)
     generator = torch.Generator().manual_seed(seed)

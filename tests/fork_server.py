@@ -4,8 +4,8 @@ A fork executes the script file itself as __main__, with its own arguments, envi
 does what `python src/SCRIPT.py` does. It can be told, per fork, to misbehave at the n-th call of a named function:
 faults are wrapped around the product's functions here, and the product knows nothing of them.
 
-Protocol: a line of JSON in (a job), a line of JSON out for its start {"id", "pid"} and one for its end {"pid", "status"}.
-The end of standard input ends the server and what it started.
+Protocol: a line of JSON in (a job), a line of JSON out for its start {"id", "pid"} and one for its end {"pid",
+"status"}. The end of standard input ends the server and what it started.
 """
 
 import functools
@@ -62,7 +62,8 @@ def fault_signal(point: str, when: str, nth: int, number: int = signal.SIGKILL, 
 
 
 def fault_tear(point: str, nth: int) -> None:
-    """Kill in the middle of the `nth` call of os.pwrite(handle, bytes, offset) or torch.save(object, handle): half is written."""
+    """Kill in the middle of the `nth` call of os.pwrite(handle, bytes, offset) or torch.save(object, handle): half is
+    written."""
     import torch
     write, save = os.pwrite, torch.save
 
@@ -102,7 +103,8 @@ def fault_error(point: str, nth: int, number: int) -> None:
 
 
 def fault_late_ledger() -> None:
-    """A mutant: a step's record is written when the step is over, where it ought to be on disk before the mask is drawn."""
+    """A mutant: a step's record is written when the step is over, where it ought to be on disk before the mask is
+    drawn."""
     from privacy.ledger import Ledger
     charge, late = Ledger.charge, []
     Ledger.charge = lambda self, step: late.append((self, step))
@@ -135,7 +137,8 @@ def fault_file_limit(size: int, point: str) -> None:
 
 
 FAULTS = {"signal": fault_signal, "tear": fault_tear, "count": fault_count, "sleep": fault_sleep, "error": fault_error,
-          "dump": fault_dump, "entropy": fault_entropy, "late_ledger": fault_late_ledger, "file_limit": fault_file_limit}
+          "dump": fault_dump, "entropy": fault_entropy, "late_ledger": fault_late_ledger,
+          "file_limit": fault_file_limit}
 
 
 # ------------------------------------------------------------------ the server
@@ -145,7 +148,8 @@ def execute(job: dict) -> None:
     """Become `python SCRIPT ARGUMENTS`."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    for handle, (path, flags) in enumerate(((os.devnull, os.O_RDONLY), (job["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+    for handle, (path, flags) in enumerate(((os.devnull, os.O_RDONLY),
+                                            (job["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND),
                                             (job["err"], os.O_WRONLY | os.O_CREAT | os.O_APPEND))):
         os.dup2(os.open(path, flags, 0o644), handle)
     os.chdir(job["cwd"])
@@ -169,11 +173,15 @@ def execute(job: dict) -> None:
 
 
 def warm_up() -> None:
-    """Epsilons of the usual small run (small_runs.flags) are remembered by the accountant: its forks need not compute them."""
+    """Epsilons of the usual small run (small_runs.flags) and of one with the target 3 are remembered by the accountant:
+    its forks need not compute them."""
     from privacy import accounting
     for steps, delta in itertools.product(range(1, 13), (1e-5, 1 / 400)):
         phases = [accounting.Phase(0.8, 0.2, steps)]
         accounting.epsilon_prv(phases, delta), accounting.epsilon_rdp(phases, delta)
+    sigma = accounting.calibrate_sigma(3, 1e-5, 0.2, 6)
+    for steps in range(13):
+        accounting.epsilon_prv([accounting.Phase(sigma, 0.2, steps)], 1e-5)
 
 
 def serve() -> None:

@@ -1,4 +1,4 @@
-"""Shows that the privacy tests can fail: puts one mistake at a time into a copy of src/ and names the tests that notice it.
+"""Shows that the privacy tests can fail: puts one mistake at a time into a copy of src/, names the tests that see it.
 
     python tests/mutants.py              all mutants (some minutes)
     python tests/mutants.py noise key    those whose names hold one of the words
@@ -18,13 +18,14 @@ import time
 from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PRELOADED = ("torch", "torch.distributed", "opacus", "opacus.grad_sample", "opacus.accountants", "scipy.stats", "pytest")
+PRELOADED = ("torch", "torch.distributed", "opacus", "opacus.grad_sample", "opacus.accountants", "scipy.stats",
+             "pytest")
 MOST_FAILURES = 3  # of a mutant, then the next one
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mistake: `changes` are (old, new) texts in src/`file`, each old one there exactly once; `tests` may notice it."""
+    """A mistake: `changes` are (old, new) texts in src/`file`, each old one there exactly once; `tests` may see it."""
 
     name: str
     file: str
@@ -55,15 +56,18 @@ SHUFFLE = ("test_sampling.py::test_shuffle_uses_each_unit_once_an_epoch",)
 ADD_NOISE = "self.noise.add_normal_(own, self.settings.sigma * self.settings.clip)"
 MASK = "return self.own[self.source.uniform(len(self.own)) < self.q]"
 FACTORS = "factors, finite = self.rule.factors(self.norms_sq)"
+BEGIN_NOISE = "if self.settings.private:\n            self.noise"
 ADD_NORM = "self.norms_sq[:, self.column[id(parameter)]] += contribution.norm_sq()"
 
 MUTANTS = (
-    Mutant("noise at 0.9 sigma", PLAN, ((ADD_NOISE, ADD_NOISE.replace("self.settings.sigma", "0.9 * self.settings.sigma")),), RANKS),
+    Mutant("noise at 0.9 sigma", PLAN,
+           ((ADD_NOISE, ADD_NOISE.replace("self.settings.s", "0.9 * self.settings.s")),), RANKS),
     Mutant("noise missing on a rank", PLAN,
-           (("if self.settings.private:\n            self.noise", "if self.settings.private and self.world.rank != 1:\n            self.noise"),),
-           RANKS),
-    Mutant("noise of every rank on every coordinate", PLAN, ((ADD_NOISE, ADD_NOISE.replace("own", "sums[:coordinates]")),), RANKS),
-    Mutant("noise repeated in every step", PLAN, (("self.noise.begin_step(self.open)", "self.noise.begin_step(1)"),), STEP),
+           ((BEGIN_NOISE, BEGIN_NOISE.replace("private:", "private and self.world.rank != 1:")),), RANKS),
+    Mutant("noise of every rank on every coordinate", PLAN,
+           ((ADD_NOISE, ADD_NOISE.replace("own", "sums[:coordinates]")),), RANKS),
+    Mutant("noise repeated in every step", PLAN,
+           (("self.noise.begin_step(self.open)", "self.noise.begin_step(1)"),), STEP),
     Mutant("noise without C", PLAN, ((ADD_NOISE, ADD_NOISE.replace(" * self.settings.clip", "")),), RANKS),
     Mutant("clip after the mean", CLIPPING,
            ((FACTORS, "factors, finite = torch.ones_like(self.norms_sq), torch.ones(batch.units, dtype=torch.bool)"),
@@ -71,15 +75,16 @@ MUTANTS = (
              "                self.flat.grad.mul_((self.rule.C * batch.units / self.flat.grad.norm()).clamp(max=1.0))\n"
              "        finally:\n            self.batch, self.noted")), LOOP),
     Mutant("mask reused in the next step", SAMPLING,
-           ((MASK, "if step % 2:\n            self.mask = self.source.uniform(len(self.own)) < self.q\n        return self.own[self.mask]"),),
+           ((MASK, "if step % 2:\n            self.mask = self.source.uniform(len(self.own)) < self.q\n"
+             "        return self.own[self.mask]"),),
            SAMPLER),
-    Mutant("empty draws skipped", TRAINING, (("self.optimizer.step(grad, lr)", "len(drawn) and self.optimizer.step(grad, lr)"),),
-           EMPTY + STEP),
-    Mutant("empty draws released without noise", PLAN, (("if self.settings.private:\n            self.noise",
-           "if self.settings.private and sums.any():\n            self.noise"),), EMPTY),
+    Mutant("empty draws skipped", TRAINING,
+           (("self.optimizer.step(grad, lr)", "len(drawn) and self.optimizer.step(grad, lr)"),), EMPTY + STEP),
+    Mutant("empty draws released without noise", PLAN, 
+           ((BEGIN_NOISE, BEGIN_NOISE.replace("private:", "private and sums.any():")),), EMPTY),
     Mutant("empty draws drawn again", SAMPLING,
-           ((MASK, "found = self.source.uniform(len(self.own)) < self.q\n        for _ in range(50):\n            if not found.any():\n"
-             "                found = self.source.uniform(len(self.own)) < self.q\n        return self.own[found]"),), STEP),
+           ((MASK, "for _ in range(50):\n            found = self.own[self.source.uniform(len(self.own)) < self.q]\n"
+             "            if len(found):\n                break\n        return found"),), STEP),
     Mutant("batch divided by its actual size", PLAN,
            ((".div_(self.settings.batch)", ".div_(max(1.0, float(sums[coordinates + 1])))"),), STEP),
     Mutant("batch token mean", "data_utils.py",
@@ -88,35 +93,46 @@ MUTANTS = (
     Mutant("cross term dropped", CLIPPING, (("column.add_(head.cross(table), alpha=2)", "column.add_(0)"),), LOOP),
     Mutant("ledger written after the step", PLAN,
            (("                    self.ledger.charge(step)\n", ""),
-            ("        self.open = None\n        return sums", "        if self.ledger is not None:\n            self.ledger.charge(self.open)\n"
+            ("        self.open = None\n        return sums",
+             "        if self.ledger is not None:\n            self.ledger.charge(self.open)\n"
              "        self.open = None\n        return sums")), RECORD),
-    Mutant("q per rank", PLAN, (("PoissonSampler(settings.N, settings.q,", "PoissonSampler(settings.N, settings.q / world.size,"),), DRAWS),
-    Mutant("every rank draws from all the units", SAMPLING, (("torch.arange(N)[world.rank::world.size]", "torch.arange(N)"),), DRAWS + SAMPLER),
-    Mutant("the same key on each rank", NOISE, (("{self.purpose},{self.rank},{step}", "{self.purpose},{step}"),), SAMPLER + SEED),
+    Mutant("q per rank", PLAN,
+           (("PoissonSampler(settings.N, settings.q,", "PoissonSampler(settings.N, settings.q / world.size,"),), DRAWS),
+    Mutant("every rank draws from all the units", SAMPLING,
+           (("torch.arange(N)[world.rank::world.size]", "torch.arange(N)"),), DRAWS + SAMPLER),
+    Mutant("the same key on each rank", NOISE,
+           (("{self.purpose},{self.rank},{step}", "{self.purpose},{step}"),), SAMPLER + SEED),
     Mutant("the same key for mask and noise", NOISE, (("{self._seed},{self.purpose},", "{self._seed},"),), STREAMS),
     Mutant("the key from --random_seed", NOISE,
            (("key = os.urandom(KEY_BYTES)", "key = torch.initial_seed().to_bytes(KEY_BYTES, 'little')"),), SEED),
     Mutant("a parameter left out of the norms", CLIPPING,
            ((ADD_NORM, f"if type(module) is nn.LayerNorm: continue\n                {ADD_NORM}"),), LOOP),
     Mutant("a parameter left out of the sum", CLIPPING,
-           (("        self.noted += found\n", "        self.noted += [item for item in found if item[0].dim() > 1]\n"),), LOOP),
-    Mutant("per_layer gives C to each parameter", CLIPPING, (("bound = self.C / math.sqrt(norms_sq.shape[1])", "bound = self.C"),), LOOP),
-    Mutant("no unit clipped", CLIPPING, ((FACTORS, f"{FACTORS}\n                factors = torch.ones_like(factors)"),), LOOP),
-    Mutant("texts clipped in place of units", CLIPPING, (("U = self.batch.units\n", "U = len(self.batch.ids)\n"),), ROWS),
+           (("self.noted += found\n", "self.noted += [item for item in found if item[0].dim() > 1]\n"),), LOOP),
+    Mutant("per_layer gives C to each parameter", CLIPPING,
+           (("bound = self.C / math.sqrt(norms_sq.shape[1])", "bound = self.C"),), LOOP),
+    Mutant("no unit clipped", CLIPPING,
+           ((FACTORS, f"{FACTORS}\n                factors = torch.ones_like(factors)"),), LOOP),
+    Mutant("texts clipped in place of units", CLIPPING,
+           (("U = self.batch.units\n", "U = len(self.batch.ids)\n"),), ROWS),
     Mutant("units without a finite gradient let through", CLIPPING,
-           (("torch.where(finite[:, None], factors, 0.0), finite", "factors.nan_to_num(1.0, 1.0), finite | True"),), FAULTY),
+           (("torch.where(finite[:, None], factors, 0.0), finite", "factors.nan_to_num(1.0, 1.0), finite | True"),),
+           FAULTY),
     Mutant("rounding of cancelling sums forgotten", CLIPPING, (("\nROUNDING = 8\n", "\nROUNDING = 0\n"),), CANCEL),
-    Mutant("sums in bfloat16", "privacy/opacus_hooks.py", ((", torch.autocast(batch.ids.device.type, enabled=False)", ""),), BF16),
-    Mutant("dropout masks from --random_seed", TRAINING, (("self.plan.dropout_seed() if self.plan.settings.private", "0 if False"),), DROPOUT),
+    Mutant("sums in bfloat16", "privacy/opacus_hooks.py",
+           ((", torch.autocast(batch.ids.device.type, enabled=False)", ""),), BF16),
+    Mutant("dropout masks from --random_seed", TRAINING,
+           (("self.plan.dropout_seed() if self.plan.settings.private", "0 if False"),), DROPOUT),
     Mutant("one step beyond the budget", PLAN, (("if self.permitted < 1:", "if self.permitted < 0:"),), BUDGET),
     Mutant("shuffle pads the last batch", SAMPLING,
            (("batch = self.order[position * self.batch:(position + 1) * self.batch]",
-             "batch = torch.cat([self.order, self.order])[position * self.batch:(position + 1) * self.batch]"),), SHUFFLE),
+             "batch = torch.cat([self.order, self.order])[position * self.batch:(position + 1) * self.batch]"),),
+           SHUFFLE),
 )
 
 
 def mutated(text: str, mutant: Mutant) -> str:
-    """The file with the mistake in it; ValueError where the file no longer holds the text to change, so that none goes stale."""
+    """The file with the mistake in it; ValueError where the text to change is gone, so that no mutant goes stale."""
     for old, new in mutant.changes:
         if text.count(old) != 1:
             raise ValueError(f"{mutant.name}: src/{mutant.file} holds {text.count(old)} times: {old!r}")
@@ -183,13 +199,16 @@ def main(words: list[str]) -> int:
     for mutant in (None, *chosen):
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            result, failed = run_tests(needed if mutant is None else mutant.tests, pathlib.Path(folder).resolve(), mutant)
+            tests = needed if mutant is None else mutant.tests
+            result, failed = run_tests(tests, pathlib.Path(folder).resolve(), mutant)
             output = pathlib.Path(folder, "output.txt")
             tail = output.read_text(errors="replace")[-2000:] if output.exists() else ""
         good = result == ("passed" if mutant is None else "failed")
         survivors += not good
-        said = {"passed": "passed" if mutant is None else "SURVIVED", "broken": f"DOES NOT RUN\n{tail}", "failed": ", ".join(failed)}[result]
-        print(f"{'(none)' if mutant is None else mutant.name:{width}}  {time.monotonic() - started:5.0f} s  {said}", flush=True)
+        said = {"passed": "passed" if mutant is None else "SURVIVED", "broken": f"DOES NOT RUN\n{tail}",
+                "failed": ", ".join(failed)}[result]
+        name = "(none)" if mutant is None else mutant.name
+        print(f"{name:{width}}  {time.monotonic() - started:5.0f} s  {said}", flush=True)
         if mutant is None and not good:
             print(tail)
             return 1

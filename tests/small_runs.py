@@ -1,6 +1,7 @@
 """Whole runs of src/gpt2_ft.py on a random GPT-2 of two layers, for tests: the files, the flags, the processes."""
 
 import atexit
+import contextlib
 import functools
 import itertools
 import json
@@ -9,6 +10,7 @@ import pathlib
 import random
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -36,12 +38,14 @@ def write_model(folder: pathlib.Path, vocabulary: int = VOCABULARY, positions: i
         weights = GPT2LMModel(GPT2Config(**shape), LoRAConfig()).state_dict()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**shape, "model_type": "gpt2"}))
-    weights = {name.removeprefix("transformer."): value.clone() for name, value in weights.items() if "lm_head" not in name}
+    weights = {name.removeprefix("transformer."): value.clone() for name, value in weights.items()
+               if "lm_head" not in name}
     safetensors.torch.save_file(weights, str(folder / "model.safetensors"))
     return folder
 
 
-def write_tokens(path: pathlib.Path, examples: int, seed: int, longest: int = 20, vocabulary: int = VOCABULARY) -> pathlib.Path:
+def write_tokens(path: pathlib.Path, examples: int, seed: int, longest: int = 20,
+                 vocabulary: int = VOCABULARY) -> pathlib.Path:
     draw = random.Random(seed)
 
     def tokens() -> list[int]:
@@ -63,17 +67,20 @@ def material() -> pathlib.Path:
 
 
 def flags(work: os.PathLike, **changed: object) -> list[str]:
-    """The flags of a small reproducible run into `work`; changed: name=value, True for a switch, None to leave one out."""
+    """The flags of a small reproducible run into `work`; changed: name=value, True for a switch, None to leave one
+    out."""
     folder = material()
     values = {
         "train_data": folder / "train.jsonl", "valid_data": folder / "valid.jsonl", "train_batch_size": 8,
         "noise_multiplier": 0.8, "noise_source": "seeded", "noise_seed": 1, "model_card": folder / "tiny",
-        "init_checkpoint": folder / "tiny", "seq_len": 32, "max_step": STEPS, "lora_dim": 2, "lora_alpha": 8, "lr": 0.01,
+        "init_checkpoint": folder / "tiny", "seq_len": 32, "max_step": STEPS, "lora_dim": 2, "lora_alpha": 8,
+        "lr": 0.01,
         "scheduler": "linear", "save_interval": 2, "log_interval": 2, "lora_dropout": 0.1, "work_dir": work, **changed}
     found: list[str] = []
     for name, value in values.items():
         if value is not None:
-            found += [f"--{name}"] if value is True else [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            found += [f"--{name}"] if value is True else [f"--{name}",
+                                                          *map(str, value if isinstance(value, list) else [value])]
     return found
 
 
@@ -110,7 +117,8 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 def environment(**more: object) -> dict[str, str]:
     """This process's environment without a launcher's variables, without GPUs, one thread a process."""
-    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER and not name.startswith("TORCHELASTIC")}
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER
+            and not name.startswith("TORCHELASTIC")}
     return {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
             **{name: str(value) for name, value in more.items()}}
 
@@ -133,6 +141,11 @@ class Run:
     def wait(self, seconds: float = 60) -> int:
         """Its exit status, or minus the signal that killed it."""
         return self.server.wait(self.pid, seconds)
+
+    def kill(self) -> None:
+        """SIGKILL; nothing where it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
     @property
     def stdout(self) -> str:

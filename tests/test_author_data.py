@@ -1,5 +1,5 @@
-"""Texts with authors: what is read, what the cache holds, who is held out, which texts are drawn; and that the author is the
-unit of clipping, by a loop of autograd over authors."""
+"""Texts with authors: what is read, what the cache holds, who is held out, which texts are drawn; and that the author
+is the unit of clipping, by a loop of autograd over authors."""
 
 import itertools
 import json
@@ -11,7 +11,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from clipping_oracle import CONFIG, Text, clipped_sum, difference, distance, make_model, norm, run_engine, unit_gradients
+from clipping_oracle import (CONFIG, Text, clipped_sum, difference, distance, make_model, norm, run_engine,
+                             unit_gradients)
 from conftest import ROOT
 from scipy.stats import chisquare
 
@@ -38,7 +39,8 @@ def prose(draw: random.Random, words: int) -> str:
 
 def records(count: int, authors: int, seed: int = 0) -> list[dict]:
     draw = random.Random(seed)
-    return [{"author": f"a{draw.randrange(authors)}", "content": prose(draw, draw.randint(2, 30)), "other": 1} for _ in range(count)]
+    return [{"author": f"a{draw.randrange(authors)}", "content": prose(draw, draw.randint(2, 30)), "other": 1}
+            for _ in range(count)]
 
 
 def source(path, length=16, **fields) -> Source:
@@ -49,8 +51,8 @@ def texts_by_author(corpus) -> dict[int, list[tuple]]:
     """key of the author -> the token lists of their texts, in file order."""
     found = {}
     for a, key in enumerate(corpus.keys):
-        rows = range(corpus.first[a], corpus.first[a + 1])
-        found[int(key)] = [tuple(corpus.tokens[corpus.starts[i]:corpus.starts[i] + corpus.lengths[i]].tolist()) for i in rows]
+        starts, lengths = (array[corpus.first[a]:corpus.first[a + 1]] for array in (corpus.starts, corpus.lengths))
+        found[int(key)] = [tuple(corpus.tokens[i:i + n].tolist()) for i, n in zip(starts, lengths)]
     return found
 
 
@@ -59,14 +61,16 @@ def texts_by_author(corpus) -> dict[int, list[tuple]]:
 
 @pytest.mark.parametrize("length", [2, 7, 300])
 def test_the_first_tokens_of_a_text_are_the_tokenizers(length):
-    """Also with doubled, leading, trailing and exotic spaces, where words are cut; any wrong cut changes a token somewhere."""
+    """Also with doubled, leading, trailing and exotic spaces, where words are cut; a wrong cut changes some token."""
     tokenizer = load_tokenizer(str(VOCAB))
     words = WordTokens(tokenizer)
     draw = random.Random(1)
     alphabet = ["the", "near", "it's", "I'll", "a", "\u00e9t\u00e9", "12", "...", "?!", "\U0001f600", "\u4e2d\u6587"]
-    spaces = [" "] * 6 + ["  ", "   ", "\n", " \n", "\n ", "\t", "\u00a0", "\u2003 ", "\x1c ", "\u200b ", "\x85 ", "\r\n", ""]
+    spaces = [" "] * 6 + ["  ", "   ", "\n", " \n", "\n ", "\t", "\u00a0", "\u2003 ", "\x1c ", "\u200b ", "\x85 ",
+                          "\r\n", ""]
     for _ in range(2000):
-        text = "".join(draw.choice(spaces) + draw.choice(alphabet) for _ in range(draw.randint(0, 12))) + draw.choice(spaces)
+        text = "".join(draw.choice(spaces) + draw.choice(alphabet) for _ in range(draw.randint(0, 12)))
+        text += draw.choice(spaces)
         whole = tokenizer.encode(text)
         assert words.first(text, length) == (whole[:length], len(whole) > length), repr(text)
 
@@ -95,9 +99,9 @@ def test_a_full_memory_of_words_changes_nothing(monkeypatch):
 def test_the_cache_holds_the_corpus(tmp_path, monkeypatch, processes, chunk):
     """Every author's texts, cut, in order, however many processes made it; what is left out is counted."""
     monkeypatch.setattr(author_data, "CHUNK", chunk)
-    lines = records(300, 40) + [{"author": None, "content": "nobody"}, {"author": "", "content": "nobody"},
-                                {"author": "[deleted]", "content": "gone"}, {"author": "AutoModerator", "content": "a bot"},
-                                {"author": "short", "content": "!"}, {"author": "\u00e9\u4e2d", "content": "the last line here"}]
+    others = [(None, "nobody"), ("", "nobody"), ("[deleted]", "gone"), ("AutoModerator", "a bot"), ("short", "!"),
+              ("\u00e9\u4e2d", "the last line here")]
+    lines = records(300, 40) + [{"author": author, "content": content} for author, content in others]
     path = write(tmp_path / "train.jsonl", lines)
     path.write_text(path.read_text().rstrip("\n"))  # the last line without its end
     corpus = open_cache(prepare_cache(source(path), None, processes))
@@ -107,8 +111,8 @@ def test_the_cache_holds_the_corpus(tmp_path, monkeypatch, processes, chunk):
         cut += len(ids) > 16
         expected[author_data.name_key(record["author"])].append(tuple(ids[:16]))
     assert texts_by_author(corpus) == expected
-    assert {name: corpus.facts[name] for name in ("records", "without_author", "pseudo_author", "too_short", "cut")} == {
-        "records": 306, "without_author": 2, "pseudo_author": 2, "too_short": 1, "cut": cut}
+    wanted = {"records": 306, "without_author": 2, "pseudo_author": 2, "too_short": 1, "cut": cut}
+    assert {name: corpus.facts[name] for name in wanted} == wanted
     assert 0 < cut < 300
 
 
@@ -128,14 +132,17 @@ def test_a_second_start_tokenises_nothing_and_a_change_makes_it_anew(tmp_path, m
     other.mkdir()
     for name in ("encoder.json", "vocab.bpe"):
         (other / name).write_bytes((VOCAB / name).read_bytes() + (b"\n" if name == "encoder.json" else b""))
-    folders = {first, prepare_cache(Source(str(path), "", str(other), 16), None), prepare_cache(source(path, length=17), None),
-               prepare_cache(source(path, content_field="author"), None)}
+    changes = (Source(str(path), "", str(other), 16), source(path, length=17), source(path, content_field="author"))
+    folders = {first, *(prepare_cache(change, None) for change in changes)}
     assert len(folders) == 4 and len(made) == 5
 
 
 def test_a_cache_is_whole_or_not_there(tmp_path, monkeypatch):
     path = write(tmp_path / "train.jsonl", records(50, 9))
-    monkeypatch.setattr(author_data.np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(author_data.np, "savez", full_disk)
     with pytest.raises(UserError, match="--cache_dir .*No space left on device"):
         prepare_cache(source(path), None)
     assert os.listdir(tmp_path / ".author_cache") == []
@@ -164,7 +171,7 @@ BAD = {
 @pytest.mark.parametrize("line, words", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_bad_line_is_named(tmp_path, monkeypatch, line, words, processes):
-    """With the file and the number of the line, the first of them, also where another process meets it; nothing is left."""
+    """With the file and the line's number, the first of them, also where another process meets it; nothing is left."""
     monkeypatch.setattr(author_data, "CHUNK", 300)
     good = [json.dumps(record) for record in records(40, 5)]
     path = tmp_path / "train.jsonl"
@@ -180,8 +187,9 @@ def test_files_that_cannot_be_used(tmp_path):
     deleted = write(tmp_path / "deleted.jsonl", [{"author": "[deleted]", "content": "x y"}])
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b'{"author": "x", "content": "caf\xe9"}\n')
-    cases = ((tmp_path / "absent.jsonl", "--train_file"), (tmp_path, "--train_file"), (empty, "holds no text with an author"),
-             (deleted, "1 of .deleted. and AutoModerator"), (latin, "latin.jsonl:1: not UTF-8"))
+    cases = ((tmp_path / "absent.jsonl", "--train_file"), (tmp_path, "--train_file"),
+             (empty, "holds no text with an author"), (deleted, "1 of .deleted. and AutoModerator"),
+             (latin, "latin.jsonl:1: not UTF-8"))
     for path, words in cases:
         with pytest.raises(UserError, match=words):
             prepare_cache(source(path), None)
@@ -248,7 +256,7 @@ def test_a_draw_depends_on_seed_step_and_author_alone():
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_every_pair_of_texts_is_equally_likely(biased):
-    """chi-square over the 15 pairs of 6 texts and 4,000 draws; the control draws the first of them a little more often."""
+    """chi-square over the 15 pairs of 6 texts and 4,000 draws; the control draws one of them a little more often."""
     data = units([6] * 40, samples=2)
     pairs = Counter()
     for step in range(100):
@@ -347,7 +355,8 @@ def test_per_author_clipping_equals_autograd_over_authors(samples, lora, engine,
     rule = ClippingRule("flat", sorted(map(norm, gradients))[2])  # some are clipped, some are not
     expected = clipped_sum(gradients, rule)
     for budget in (1, 40, 10 ** 6):
-        _, ours = run_engine(engine, model, rule, list(double(data.micro_batches(torch.tensor(authors), budget, 2))), monkeypatch)
+        batches = list(double(data.micro_batches(torch.tensor(authors), budget, 2)))
+        _, ours = run_engine(engine, model, rule, batches, monkeypatch)
         assert distance(ours, expected) < 1e-6
 
 
@@ -355,13 +364,13 @@ def test_per_author_clipping_equals_autograd_over_authors(samples, lora, engine,
 @pytest.mark.parametrize("lora", [LoRAConfig(), LoRAConfig(3, 16.0)], ids=["full", "lora"])
 @pytest.mark.parametrize("samples", [1, 4, 50])
 def test_an_author_with_a_huge_gradient_and_50_texts_moves_the_step_by_c(samples, lora, engine, monkeypatch):
-    """D and D plus the author: the noiseless sums differ by exactly C (flat), whatever K; clipped text by text it would be K C."""
+    """D and D plus the author: the noiseless sums differ by exactly C, whatever K; clipped by text it would be K C."""
     data = units([1, 2, 4, 50], samples)
     model, rule = make_model(lora, spread=1.0), ClippingRule("flat", 1e-3)
     _, gradients = unit_gradients(model, authors_as_units(data, [3], 1))
     assert norm(gradients[0]) > 100 * rule.C
-    sums = [run_engine(engine, model, rule, list(double(data.micro_batches(torch.tensor(authors), 200, 1))), monkeypatch)[1]
-            for authors in ([0, 1, 2], [0, 1, 2, 3])]
+    batches = [list(double(data.micro_batches(torch.tensor(authors), 200, 1))) for authors in ([0, 1, 2], [0, 1, 2, 3])]
+    sums = [run_engine(engine, model, rule, cut, monkeypatch)[1] for cut in batches]
     assert norm(difference(sums[1], sums[0])) == pytest.approx(rule.C, rel=2e-6)
 
 
@@ -369,7 +378,7 @@ def test_an_author_with_a_huge_gradient_and_50_texts_moves_the_step_by_c(samples
 
 
 def test_the_evaluation_is_the_token_mean_whatever_the_world_size(monkeypatch):
-    """Against a loop in float64; 2 to 12 ranks share 9 texts, so some have none. The sums over ranks are added up by hand."""
+    """Against a loop in float64; 2 to 12 ranks share 9 texts, so some have none. The ranks' sums are added by hand."""
     model = make_model(spread=0.2, dtype=torch.float32)
     texts = AuthorTexts(*(getattr(units([9]), name) for name in ("tokens", "starts", "lengths")), np.arange(10), 1, 0)
     wide, total, count = GPT2LMModel(CONFIG).double(), 0.0, 0

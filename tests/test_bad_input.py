@@ -3,21 +3,20 @@
 The cases share one folder (`world`) of sound and of spoiled files; each runs the script as a process of its own.
 """
 
-import contextlib
 import json
 import os
 import pathlib
 import pickle
-import random
 import signal
 import zipfile
 
 import pytest
 import torch
-from small_runs import VOCABULARY, flags, material, server, start_ranks, train, write_model, write_tokens
+from small_runs import flags, server, start_ranks, train, write_model, write_tokens
 
 TRAIN, ENCODE, FORMAT = "src/gpt2_ft.py", "src/gpt2_encode.py", "src/format_converting_e2e.py"
-DECODE, SCORE, BEAM, REPORT = "src/gpt2_decode.py", "eval/e2e/measure_scores.py", "src/gpt2_beam.py", "src/privacy_report.py"
+DECODE, SCORE, BEAM = "src/gpt2_decode.py", "eval/e2e/measure_scores.py", "src/gpt2_beam.py"
+REPORT = "src/privacy_report.py"
 GOOD = '{"context": [1, 2], "completion": [3]}\n'
 
 
@@ -52,16 +51,23 @@ def world(tmp_path_factory) -> pathlib.Path:
     spoiled = {
         "empty": "", "cut.jsonl": GOOD + '{"context": [1, 2], "comple', "text.jsonl": GOOD + "name : A||A is\n",
         "list.jsonl": GOOD + "[1, 2]\n", "strings.jsonl": GOOD + '{"context": "a", "completion": "b"}\n',
-        "floats.jsonl": GOOD + '{"context": [1.5], "completion": [2]}\n', "nested.jsonl": GOOD + '{"context": [[1]], "completion": [[2]]}\n',
+        "floats.jsonl": GOOD + '{"context": [1.5], "completion": [2]}\n',
+        "nested.jsonl": GOOD + '{"context": [[1]], "completion": [[2]]}\n',
         "no_completion.jsonl": GOOD + '{"context": [1], "completion": []}\n', "blank.jsonl": GOOD + "\n" + GOOD,
-        "no_context.jsonl": GOOD + '{"context": [], "completion": [1]}\n', "missing_key.jsonl": GOOD + '{"context": [1]}\n',
-        "large_id.jsonl": GOOD + '{"context": [60], "completion": [1]}\n', "negative.jsonl": GOOD + '{"context": [1], "completion": [-1]}\n',
-        "huge_id.jsonl": GOOD + '{"context": [100000000000000000000], "completion": [1]}\n', "deep.jsonl": "[" * 100000 + "\n",
+        "no_context.jsonl": GOOD + '{"context": [], "completion": [1]}\n',
+        "missing_key.jsonl": GOOD + '{"context": [1]}\n',
+        "large_id.jsonl": GOOD + '{"context": [60], "completion": [1]}\n',
+        "negative.jsonl": GOOD + '{"context": [1], "completion": [-1]}\n',
+        "huge_id.jsonl": GOOD + '{"context": [100000000000000000000], "completion": [1]}\n',
+        "deep.jsonl": "[" * 100000 + "\n",
         "no_bars.txt": "name : A||x\nname : B|x\n", "no_text.txt": "name : A||x\nname : B|| \n",
-        "half_pair.jsonl": '{"context": "a", "completion": "\\ud800"}\n', "numbers.jsonl": '{"context": 1, "completion": 2}\n',
-        "no_json.jsonl": "context\n", "no_predict.jsonl": '{"id": 0, "predict": ["a"]}\n', "wild_id.jsonl": '{"id": 7, "predict": [1]}\n',
+        "half_pair.jsonl": '{"context": "a", "completion": "\\ud800"}\n',
+        "numbers.jsonl": '{"context": 1, "completion": 2}\n',
+        "no_json.jsonl": "context\n", "no_predict.jsonl": '{"id": 0, "predict": ["a"]}\n',
+        "wild_id.jsonl": '{"id": 7, "predict": [1]}\n',
         "wild_token.jsonl": '{"id": 0, "predict": [999]}\n', "one_predict.jsonl": '{"id": 0, "predict": [1]}\n',
-        "two_empty.txt": "a\n\n\nb\n", "three.txt": "a\nb\nc\n", "ragged.csv": "MR,ref\na,b\nc\n", "no_header.tsv": "a\tb\tc\n",
+        "two_empty.txt": "a\n\n\nb\n", "three.txt": "a\nb\nc\n", "ragged.csv": "MR,ref\na,b\nc\n",
+        "no_header.tsv": "a\tb\tc\n",
         "keys.txt": "1\n", "bad_keys.txt": "1\nb\n"}
     for name, content in {**sound, **spoiled}.items():
         (root / name).write_text(content)
@@ -88,8 +94,10 @@ def world(tmp_path_factory) -> pathlib.Path:
         archive.writestr("archive/data.pkl", pickle.dumps(Malicious(str(root / "executed"))))
         archive.writestr("archive/version", "3\n")
     for name, content in {"not_json": "{", "a_list": "[]", "no_layers": '{"n_embd": 16}',
-                          "heads": json.dumps({"vocab_size": 60, "n_positions": 48, "n_embd": 16, "n_layer": 2, "n_head": 3}),
-                          "untied": json.dumps({"vocab_size": 60, "n_positions": 48, "n_embd": 16, "n_layer": 2, "n_head": 2,
+                          "heads": json.dumps({"vocab_size": 60, "n_positions": 48, "n_embd": 16, "n_layer": 2,
+                                               "n_head": 3}),
+                          "untied": json.dumps({"vocab_size": 60, "n_positions": 48, "n_embd": 16, "n_layer": 2,
+                                                "n_head": 2,
                                                 "tie_word_embeddings": False})}.items():
         (root / name).mkdir()
         (root / name / "config.json").write_text(content)
@@ -111,9 +119,13 @@ def make_bin(root: pathlib.Path) -> pathlib.Path:
 
 
 def training(**changed: object):
-    """Flags of a small run in the world, with names of its files where they differ."""
-    return lambda root: [*flags(root / "new", **{"train_data": root / "train.jsonl", "valid_data": root / "train.jsonl", **{
-        name: root / value[1:] if isinstance(value, str) and value.startswith("@") else value for name, value in changed.items()}})]
+    """Flags of a small run in the world; @name is a file of the world."""
+    def arguments(root: pathlib.Path) -> list[str]:
+        named = {name: root / value[1:] if isinstance(value, str) and value.startswith("@") else value
+                 for name, value in changed.items()}
+        return flags(root / "new", **{"train_data": root / "train.jsonl", "valid_data": root / "train.jsonl", **named})
+
+    return arguments
 
 
 def of(line: str):
@@ -122,29 +134,36 @@ def of(line: str):
 
 
 DATA = {name: (TRAIN, training(train_data=f"@{name}"), words) for name, words in {
-    "absent.jsonl": ["--train_data", "absent.jsonl"], "folder": ["--train_data", "folder"], "empty": ["empty", "--train_data"],
-    "cut.jsonl": ["cut.jsonl:2"], "text.jsonl": ["text.jsonl:2"], "list.jsonl": ["list.jsonl:2"], "blank.jsonl": ["blank.jsonl:2"],
+    "absent.jsonl": ["--train_data", "absent.jsonl"], "folder": ["--train_data", "folder"],
+    "empty": ["empty", "--train_data"],
+    "cut.jsonl": ["cut.jsonl:2"], "text.jsonl": ["text.jsonl:2"], "list.jsonl": ["list.jsonl:2"],
+    "blank.jsonl": ["blank.jsonl:2"],
     "strings.jsonl": ["strings.jsonl:2"], "floats.jsonl": ["floats.jsonl:2"], "nested.jsonl": ["nested.jsonl:2"],
-    "no_completion.jsonl": ["no_completion.jsonl:2", "completion is empty"], "no_context.jsonl": ["no_context.jsonl:2", "context is empty"],
+    "no_completion.jsonl": ["no_completion.jsonl:2", "completion is empty"],
+    "no_context.jsonl": ["no_context.jsonl:2", "context is empty"],
     "missing_key.jsonl": ["missing_key.jsonl:2"], "large_id.jsonl": ["large_id.jsonl:2", "60", "vocabulary of 60"],
     "negative.jsonl": ["negative.jsonl:2", "-1"], "huge_id.jsonl": ["huge_id.jsonl:2"], "deep.jsonl": ["deep.jsonl:1"],
     "latin1.jsonl": ["latin1.jsonl:2", "not UTF-8"]}.items()}
 
 WEIGHTS = {name: (TRAIN, training(init_checkpoint=f"@{name}"), words) for name, words in {
     "absent.bin": ["--init_checkpoint", "absent.bin"], "folder": ["--init_checkpoint", "folder", "holds no"],
-    "empty": ["--init_checkpoint", "empty"], "text.bin": ["text.bin"], "cut.safetensors": ["cut.safetensors", "truncated"],
+    "empty": ["--init_checkpoint", "empty"], "text.bin": ["text.bin"],
+    "cut.safetensors": ["cut.safetensors", "truncated"],
     "list.bin": ["list.bin", "holds a list"], "lacks.bin": ["lacks.bin", "lacks"], "unknown.bin": ["h.9.ln_1.weight"],
     "shape.bin": ["shape.bin", "another shape", "(60, 17)"], "malicious.bin": ["malicious.bin", "refused"],
     "malicious_zip.bin": ["malicious_zip.bin", "refused"], "other": ["other", "another shape"],
     "train.jsonl": ["train.jsonl"]}.items()}
 
 CARDS = {name: (TRAIN, training(model_card=f"@{name}"), words) for name, words in {
-    "absent_card": ["--model_card", "absent_card"], "folder": ["--model_card", "config.json"], "not_json": ["config.json", "not JSON"],
-    "a_list": ["config.json"], "no_layers": ["config.json", "missing"], "heads": ["n_head is 3"], "untied": ["tie_word_embeddings"],
+    "absent_card": ["--model_card", "absent_card"], "folder": ["--model_card", "config.json"],
+    "not_json": ["config.json", "not JSON"],
+    "a_list": ["config.json"], "no_layers": ["config.json", "missing"], "heads": ["n_head is 3"],
+    "untied": ["tie_word_embeddings"],
 }.items()}
 
-FLAGS = {" ".join(f"{name}={value}" for name, value in changed.items()): (TRAIN, training(**changed), words) for changed, words in [
-    ({"train_batch_size": 41}, ["41", "larger than the training data (40"]), ({"train_batch_size": 0}, ["--train_batch_size 0"]),
+CHANGES = [
+    ({"train_batch_size": 41}, ["41", "larger than the training data (40"]),
+    ({"train_batch_size": 0}, ["--train_batch_size 0"]),
     ({"train_batch_size": "many"}, ["--train_batch_size", "many"]), ({"grad_acc": 0}, ["--grad_acc 0"]),
     ({"noise_multiplier": -1}, ["--noise_multiplier -1"]), ({"noise_multiplier": "nan"}, ["--noise_multiplier nan"]),
     ({"noise_multiplier": "inf"}, ["--noise_multiplier inf"]), ({"max_grad_norm": 0}, ["--max_grad_norm 0"]),
@@ -153,33 +172,48 @@ FLAGS = {" ".join(f"{name}={value}" for name, value in changed.items()): (TRAIN,
     ({"noise_multiplier": None, "target_epsilon": 0}, ["--target_epsilon 0"]),
     ({"noise_multiplier": None, "target_epsilon": -3}, ["--target_epsilon -3"]),
     ({"noise_multiplier": None, "target_epsilon": "nan"}, ["--target_epsilon nan"]),
-    ({"target_delta": 0}, ["--target_delta 0"]), ({"target_delta": 1}, ["--target_delta 1"]), ({"target_delta": "nan"}, ["--target_delta nan"]),
-    ({"seq_len": 49}, ["--seq_len 49", "48 positions"]), ({"seq_len": 1}, ["--seq_len 1"]), ({"max_step": 0}, ["--max_step 0"]),
-    ({"max_step": None}, ["--max_epoch"]), ({"max_step": None, "max_epoch": "nan"}, ["--max_epoch nan"]), ({"fp16": True}, ["--fp16"]),
-    ({"lora_dim": -1}, ["--lora_dim -1"]), ({"lora_alpha": 0}, ["--lora_alpha 0"]), ({"lora_dropout": 1}, ["--lora_dropout 1"]),
+    ({"target_delta": 0}, ["--target_delta 0"]), ({"target_delta": 1}, ["--target_delta 1"]),
+    ({"target_delta": "nan"}, ["--target_delta nan"]),
+    ({"seq_len": 49}, ["--seq_len 49", "48 positions"]), ({"seq_len": 1}, ["--seq_len 1"]),
+    ({"max_step": 0}, ["--max_step 0"]),
+    ({"max_step": None}, ["--max_epoch"]), ({"max_step": None, "max_epoch": "nan"}, ["--max_epoch nan"]),
+    ({"fp16": True}, ["--fp16"]),
+    ({"lora_dim": -1}, ["--lora_dim -1"]), ({"lora_alpha": 0}, ["--lora_alpha 0"]),
+    ({"lora_dropout": 1}, ["--lora_dropout 1"]),
     ({"label_smooth": 1}, ["--label_smooth 1"]), ({"lr": -0.1}, ["--lr -0.1"]), ({"lr": "nan"}, ["--lr nan"]),
     ({"adam_beta2": 1}, ["--adam_beta2 1"]), ({"scheduler": "sawtooth"}, ["--scheduler", "sawtooth"]),
-    ({"scheduler": "cycle", "i_steps": "0,5", "i_lrs": "1"}, ["--i_steps"]), ({"scheduler": "cycle", "i_steps": "a"}, ["--i_steps a"]),
-    ({"platform": "azure"}, ["--platform azure"]), ({"platform": "k8s"}, ["OMPI_COMM_WORLD_RANK"]), ({"noise_seed": None}, ["--noise_seed"]),
+    ({"scheduler": "cycle", "i_steps": "0,5", "i_lrs": "1"}, ["--i_steps"]),
+    ({"scheduler": "cycle", "i_steps": "a"}, ["--i_steps a"]),
+    ({"platform": "azure"}, ["--platform azure"]), ({"platform": "k8s"}, ["OMPI_COMM_WORLD_RANK"]),
+    ({"noise_seed": None}, ["--noise_seed"]),
     ({"noise_source": "os"}, ["--noise_seed 1"]), ({"noise_source": "dice"}, ["--noise_source", "dice"]),
     ({"micro_batch_tokens": 0}, ["--micro_batch_tokens 0"]), ({"save_interval": 0}, ["--save_interval 0"]),
     ({"collective_timeout": 0}, ["--collective_timeout 0"]), ({"resume_changed": "lr"}, ["--resume_changed"]),
-    ({"no_such_flag": 1}, ["--no_such_flag"]), ({"train_batch": 8}, ["--train_batch"]), ({"valid_data": "@cut.jsonl"}, ["cut.jsonl:2"]),
-    ({"valid_data": None}, ["--valid_data"]), ({"work_dir": "@e2e.txt/run"}, ["--work_dir", "e2e.txt"]), ({"work_dir": "/proc/run"}, ["/proc/run"]),
+    ({"no_such_flag": 1}, ["--no_such_flag"]), ({"train_batch": 8}, ["--train_batch"]),
+    ({"valid_data": "@cut.jsonl"}, ["cut.jsonl:2"]),
+    ({"valid_data": None}, ["--valid_data"]), ({"work_dir": "@e2e.txt/run"}, ["--work_dir", "e2e.txt"]),
+    ({"work_dir": "/proc/run"}, ["/proc/run"]),
     ({"work_dir": "@e2e.txt"}, ["--work_dir", "e2e.txt"]), ({"resume": True}, ["--resume", "new"]),
     ({"resume": True, "work_dir": "@folder"}, ["--resume", "privacy_ledger.jsonl is missing"]),
     ({"resume": True, "work_dir": "@run", "lr": 0.5}, ["--resume", "lr 0.01 there, 0.5 here"]),
-    ({"resume": True, "work_dir": "@damaged_run"}, ["privacy_ledger.jsonl:1: damaged"]), ({"work_dir": "@run"}, ["--work_dir", "--resume"]),
-    ({"init_checkpoint": "@run", "lora_dim": 3}, ["--lora_dim 3", "rank 2"]), ({"base_checkpoint": "@tiny"}, ["--base_checkpoint"]),
+    ({"resume": True, "work_dir": "@damaged_run"}, ["privacy_ledger.jsonl:1: damaged"]),
+    ({"work_dir": "@run"}, ["--work_dir", "--resume"]),
+    ({"init_checkpoint": "@run", "lora_dim": 3}, ["--lora_dim 3", "rank 2"]),
+    ({"base_checkpoint": "@tiny"}, ["--base_checkpoint"]),
     ({"init_checkpoint": "@run", "base_checkpoint": "@other"}, ["--base_checkpoint", "fingerprint"]),
-]}
+]
+FLAGS = {" ".join(f"{name}={value}" for name, value in changed.items()): (TRAIN, training(**changed), words)
+         for changed, words in CHANGES}
 
-decode = "--vocab @vocab --sample_file @predict.jsonl --input_file @formatted.jsonl --output_ref_file @new_ref --output_pred_file @new_pred"
+decode = ("--vocab @vocab --sample_file @predict.jsonl --input_file @formatted.jsonl --output_ref_file @new_ref "
+          "--output_pred_file @new_pred")
 search = "--data @contexts.jsonl --init_checkpoint @run --work_dir @new --seq_len 40 --eval_len 8 --eos_token_id 5"
 OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for script, line, words in [
-    (FORMAT, "@absent @new", ["absent"]), (FORMAT, "@empty @new", ["empty"]), (FORMAT, "@no_bars.txt @new", ["no_bars.txt:2", "||"]),
+    (FORMAT, "@absent @new", ["absent"]), (FORMAT, "@empty @new", ["empty"]),
+    (FORMAT, "@no_bars.txt @new", ["no_bars.txt:2", "||"]),
     (FORMAT, "@no_text.txt @new", ["no_text.txt:2", "completion"]), (FORMAT, "@latin1.txt @new", ["not UTF-8"]),
-    (FORMAT, "@e2e.txt @e2e.txt", ["input itself"]), (FORMAT, "@e2e.txt @folder", ["folder"]), (FORMAT, "@e2e.txt @absent/new", ["absent"]),
+    (FORMAT, "@e2e.txt @e2e.txt", ["input itself"]), (FORMAT, "@e2e.txt @folder", ["folder"]),
+    (FORMAT, "@e2e.txt @absent/new", ["absent"]),
     *((script, "--no_such_flag", ["--help"]) for script in (FORMAT, ENCODE, DECODE, SCORE, BEAM, REPORT)),
     (FORMAT, "@e2e.txt", ["OUT_formatted.jsonl"]), (SCORE, "@ref.txt", ["SYS"]),
     (ENCODE, "--vocab @vocab --input @absent --output @new", ["--input", "absent"]),
@@ -201,35 +235,54 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (DECODE, decode.replace("@predict.jsonl", "@empty"), ["--sample_file"]),
     (DECODE, decode.replace("@formatted.jsonl", "@empty"), ["--input_file", "empty"]),
     (DECODE, decode.replace("@formatted.jsonl", "@numbers.jsonl"), ["numbers.jsonl:1"]),
-    (DECODE, decode.replace("@vocab", "@folder"), ["--vocab"]), (DECODE, decode.replace("@new_pred", "@new_ref"), ["--output_pred_file"]),
-    (DECODE, decode.replace("@new_pred", "@predict.jsonl"), ["--output_"]), (DECODE, decode + " --ref_type webnlg --ref_num 0", ["--ref_num 0"]),
+    (DECODE, decode.replace("@vocab", "@folder"), ["--vocab"]),
+    (DECODE, decode.replace("@new_pred", "@new_ref"), ["--output_pred_file"]),
+    (DECODE, decode.replace("@new_pred", "@predict.jsonl"), ["--output_"]),
+    (DECODE, decode + " --ref_type webnlg --ref_num 0", ["--ref_num 0"]),
     (DECODE, decode + " --ref_num 3", ["--ref_num"]), (DECODE, decode + " --filter seen", ["cate"]),
     (DECODE, decode + " --ref_unique_file @keys.txt", ["--ref_unique_file"]),
-    (DECODE, decode + " --ref_unique_file @bad_keys.txt", ["bad_keys.txt:2"]), (DECODE, decode.replace("@new_ref", "@folder"), ["folder"]),
+    (DECODE, decode + " --ref_unique_file @bad_keys.txt", ["bad_keys.txt:2"]),
+    (DECODE, decode.replace("@new_ref", "@folder"), ["folder"]),
     (DECODE, decode.replace("@new_ref", "@absent/new"), ["absent"]),
-    (SCORE, "@absent @sys.txt -p", ["absent"]), (SCORE, "@ref.txt @absent -p", ["absent"]), (SCORE, "@ref.txt @empty -p", ["empty"]),
-    (SCORE, "@ref.txt @three.txt -p", ["ref.txt", "2", "three.txt", "3"]), (SCORE, "@two_empty.txt @sys.txt -p", ["two_empty.txt:3"]),
-    (SCORE, "@ref.txt @latin1.txt -p", ["latin1.txt:1", "not UTF-8"]), (SCORE, "@ragged.csv @sys.txt -p", ["ragged.csv:3"]),
+    (SCORE, "@absent @sys.txt -p", ["absent"]), (SCORE, "@ref.txt @absent -p", ["absent"]),
+    (SCORE, "@ref.txt @empty -p", ["empty"]),
+    (SCORE, "@ref.txt @three.txt -p", ["ref.txt", "2", "three.txt", "3"]),
+    (SCORE, "@two_empty.txt @sys.txt -p", ["two_empty.txt:3"]),
+    (SCORE, "@ref.txt @latin1.txt -p", ["latin1.txt:1", "not UTF-8"]),
+    (SCORE, "@ragged.csv @sys.txt -p", ["ragged.csv:3"]),
     (SCORE, "@no_header.tsv @sys.txt -p", ["no_header.tsv:1"]), (SCORE, "@ref.txt @sys.txt -p -H", ["-H"]),
-    (SCORE, "@ref.txt @sys.txt -p -l @absent/scores", ["-l"]), (SCORE, "@ref.txt @sys.txt -p --bootstrap_samples 5", ["--bootstrap_samples"]),
+    (SCORE, "@ref.txt @sys.txt -p -l @absent/scores", ["-l"]),
+    (SCORE, "@ref.txt @sys.txt -p --bootstrap_samples 5", ["--bootstrap_samples"]),
     (SCORE, "@ref.txt @folder -p", ["folder"]),
-    (BEAM, search.replace("@contexts.jsonl", "@absent"), ["--data", "absent"]), (BEAM, search.replace("@contexts.jsonl", "@empty"), ["--data", "empty"]),
-    (BEAM, search.replace("@contexts.jsonl", "@cut.jsonl"), ["cut.jsonl:2"]), (BEAM, search.replace("@contexts.jsonl", "@large_id.jsonl"), ["large_id.jsonl:2", "60"]),
+    (BEAM, search.replace("@contexts.jsonl", "@absent"), ["--data", "absent"]),
+    (BEAM, search.replace("@contexts.jsonl", "@empty"), ["--data", "empty"]),
+    (BEAM, search.replace("@contexts.jsonl", "@cut.jsonl"), ["cut.jsonl:2"]),
+    (BEAM, search.replace("@contexts.jsonl", "@large_id.jsonl"), ["large_id.jsonl:2", "60"]),
     (BEAM, search.replace("@contexts.jsonl", "@no_context.jsonl"), ["no_context.jsonl:2"]),
-    (BEAM, search.replace("@contexts.jsonl", "@strings.jsonl"), ["strings.jsonl:2"]), (BEAM, search.replace("@run", "@folder"), ["--init_checkpoint"]),
-    (BEAM, search.replace("@run", "@malicious.bin"), ["malicious.bin", "refused"]), (BEAM, search.replace("@run", "@text.bin"), ["text.bin"]),
+    (BEAM, search.replace("@contexts.jsonl", "@strings.jsonl"), ["strings.jsonl:2"]),
+    (BEAM, search.replace("@run", "@folder"), ["--init_checkpoint"]),
+    (BEAM, search.replace("@run", "@malicious.bin"), ["malicious.bin", "refused"]),
+    (BEAM, search.replace("@run", "@text.bin"), ["text.bin"]),
     (BEAM, search + " --lora_dim 3", ["--lora_dim 3"]), (BEAM, search + " --lora_alpha 16", ["--lora_alpha 16"]),
     (BEAM, search + " --beam 0", ["--beam 0"]), (BEAM, search.replace("eval_len 8", "eval_len 40"), ["--eval_len 40"]),
-    (BEAM, search.replace("seq_len 40", "seq_len 400"), ["--seq_len 400"]), (BEAM, search + " --repetition_penalty 0", ["--repetition_penalty 0"]),
-    (BEAM, search + " --length_penalty nan", ["--length_penalty nan"]), (BEAM, search.replace("token_id 5", "token_id 60"), ["--eos_token_id"]),
+    (BEAM, search.replace("seq_len 40", "seq_len 400"), ["--seq_len 400"]),
+    (BEAM, search + " --repetition_penalty 0", ["--repetition_penalty 0"]),
+    (BEAM, search + " --length_penalty nan", ["--length_penalty nan"]),
+    (BEAM, search.replace("token_id 5", "token_id 60"), ["--eos_token_id"]),
     (BEAM, search + " --fp16", ["--fp16"]), (BEAM, search + " --resume", ["--resume"]),
     (BEAM, search.replace("@run", "@tiny.bin") + " --hyperparam", ["--hyperparam"]),
-    (BEAM, search.replace("@new", "@e2e.txt"), ["--work_dir", "e2e.txt"]), (BEAM, search + " --base_checkpoint @other", ["--base_checkpoint"]),
-    (REPORT, "@absent", ["absent"]), (REPORT, "@folder", ["folder"]), (REPORT, "@damaged_run", ["privacy_ledger.jsonl:1: damaged"]),
-    (REPORT, "@train.jsonl", ["train.jsonl:1"]), (REPORT, "@torn_only", ["privacy_ledger.jsonl"]), (REPORT, "@run --delta 1", ["--delta 1"]),
-    (REPORT, "@run --sigma 1", ["--sigma"]), (REPORT, "", [""]), (REPORT, "--plan 10 20 1 --sigma 1 --delta 1e-5", ["--plan", "larger"]),
-    (REPORT, "--plan 100 10 1 --delta 1e-5", ["--sigma", "--epsilon"]), (REPORT, "--plan 100 10 1 --sigma 0 --delta 1e-5", ["--sigma 0"]),
-    (REPORT, "--plan 100 10 -1 --sigma 1 --delta 1e-5", ["--plan"]), (REPORT, "--plan 100 10 1 --sigma 1 --delta 1e-5 --plot @absent/x.png", ["--plot"]),
+    (BEAM, search.replace("@new", "@e2e.txt"), ["--work_dir", "e2e.txt"]),
+    (BEAM, search + " --base_checkpoint @other", ["--base_checkpoint"]),
+    (REPORT, "@absent", ["absent"]), (REPORT, "@folder", ["folder"]),
+    (REPORT, "@damaged_run", ["privacy_ledger.jsonl:1: damaged"]),
+    (REPORT, "@train.jsonl", ["train.jsonl:1"]), (REPORT, "@torn_only", ["privacy_ledger.jsonl"]),
+    (REPORT, "@run --delta 1", ["--delta 1"]),
+    (REPORT, "@run --sigma 1", ["--sigma"]), (REPORT, "", [""]),
+    (REPORT, "--plan 10 20 1 --sigma 1 --delta 1e-5", ["--plan", "larger"]),
+    (REPORT, "--plan 100 10 1 --delta 1e-5", ["--sigma", "--epsilon"]),
+    (REPORT, "--plan 100 10 1 --sigma 0 --delta 1e-5", ["--sigma 0"]),
+    (REPORT, "--plan 100 10 -1 --sigma 1 --delta 1e-5", ["--plan"]),
+    (REPORT, "--plan 100 10 1 --sigma 1 --delta 1e-5 --plot @absent/x.png", ["--plot"]),
 ]}
 
 GROUPS = {"data": DATA, "checkpoint": WEIGHTS, "model card": CARDS, "flags": FLAGS, "other scripts": OTHERS}
@@ -237,7 +290,8 @@ CASES = {f"{group}: {name}": case for group, cases in GROUPS.items() for name, c
 
 
 def listing(root: pathlib.Path) -> dict[str, tuple[int, int]]:
-    """What lies where, when it was written and how long it is. A run's .lock is opened by whoever asks for the folder."""
+    """What lies where, when it was written and how long it is. A run's .lock is opened by whoever asks for the
+    folder."""
     return {str(path): (path.stat().st_mtime_ns if path.is_file() else 0, path.stat().st_size if path.is_file() else 0)
             for path in root.rglob("*") if path.name != ".lock"}
 
@@ -255,16 +309,19 @@ def test_one_line_and_status_2(world, name):
 
 
 def test_there_are_enough_cases():
-    assert len(CASES) >= 150 and {case[0] for case in CASES.values()} == {TRAIN, ENCODE, FORMAT, DECODE, SCORE, BEAM, REPORT}
+    assert len(CASES) >= 150 and {case[0] for case in CASES.values()} == {TRAIN, ENCODE, FORMAT, DECODE, SCORE, BEAM,
+                                                                          REPORT}
 
 
 def test_the_sound_files_are_sound(world, tmp_path):
     """The negative control: what the cases spoil works when it is not spoilt, so a case fails for its own reason."""
     train(training(work_dir=tmp_path / "a", max_step=1)(world))
     train(training(work_dir=tmp_path / "b", max_step=1, init_checkpoint="@tiny.bin")(world))
-    for script, line in ((FORMAT, f"@e2e.txt {tmp_path}/formatted"), (REPORT, "@run"), (REPORT, "--plan 100 10 1 --sigma 1 --delta 1e-5"),
+    for script, line in ((FORMAT, f"@e2e.txt {tmp_path}/formatted"), (REPORT, "@run"),
+                         (REPORT, "--plan 100 10 1 --sigma 1 --delta 1e-5"),
                          (ENCODE, f"--vocab @vocab --input @formatted.jsonl --output {tmp_path}/encoded"),
-                         (DECODE, decode.replace("@new", f"{tmp_path}/decoded")), (BEAM, search.replace("@new", str(tmp_path / "beam")))):
+                         (DECODE, decode.replace("@new", f"{tmp_path}/decoded")),
+                         (BEAM, search.replace("@new", str(tmp_path / "beam")))):
         run = server().start(script, of(line)(world), cwd=tmp_path)
         assert run.wait() == 0, run.stderr
 
@@ -278,102 +335,3 @@ def test_every_rank_ends_and_one_speaks(world):
     assert [rank.wait() for rank in ranks] == [2, 2] and "--no_such_flag" in ranks[0].error and not ranks[1].stderr
     ranks = start_ranks(training(work_dir=world / "e2e.txt/run")(world), 2)
     assert [rank.wait() for rank in ranks] == [2, 2] and "e2e.txt/run" in ranks[0].error and not ranks[1].stderr
-
-
-# ------------------------------------------------------------------ fuzzing
-
-
-def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
-    """What the scripts do with a file of this kind before they work with it."""
-    import checkpoint
-    import data_utils
-    import gpt2_decode
-    import gpt2_encode
-    from privacy.ledger import epsilons, read_ledger
-    from tokenizer import load_tokenizer
-    if kind == "tokens":
-        data_utils.read_examples(path, "--train_data", VOCABULARY, 32)
-    elif kind == "formatted":
-        list(gpt2_encode.read_examples(path))
-    elif kind == "predictions":
-        gpt2_decode.read_predictions(path, 2, load_tokenizer(str(world / "vocab")))
-    elif kind == "ledger":
-        epsilons(read_ledger(path), 1e-5)
-    elif kind in ("safetensors", "bin", "ours"):
-        checkpoint.load_model(path, str(material() / "tiny"))
-    elif kind == "config":
-        checkpoint.read_config(path)
-
-
-def read_scores(path: str, world: pathlib.Path) -> None:
-    import segments
-    for name in (path, path + ".tsv", path + ".csv"):
-        if name != path:
-            os.replace(path if name.endswith("tsv") else path + ".tsv", name)
-        for references, outputs in ((name, str(world / "sys.txt")), (str(world / "ref.txt"), name), (name, name)):
-            with contextlib.suppress(segments.UserError):
-                segments.load_segments(references, outputs)
-
-
-def spoil(draw: random.Random, content: bytes) -> bytes:
-    """A few changes of the kinds that disks, editors and attackers make."""
-    content = bytearray(content)
-    for _ in range(draw.choice([1, 1, 1, 2, 5])):
-        at, length = draw.randrange(len(content) + 1), draw.choice([1, 1, 4, 50])
-        token = draw.choice([b"null", b"NaN", b"1e999", b"-1", b"[", b"{}", b"\n", b"\0", b'"', b"\xff", b"9" * 30, b"true", b"\xe2\x80\xa8",
-                             bytes(draw.randrange(256) for _ in range(length))])
-        kind = draw.randrange(5)
-        if kind == 0:
-            content[at:at + length] = token
-        elif kind == 1:
-            content[at:at] = token
-        elif kind == 2:
-            del content[at:at + length]
-        elif kind == 3 and content:
-            content[min(at, len(content) - 1)] ^= 1 << draw.randrange(8)
-        else:
-            content = content[:at] if draw.random() < 0.3 else content + content[at:at + length]
-    return bytes(content)
-
-
-def fuzz(world: pathlib.Path, folder: pathlib.Path, seconds: float, seed: int) -> dict[str, tuple[int, int]]:
-    """Spoil sound files and read them for a while: {kind: (files, refused)}. Anything but an answer or a UserError raises."""
-    import sys
-    import time
-
-    import cli
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "eval" / "e2e"))
-    sound = {"tokens": world / "contexts.jsonl", "formatted": world / "formatted.jsonl", "predictions": world / "predict.jsonl",
-             "ledger": world / "run/privacy_ledger.jsonl", "safetensors": world / "tiny/model.safetensors", "bin": world / "tiny.bin",
-             "ours": world / "run/model.2.pt", "config": world / "tiny/config.json", "scores": world / "ref.txt"}
-    names = {"config": "config.json", "safetensors": "x.safetensors", "bin": "x.bin", "ours": "model.2.pt"}
-    draw, count, refused = random.Random(seed), dict.fromkeys(sound, 0), dict.fromkeys(sound, 0)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        for kind, source in sound.items():
-            path = folder / names.get(kind, kind)
-            content = spoil(draw, source.read_bytes())
-            path.write_bytes(content)
-            count[kind] += 1
-            try:
-                read_scores(str(path), world) if kind == "scores" else read_everything(kind, str(path), world)
-            except cli.UserError:
-                refused[kind] += 1
-            except BaseException:
-                (pathlib.Path(folder) / f"found.{kind}").write_bytes(content)
-                raise
-    return {kind: (count[kind], refused[kind]) for kind in sound}
-
-
-def test_spoiled_files_are_read_or_refused(world, tmp_path):
-    """Three seconds of it."""
-    result = fuzz(world, tmp_path, 3, seed=0)
-    assert all(files >= 5 for files, _ in result.values())
-
-
-@pytest.mark.slow
-def test_spoiled_files_for_ten_minutes(world, tmp_path, capsys):
-    result = fuzz(world, tmp_path, 600, seed=random.randrange(2**32))
-    with capsys.disabled():
-        print(f"\nfiles read, of these refused: {result}")
-    assert not (world / "executed").exists()

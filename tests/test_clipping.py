@@ -9,8 +9,8 @@ import math
 import loralib
 import pytest
 import torch
-from clipping_oracle import (CONFIG, ENGINES, RULES, Text, clipped, clipped_sum, difference, distance, draw_units, make_engine,
-                             make_model, norm, pack, run_engine, sums_of, unit_gradients)
+from clipping_oracle import (CONFIG, ENGINES, RULES, Text, clipped, clipped_sum, difference, distance, draw_units,
+                             make_engine, make_model, norm, pack, run_engine, sums_of, unit_gradients)
 from model import GPT2Config, LoRAConfig
 from optimizer import FlatParameters
 from privacy import clipping
@@ -19,7 +19,7 @@ from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # torch's remark on Opacus's hooks
 
-# Sums of under 1e5 products in float64, 1e5 * 2**-53 ~ 1e-11, relative to sums that do not cancel by more than a factor of 10.
+# Sums of under 1e5 products in float64, 1e5 * 2**-53 ~ 1e-11, that cancel by no more than a factor of 10.
 FLOAT64 = 1e-10
 FULL = LoRAConfig()
 LORA = LoRAConfig(3, 8.0)
@@ -74,7 +74,7 @@ def test_lengths(lora, shortest, longest, monkeypatch):
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_repeated_tokens(tokens, monkeypatch):
-    """Positions that share an entry of the embedding add up before the norm, and meet the head's rows of the same tokens."""
+    """Positions that share an entry of the embedding add up before the norm, and meet the head's rows."""
     check_all(make_model(FULL), draw_units(4, 2, 5, 20, tokens), monkeypatch, 2)
 
 
@@ -122,8 +122,9 @@ def test_dropout_with_the_same_masks(name, rows, monkeypatch):
     gradients = []
     for u in range(len(units)):
         masks.of_unit(u, rows)
-        own = (batch.positions >= u * rows * batch.ids.shape[1]) & (batch.positions < (u + 1) * rows * batch.ids.shape[1])
-        logits = model(batch.ids[u * rows:(u + 1) * rows]).flatten(0, 1)[batch.positions[own] - u * rows * batch.ids.shape[1]]
+        start = u * rows * batch.ids.shape[1]
+        own = (batch.positions >= start) & (batch.positions < start + rows * batch.ids.shape[1])
+        logits = model(batch.ids[u * rows:(u + 1) * rows]).flatten(0, 1)[batch.positions[own] - start]
         values = nn.functional.cross_entropy(logits, batch.targets[own], reduction="none")
         loss = (values * weights[u]).sum()
         gradients.append(dict(zip(sums, torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))))
@@ -132,7 +133,7 @@ def test_dropout_with_the_same_masks(name, rows, monkeypatch):
 
 @pytest.mark.parametrize("trained", ["everything", "adapters and biases"])
 def test_layers_of_loralib_that_this_gpt2_does_not_use(trained, monkeypatch):
-    """nn.Linear, lora.Linear and lora.Embedding in its places, the tied one included, with and without their base weights."""
+    """nn.Linear, lora.Linear, lora.Embedding in its places, the tied one included; with and without base weights."""
     model = make_model(LORA)
     transformer = model.transformer
     transformer.wpe = loralib.Embedding(CONFIG.n_positions, 16, r=2, lora_alpha=4)
@@ -176,8 +177,8 @@ def test_the_norms_choose_the_cheaper_way(monkeypatch):
 
     monkeypatch.setattr(clipping.Outer, "norm_sq", norm_sq)
     model = make_model(LORA)
-    run_engine("chosen", model, ClippingRule("flat", 1.0), [pack(draw_units(2, 1, 6, 6)), pack(draw_units(2, 1, 90, 90))],
-               monkeypatch)
+    batches = [pack(draw_units(2, 1, length, length)) for length in (6, 90)]
+    run_engine("chosen", model, ClippingRule("flat", 1.0), batches, monkeypatch)
     for (S, P, Q), way in ways:
         assert way == ("ghost" if S * S * (P + Q) < clipping.TRAFFIC_COST * P * Q else "materialise")
     assert {way for _, way in ways} == {"ghost", "materialise"}
@@ -189,7 +190,7 @@ def test_the_norms_choose_the_cheaper_way(monkeypatch):
 @pytest.mark.parametrize("lora", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_float32_and_bf16_norms_are_of_what_is_summed(lora, name, monkeypatch):
-    """A unit that is clipped contributes C to float32 rounding, under bf16 autocast too, and in nearly its true direction."""
+    """A clipped unit contributes C up to float32 rounding, under bf16 autocast too, and nearly in its direction."""
     exact = make_model(lora)
     model = make_model(lora, dtype=torch.float32)
     units, rule = draw_units(3, 2, 5, 60), ClippingRule("flat", 1e-3)
@@ -312,7 +313,7 @@ def test_units_without_a_finite_gradient_give_nothing(lora, kind, name, where, m
 
 
 def test_factors_of_hostile_norms():
-    """No squared norm that overflowed, vanished or cancelled leaves a factor that is not finite, or one for what is not."""
+    """No squared norm that overflowed, vanished or cancelled gives a factor that is not finite or not deserved."""
     norms_sq = torch.tensor([[0.0, 0.0], [1e-45, 0.0], [3e38, 3e38], [math.inf, 1.0], [math.nan, 1.0], [-math.inf, 1.0],
                              [1.0, -math.inf], [math.inf, -math.inf], [4.0, -1e-9]])
     for kind in RULES:
@@ -324,7 +325,7 @@ def test_factors_of_hostile_norms():
 
 
 def test_a_sum_that_overflowed_to_minus_infinity_is_no_small_norm():
-    """The terms of a ghost norm may add up to -inf, here found by search. Taken for 0, the unit would come through unclipped."""
+    """A ghost norm's terms may add up to -inf (found here by search): taken for 0, the unit were not clipped."""
     generator, seen = torch.Generator().manual_seed(0), 0
     for _ in range(3000):
         a = torch.randn(1, int(torch.randint(3, 40, (), generator=generator)), 1, generator=generator)

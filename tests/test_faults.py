@@ -1,6 +1,7 @@
 """Kills at every point of a step, signals, dead ranks, full disks: what a run leaves is true and can be continued.
 
-Every run here draws its noise from a seed, so that a resumed run can be compared with the uninterrupted one bit for bit.
+Every run here draws its noise from a seed, so that a resumed run can be compared with the uninterrupted one bit for
+bit.
 """
 
 import errno
@@ -13,13 +14,13 @@ import subprocess
 import time
 
 import pytest
-from small_runs import (STEPS, contents, equal, flags, ledger, material, metrics, read, server, start_ranks, train, weights)
+from small_runs import (STEPS, contents, equal, flags, ledger, material, metrics, read, start_ranks, train, weights)
 
 DRAW, CHARGE = "privacy.sampling:PoissonSampler.draw", "privacy.ledger:Ledger.charge"
 NOISE, SUM, UPDATE = "privacy.noise:NoiseSource.add_normal_", "distributed:World.all_reduce", "optimizer:AdamW.step"
 MEND = "privacy.ledger:Ledger.mend"
-STEP_POINTS = (CHARGE, "os:pwrite", DRAW, "privacy.clipping:BookKeeping.accumulate", "torch:Tensor.backward", NOISE, SUM, UPDATE,
-               "training:Trainer.after_step", "run_log:WorkDir.append_metrics")
+STEP_POINTS = (CHARGE, "os:pwrite", DRAW, "privacy.clipping:BookKeeping.accumulate", "torch:Tensor.backward", NOISE,
+               SUM, UPDATE, "training:Trainer.after_step", "run_log:WorkDir.append_metrics")
 FILE_POINTS = ("training:Trainer.save", "checkpoint:write", "os:fsync", "os:replace", "cli:sync_folder", "os:unlink",
                "run_log:WorkDir.write_json", "training:evaluate", "training:Trainer.close_report")
 TEARS = ("os:pwrite", "torch:save")
@@ -46,7 +47,8 @@ def counter(work: pathlib.Path, what: str) -> pathlib.Path:
 
 def counted(work: pathlib.Path) -> list:
     """Counts the masks drawn and the sums noised by rank 0, across attempts."""
-    return [["count", {"point": point, "file": str(counter(work, what))}] for point, what in ((DRAW, "drawn"), (NOISE, "noised"))]
+    return [["count", {"point": point, "file": str(counter(work, what))}]
+            for point, what in ((DRAW, "drawn"), (NOISE, "noised"))]
 
 
 def check_charged(work: pathlib.Path) -> int:
@@ -75,7 +77,8 @@ def check_resumed(work: pathlib.Path, size: int) -> None:
     if not (work / "privacy_ledger.jsonl").exists():  # killed before there was anything to continue
         train(flags(work), size, {0: counted(work)})
     else:
-        dumps = {rank: [["dump", {"file": str(counter(work, f"rank{rank}"))}], *(counted(work) if rank == 0 else [])] for rank in range(size)}
+        dumps = {rank: [["dump", {"file": str(counter(work, f"rank{rank}"))}], *(counted(work) if rank == 0 else [])]
+                 for rank in range(size)}
         train(flags(work, resume=True), size, dumps)
         assert len({counter(work, f"rank{rank}").read_bytes() for rank in range(size)}) == 1
     charged = check_charged(work)
@@ -105,7 +108,8 @@ def kill_and_resume(work: pathlib.Path, size: int, rank: int, point: str, when: 
 # In step 4, when a checkpoint of step 2 exists; and in step 1, when none does.
 @pytest.mark.parametrize("point, when, nth", [
     (CHARGE, "before", 1), (CHARGE, "after", 1), ("os:pwrite", "tear", 1), (UPDATE, "after", 1),
-    (CHARGE, "before", 4), ("os:pwrite", "tear", 4), (CHARGE, "after", 4), (DRAW, "after", 4), ("torch:Tensor.backward", "after", 4),
+    (CHARGE, "before", 4), ("os:pwrite", "tear", 4), (CHARGE, "after", 4), (DRAW, "after", 4),
+    ("torch:Tensor.backward", "after", 4),
     (NOISE, "before", 4), (NOISE, "after", 4), (SUM, "after", 4), (UPDATE, "before", 4), (UPDATE, "after", 4),
     ("torch:save", "tear", 3), ("os:replace", "before", 5), ("os:replace", "after", 5), ("torch:save", "tear", 4),
     ("os:replace", "after", 6), ("os:unlink", "before", 1), ("run_log:WorkDir.write_json", "before", 3),
@@ -115,8 +119,10 @@ def test_killed_in_one_process(tmp_path, point, when, nth):
 
 
 @pytest.mark.parametrize("rank, point, when, nth", [
-    (0, CHARGE, "before", 4), (0, CHARGE, "after", 4), (1, DRAW, "after", 4), (1, NOISE, "after", 4), (0, SUM, "before", 4),
-    (0, UPDATE, "after", 4), (1, UPDATE, "before", 4), (0, "os:replace", "after", 5), (1, "training:Trainer.save", "before", 2),
+    (0, CHARGE, "before", 4), (0, CHARGE, "after", 4), (1, DRAW, "after", 4), (1, NOISE, "after", 4),
+    (0, SUM, "before", 4),
+    (0, UPDATE, "after", 4), (1, UPDATE, "before", 4), (0, "os:replace", "after", 5),
+    (1, "training:Trainer.save", "before", 2),
 ])
 def test_killed_on_two_ranks(tmp_path, rank, point, when, nth):
     assert kill_and_resume(tmp_path / "run", 2, rank, point, when, nth)
@@ -180,7 +186,11 @@ def test_killed_at_every_point_on_two_ranks(tmp_path, point, when, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_killed_at_a_hundred_random_times(tmp_path, size):
-    """One to three kills a run, at any time of an attempt's life, of one rank or of all."""
+    """One to three kills a run, at any time of an attempt's life, of one rank or of all.
+
+    A rank whose partner is killed ends by itself; only one that still waits for its partner to appear is killed after
+    it, as a launcher does.
+    """
     draw = random.Random(size)
     begin = time.monotonic()
     train(flags(tmp_path / "measured"), size)
@@ -189,16 +199,32 @@ def test_killed_at_a_hundred_random_times(tmp_path, size):
         number += 1
         work = tmp_path / f"run{number}"
         for attempt in range(draw.randint(1, 3)):
-            resume = (work / "privacy_ledger.jsonl").exists()
-            ranks = start_ranks(flags(work, resume=resume or None), size, {0: counted(work)})
+            joined = [tmp_path / f"joined{number}.{attempt}.{rank}" for rank in range(size)]
+            faults = {rank: [["count", {"point": "run_setup:build_trainer", "file": str(joined[rank])}],
+                             *(counted(work) if rank == 0 else [])] for rank in range(size)}
+            ranks = start_ranks(flags(work, resume=(work / "privacy_ledger.jsonl").exists() or None), size, faults)
             time.sleep(draw.uniform(0, whole))
             for rank in draw.choice([ranks, ranks[:1], ranks[-1:]]):
-                if rank.pid not in server().ended:
-                    os.kill(rank.pid, signal.SIGKILL)
-            statuses = [rank.wait() for rank in ranks]
+                rank.kill()
+            if not all(path.exists() for path in joined):
+                time.sleep(1)
+                for rank in ranks:
+                    rank.kill()
+            statuses = [rank.wait(30) for rank in ranks]
             check_charged(work)
             kills += any(statuses)
         check_resumed(work, size)
+
+
+def test_a_torn_line_of_metrics_is_dropped(tmp_path):
+    """A resumed run leaves a file of whole lines."""
+    work = tmp_path / "run"
+    interrupted(work, 1, {0: [kill(CHARGE, "before", 5)]})
+    path = work / "metrics.jsonl"
+    whole = path.read_bytes().splitlines(True)
+    path.write_bytes(b"".join(whole)[:-20])
+    check_resumed(work, 1)
+    assert path.read_bytes().startswith(b"".join(whole[:-1])) and [one["step"] for one in metrics(work)] == [2, 6, 6]
 
 
 # ------------------------------------------------------------------ signals
@@ -238,10 +264,11 @@ def test_interrupted_while_loading(tmp_path):
 
 def test_a_rank_that_hangs_ends_the_job(tmp_path):
     begin = time.monotonic()
-    ranks = start_ranks(flags(tmp_path / "run", collective_timeout=4), 2, {1: [["sleep", {"point": DRAW, "seconds": 60, "nth": 3}]]})
+    ranks = start_ranks(flags(tmp_path / "run", collective_timeout=4), 2,
+                        {1: [["sleep", {"point": DRAW, "seconds": 60, "nth": 3}]]})
     assert ranks[0].wait() == 2 and "another rank died or did not answer in time" in ranks[0].error
     assert time.monotonic() - begin < 30
-    os.kill(ranks[1].pid, signal.SIGKILL)  # as the launcher does
+    ranks[1].kill()  # as the launcher does
     ranks[1].wait()
     check_resumed(tmp_path / "run", 2)
 
@@ -274,10 +301,12 @@ def test_no_room_for_the_ledger(tmp_path, size):
     before = stopped_at_two(work, size)
     whole = (work / "privacy_ledger.jsonl").read_bytes()
     limit = len(whole) + len(whole) // 3 * 3 // 2  # half of the second record after it
-    ranks = interrupted(work, size, {0: [["file_limit", {"size": limit, "point": CHARGE}]]}, resume=True, save_interval=100, log_interval=100)
+    ranks = interrupted(work, size, {0: [["file_limit", {"size": limit, "point": CHARGE}]]}, resume=True,
+                        save_interval=100, log_interval=100)
     assert [rank.status for rank in ranks] == [2] * size
     assert "step 4 was not drawn; make room and --resume" in ranks[0].error
-    assert [record["step"] for record in ledger(work)] == [1, 2, 3, 3] and (work / "privacy_ledger.jsonl").read_bytes()[-1:] == b"\n"
+    assert [record["step"] for record in ledger(work)] == [1, 2, 3, 3]
+    assert (work / "privacy_ledger.jsonl").read_bytes().endswith(b"\n")
     assert counter(work, "drawn").stat().st_size == 4
     assert {name: content for name, content in contents(work).items() if name.endswith(".pt")} == before
     check_resumed(work, size)
@@ -323,7 +352,8 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("pages, words", [
     (1, "args.json"),  # the lock's page, and none for this file
     (2, "step 1 was not drawn"), (3, "metrics.jsonl"),
-    *((pages, "the checkpoint of step 2 could not be written") for pages in (4, 5, 6)),  # optimizer, model, privacy.json
+    # optimizer, model, privacy.json
+    *((pages, "the checkpoint of step 2 could not be written") for pages in (4, 5, 6)),
 ])
 def test_a_full_disk(small_disk, tmp_path, pages, words):
     """With room for a few pages of 4 kB only, the run says what it could not write; with room again it goes on."""

@@ -1,4 +1,4 @@
-"""The losses against float64 cross entropy with label smoothing and autograd, whatever the block sizes; units against a loop."""
+"""The losses against float64 cross entropy with label smoothing, whatever the block sizes; units against a loop."""
 
 import math
 
@@ -46,7 +46,8 @@ def check(function, states, head, targets, weight, s, tolerance: float) -> None:
     assert found.dtype == states.dtype
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
     (ours_gradient,) = torch.autograd.grad((found * weight).sum(), ours)
-    torch.testing.assert_close(ours_gradient.double(), gradient, rtol=tolerance, atol=tolerance * float(gradient.abs().max()))
+    size = float(gradient.abs().max())
+    torch.testing.assert_close(ours_gradient.double(), gradient, rtol=tolerance, atol=tolerance * size)
 
 
 @pytest.mark.parametrize("function", [frozen_head, logits_loss])
@@ -75,7 +76,7 @@ def test_float32(function, s):
 
 @pytest.mark.parametrize("function", [frozen_head, logits_loss])
 def test_bf16_autocast_keeps_float32_losses(function):
-    """Only the products are rounded to bfloat16: logits of order 3 with 2**-9 relative error, averaged by the softmax."""
+    """Only the products are rounded: logits of order 3, a relative error of 2**-9, averaged by the softmax."""
     states, head, targets, weight = draw(30, 1031, 9, dtype=torch.float32)
     expected = reference(states.double() @ head.double().T, targets, 0.1)
     with torch.autocast("cpu", torch.bfloat16):

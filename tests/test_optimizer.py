@@ -62,7 +62,8 @@ def test_a_tied_weight_stands_once_and_frozen_means_no_gradient():
     adapters = FlatParameters(make_model(LoRAConfig(2, 4.0)))
     assert all("lora_" in name for name, _ in adapters.named)
     model.load_state_dict(copy.deepcopy(make_model(seed=5)).state_dict())  # a checkpoint read in goes into the buffer
-    assert torch.equal(flat.data[flat.slices[id(model.transformer.wpe.weight)]], make_model(seed=5).transformer.wpe.weight.flatten())
+    wpe = flat.data[flat.slices[id(model.transformer.wpe.weight)]]
+    assert torch.equal(wpe, make_model(seed=5).transformer.wpe.weight.flatten())
 
 
 def test_half_precision_and_nothing_to_train_are_refused():
@@ -103,7 +104,7 @@ def test_adamw_is_the_published_formula(correct, wd, no_decay_bias, chunk, monke
     generator = torch.Generator().manual_seed(1)
     gradients = [torch.randn(flat.size, generator=generator, dtype=torch.float64) * 10.0 ** -i for i in range(6)]
     rates = [0.1, 0.05, 0.0, 0.2, 0.1, 0.01]
-    decays = torch.cat([torch.full((p.numel(),), float(p.dim() > 1 or not no_decay_bias), dtype=torch.float64) for _, p in flat.named])
+    decays = torch.cat([torch.full((p.numel(),), float(p.dim() > 1 or not no_decay_bias)) for _, p in flat.named])
     expected = plain_adamw(flat.data.clone(), gradients, rates, (0.9, 0.98), 1e-6, wd, correct, decays)
     for gradient, lr in zip(gradients, rates):
         adam.step(gradient, lr)
@@ -163,7 +164,7 @@ LR, T, W = 0.4, 100, 10
     ("inv_sqrt", lambda t: LR * math.sqrt(W / t)),
 ])
 def test_schedules(name, after):
-    """Warm-up lr t / warmup with t from 0, then the formula; without a warm-up the first step has the formula's rate."""
+    """Warm-up lr t / warmup with t from 0, then the formula, which without a warm-up holds from the first step."""
     rate = schedule(name, LR, T, W)
     for t in range(T):
         assert rate(t) == pytest.approx(LR * t / W if t < W else after(t), rel=1e-12, abs=1e-15)

@@ -1,7 +1,7 @@
-"""The privacy plan: the noise that the ranks' sum carries, what a step releases, what it costs, and that no step escapes.
+"""The privacy plan: the noise that the ranks' sum carries, what a step releases and costs, and that no step escapes.
 
-The ranks are real processes that meet over gloo on the loopback interface. The statistics look at what came out of release();
-each has its negative controls.
+The ranks are real processes that meet over gloo on the loopback interface. The statistics look at what came out of
+release(); each has its negative controls.
 """
 
 import json
@@ -29,8 +29,8 @@ LIMIT = 4.9  # standard deviations: one false alarm in a million runs
 
 
 def settings(**changes) -> PlanSettings:
-    given = {"unit": "example", "N": 1003, "batch": BATCH, "steps": STEPS, "clip": CLIP, "sigma": SIGMA, "delta": 1e-5, **changes}
-    return PlanSettings(**given)
+    given = {"unit": "example", "N": 1003, "batch": BATCH, "steps": STEPS, "clip": CLIP, "sigma": SIGMA, "delta": 1e-5}
+    return PlanSettings(**{**given, **changes})
 
 
 def open_plan(folder, given: PlanSettings) -> PrivacyPlan:
@@ -52,7 +52,7 @@ DRIVER = """
     folder, cases, ports = sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
 
     def job(rank, name, size, changes, P):
-        '''All steps of a plan with zero gradients; saved: the released gradients, the extras, the draws, the collectives.'''
+        '''All steps of a plan with zero gradients; saved: released gradients, extras, draws, number of collectives.'''
         torch.manual_seed(1)
         world = distributed.start() if size > 1 else distributed.World()
         given = PlanSettings(**changes)
@@ -88,8 +88,8 @@ DRIVER = """
             child = os.fork()
             if child == 0:
                 try:
-                    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                                      MASTER_PORT=str(port))
+                    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank),
+                                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
                     job(rank, name, size, changes, P)
                 except BaseException as error:
                     print(f"{name} rank {rank}: {error!r}", file=sys.stderr, flush=True)
@@ -104,7 +104,7 @@ SEEDED = {"noise_source": "seeded", "seed": 9}
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """name -> [(gradients (steps, P), the other results) of each rank], of real processes forked after one import of torch."""
+    """name -> [(gradients (steps, P), other results) of each rank]: real processes, forked from one that has torch."""
     folder = tmp_path_factory.mktemp("ranks")
     cases = []
     for size in (1, 2, 4):
@@ -117,8 +117,9 @@ def ranks(tmp_path_factory):
     script = folder / "driver.py"
     script.write_text(textwrap.dedent(DRIVER))
     complete = [(name, size, vars(settings(**changes)), P) for name, size, changes, P in cases]
-    done = subprocess.run([sys.executable, script, ROOT / "src", folder, json.dumps(complete),
-                           json.dumps([free_port() for _ in cases])], env=environment(), capture_output=True, text=True, timeout=300)
+    ports = [free_port() for _ in cases]
+    done = subprocess.run([sys.executable, script, ROOT / "src", folder, json.dumps(complete), json.dumps(ports)],
+                          env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return {name: [(np.load(folder / f"{name}.{rank}.npy"), json.loads((folder / f"{name}.{rank}.json").read_text()))
                    for rank in range(size)] for name, size, _, _ in cases} | {"folder": folder}
@@ -172,7 +173,8 @@ def test_the_noise_checks_catch_what_is_wrong(ranks):
     doubled[:, quarter:2 * quarter] *= math.sqrt(2)
     wrong = {
         "sigma 10 % low": 0.9 * good, "sigma 0.5 % low": 0.995 * good, "a rank's share without noise": missing,
-        "one key on two ranks": repeated, "a share with noise of two ranks": doubled, "every rank adds all of it": 2 * good,
+        "one key on two ranks": repeated, "a share with noise of two ranks": doubled,
+        "every rank adds all of it": 2 * good,
         "the same noise in every step": np.repeat(good[:1], STEPS, 0), "divided by another batch": good * BATCH / 97,
         "one coordinate in a thousand left out": np.where(np.arange(COORDINATES) % 1000 == 0, 0, good),
     }
@@ -217,7 +219,8 @@ def test_empty_draws_everywhere_are_steps_like_any_other(ranks, size):
         assert len({step.tobytes() for step in grads}) == 12 and (grads != 0).all()
     spread = results[0][0].std() / (SIGMA * CLIP / 1e-9)  # divided by the expected batch, however small
     assert abs(spread - 1) < LIMIT / math.sqrt(2 * 1200)
-    assert [record["step"] for record in read_ledger(f"{ranks['folder']}/empty{size}/privacy_ledger.jsonl").records] == [*range(1, 13)]
+    ledger = read_ledger(ranks["folder"] / f"empty{size}" / "privacy_ledger.jsonl")
+    assert [record["step"] for record in ledger.records] == list(range(1, 13))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -311,6 +314,7 @@ def test_every_mutant_still_applies(mutant):
 
 @pytest.mark.slow
 def test_every_mutant_is_caught():
-    done = subprocess.run([sys.executable, ROOT / "tests" / "mutants.py"], env=environment(), capture_output=True, text=True)
+    command = [sys.executable, ROOT / "tests" / "mutants.py"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr

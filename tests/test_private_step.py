@@ -1,6 +1,6 @@
 """A step of the training loop is the mechanism that the plan promises: against its definition, written out.
 
-The seeded noise source makes mask and noise known, so the released gradient itself can be compared with a loop of autograd.
+The seeded noise source makes mask and noise known, so the released gradient itself is compared with a loop of autograd.
 """
 
 import math
@@ -28,8 +28,8 @@ from training import EXTRA, LoopOptions, Trainer
 def examples(units) -> Examples:
     texts = [unit[0] for unit in units]
     lengths = [len(text.ids) for text in texts]
-    return Examples(np.concatenate([np.array(text.ids, dtype=np.int32) for text in texts]), np.concatenate([[0], np.cumsum(lengths)]),
-                    np.array([text.first for text in texts]), 0, 0)
+    tokens = np.concatenate([np.array(text.ids, dtype=np.int32) for text in texts])
+    return Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]), np.array([text.first for text in texts]), 0, 0)
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +53,14 @@ class Recorder(AdamW):
         super().step(grad, lr)
 
 
-def make_trainer(folder, given: PlanSettings, units, lora=LoRAConfig(3, 8.0), budget=40, rate=0.0, smoothing=0.1) -> Trainer:
+def make_trainer(folder, given: PlanSettings, units, lora=LoRAConfig(3, 8.0), budget=40, rate=0.0) -> Trainer:
     model = make_model(lora, dtype=torch.float32)
     flat = FlatParameters(model, extra=EXTRA)
     plan = open_plan(folder, given)
-    options = LoopOptions(steps=given.steps, steps_per_epoch=given.N / given.batch, lr=lambda t: rate, clip=0.0, bf16=False,
-                          token_budget=budget, log_interval=1000, eval_interval=0, save_interval=1000, random_seed=1)
-    engine = BookKeeping(model, flat, plan.clipping_rule, smoothing)
+    options = LoopOptions(steps=given.steps, steps_per_epoch=given.N / given.batch, lr=lambda t: rate, clip=0.0,
+                          bf16=False, token_budget=budget, log_interval=1000, eval_interval=0, save_interval=1000,
+                          random_seed=1)
+    engine = BookKeeping(model, flat, plan.clipping_rule, 0.1)
     return Trainer(World(), Loaded(model, None, None), flat, engine, Recorder(flat, (0.9, 0.98), 1e-6, 0.0, True), plan,
                    examples(units), None, WorkDir(str(folder)), options, [])
 
@@ -87,8 +88,8 @@ def test_no_cut_into_micro_batches_changes_the_sum(lora):
 @pytest.mark.parametrize("kind", ["flat", "per_layer", "automatic"])
 @pytest.mark.parametrize("budget", [1, 60, 10**9])
 def test_a_step_is_the_mechanism_written_out(tmp_path, lora, kind, budget):
-    """(sum over the drawn units of the clipped gradient + sigma C noise) / expected batch, for draws of all sizes, the empty
-    ones included, and however the draw is cut into micro-batches: from the seed's own mask and noise, and a loop of autograd.
+    """(sum over the drawn units of the clipped gradient + sigma C noise) / expected batch, for draws of all sizes, the
+    empty ones included, however the draw is cut: from the seed's own mask and noise, and a loop of autograd.
     """
     given = settings(N=24, batch=3, steps=8, clipping=kind, clip=0.3, **SEEDED)
     trainer = make_trainer(tmp_path, given, UNITS, lora, budget)
@@ -115,7 +116,12 @@ def test_a_step_is_the_mechanism_written_out(tmp_path, lora, kind, budget):
 def test_an_empty_run_takes_all_its_steps(tmp_path, monkeypatch):
     reduced = []
     real = World.all_reduce
-    monkeypatch.setattr(World, "all_reduce", lambda self, buffer: (reduced.append(buffer.numel()), real(self, buffer))[1])
+
+    def all_reduce(self, buffer):
+        reduced.append(buffer.numel())
+        return real(self, buffer)
+
+    monkeypatch.setattr(World, "all_reduce", all_reduce)
     trainer = make_trainer(tmp_path, settings(N=24, batch=1e-9, steps=7), UNITS, rate=0.01)
     before = trainer.flat.data.clone()
     assert trainer.run() == 0

@@ -1,7 +1,7 @@
-"""The samplers: frequencies, the law of the batch size, independence between units, steps and ranks; and shuffled epochs.
+"""The samplers: frequencies, the law of the batch size, independence between units, steps, ranks; shuffled epochs.
 
-The statistics look at a whole run at once, a table of which unit was included in which step. Each check fails by chance once
-in a million runs; the negative controls at the end of each part are tables that must fail.
+The statistics look at a whole run at once, a table of which unit was included in which step. Each check fails by
+chance once in a million runs; the negative controls at the end of each part are tables that must fail.
 """
 
 import math
@@ -24,7 +24,8 @@ def sources(kind: str, size: int, seed: int = 11) -> list[NoiseSource]:
 
 def table(kind: str, size: int, N: int = N, q: float = Q, steps: int = STEPS, seed: int = 11) -> np.ndarray:
     """(steps, N) how often each unit was included by all ranks together."""
-    samplers = [PoissonSampler(N, q, World(rank, size), source) for rank, source in enumerate(sources(kind, size, seed))]
+    samplers = [PoissonSampler(N, q, World(rank, size), source)
+                for rank, source in enumerate(sources(kind, size, seed))]
     counts = np.zeros((steps, N), dtype=np.int64)
     for step in range(1, steps + 1):
         for sampler in samplers:
@@ -123,8 +124,10 @@ def test_the_checks_catch_what_is_wrong():
     near[:, 1::2] = near[:, 0:-1:2]
     wrong = {
         "q 3 % low": table("seeded", 4, q=0.97 * Q), "q divided by the ranks": table("seeded", 4, q=Q / 4),
-        "a rank left out": left_out, "a unit twice": twice, "a unit always in": always, "the mask reused in the next step": reused,
-        "one mask for all steps": np.repeat(good[:1], STEPS, 0), "pairs of units together": near, "one key on every rank": one_key(4),
+        "a rank left out": left_out, "a unit twice": twice, "a unit always in": always,
+        "the mask reused in the next step": reused,
+        "one mask for all steps": np.repeat(good[:1], STEPS, 0), "pairs of units together": near,
+        "one key on every rank": one_key(4),
         "a fixed batch size": fixed, "shuffled epochs": shuffled, "small draws filled up": early,
     }
     for name, counts in wrong.items():

@@ -50,7 +50,7 @@ class ClippingRule:
 
         A unit whose gradient is NaN or infinite gets factors of zero.
         """
-        finite = torch.isfinite(norms_sq.sum(1))  # before the clamp: -inf is an overflow whose sign was lost, not a zero
+        finite = torch.isfinite(norms_sq.sum(1))  # before the clamp: -inf is an overflow, not a zero
         norms_sq = norms_sq.clamp(min=0)
         total = norms_sq.sum(1)
         if self.kind == "per_layer":
@@ -151,11 +151,11 @@ class Ragged:
 
 
 def gram_norm_sq(pp: Tensor, qq: Tensor) -> Tensor:
-    """sum_{s,t} <p_s,p_t> <q_s,q_t> from the Gram matrices (..., S, S), never less than the true sum.
+    """sum_{s,t} <p_s,p_t> <q_s,q_t> from the Gram matrices (..., S, S), raised by what rounding may have taken from it.
 
-    Where positions cancel, the sum is far below its terms and their rounding would hide it: a unit would pass for a small one
-    and contribute more than C. So it is raised by ROUNDING units in the last place of (sum_s |p_s| |q_s|)^2, a bound on the
-    terms that nothing cancels in (and on the cross term of two such sums); for ordinary units, by less than 1e-6 S of itself.
+    Where positions cancel, the sum is far below its terms and their rounding would hide it: a unit would pass for a
+    small one and contribute more than C. So it is raised by ROUNDING units in the last place of (sum_s |p_s| |q_s|)^2,
+    a bound on the terms (and on the cross term of two such sums): for ordinary units by less than 1e-6 S of itself.
     """
     sizes = (pp.diagonal(dim1=-2, dim2=-1) * qq.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1)
     return (pp * qq).sum((-2, -1)) + ROUNDING * torch.finfo(pp.dtype).eps * sizes.square()

@@ -137,9 +137,9 @@ class PrivacyPlan:
     def dropout_seed(self) -> int:
         """A seed for this rank's dropout masks in the open step.
 
-        Masks are drawn for a whole micro-batch, so one more unit gives the others other masks: with masks that anyone could
-        draw again from a public seed, the sum would move by more than C. While they are secret, each unit's mask has one
-        law with and without the other units, the step is a mixture over masks, and C bounds it for each of them.
+        Masks are drawn for a whole micro-batch, so one more unit gives the others other masks: with masks that anyone
+        could draw again from a public seed, the sum would move by more than C. While they are secret, each unit's mask
+        has one law with and without the other units, the step is a mixture over masks, and C bounds it for each of them.
         """
         assert self.open is not None, "dropout_seed() without open_step()"
         self.dropout.begin_step(self.open)

@@ -1,0 +1,110 @@
+"""Readers of files under random damage: every file is read, or refused as a user's mistake; nothing else is raised."""
+
+import contextlib
+import os
+import pathlib
+import random
+import sys
+import time
+
+import cli
+import pytest
+from conftest import ROOT
+from small_runs import VOCABULARY, material
+from test_bad_input import world  # noqa: F401 - a fixture
+
+
+def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
+    """What the scripts do with a file of this kind before they work with it."""
+    import checkpoint
+    import data_utils
+    import gpt2_decode
+    import gpt2_encode
+    from privacy.ledger import epsilons, read_ledger
+    from tokenizer import load_tokenizer
+    if kind == "tokens":
+        data_utils.read_examples(path, "--train_data", VOCABULARY, 32)
+    elif kind == "formatted":
+        list(gpt2_encode.read_examples(path))
+    elif kind == "predictions":
+        gpt2_decode.read_predictions(path, 2, load_tokenizer(str(world / "vocab")))
+    elif kind == "ledger":
+        epsilons(read_ledger(path), 1e-5)
+    elif kind in ("safetensors", "bin", "ours"):
+        checkpoint.load_model(path, str(material() / "tiny"))
+    elif kind == "config":
+        checkpoint.read_config(path)
+
+
+def read_scores(path: str, world: pathlib.Path) -> None:
+    import segments
+    for name in (path, path + ".tsv", path + ".csv"):
+        if name != path:
+            os.replace(path if name.endswith("tsv") else path + ".tsv", name)
+        for references, outputs in ((name, str(world / "sys.txt")), (str(world / "ref.txt"), name), (name, name)):
+            with contextlib.suppress(segments.UserError):
+                segments.load_segments(references, outputs)
+
+
+def spoil(draw: random.Random, content: bytes) -> bytes:
+    """A few changes of the kinds that disks, editors and attackers make."""
+    content = bytearray(content)
+    for _ in range(draw.choice([1, 1, 1, 2, 5])):
+        at, length = draw.randrange(len(content) + 1), draw.choice([1, 1, 4, 50])
+        token = draw.choice([b"null", b"NaN", b"1e999", b"-1", b"[", b"{}", b"\n", b"\0", b'"', b"\xff", b"9" * 30,
+                             b"true", b"\xe2\x80\xa8",
+                             bytes(draw.randrange(256) for _ in range(length))])
+        kind = draw.randrange(5)
+        if kind == 0:
+            content[at:at + length] = token
+        elif kind == 1:
+            content[at:at] = token
+        elif kind == 2:
+            del content[at:at + length]
+        elif kind == 3 and content:
+            content[min(at, len(content) - 1)] ^= 1 << draw.randrange(8)
+        else:
+            content = content[:at] if draw.random() < 0.3 else content + content[at:at + length]
+    return bytes(content)
+
+
+def fuzz(world: pathlib.Path, folder: pathlib.Path, seconds: float, seed: int) -> dict[str, tuple[int, int]]:
+    """Spoil sound files and read them for a while: {kind: (files, refused)}. Anything but an answer or a UserError
+    raises."""
+    sys.path.insert(0, str(ROOT / "eval" / "e2e"))
+    sound = {"tokens": world / "contexts.jsonl", "formatted": world / "formatted.jsonl",
+             "predictions": world / "predict.jsonl",
+             "ledger": world / "run/privacy_ledger.jsonl", "safetensors": world / "tiny/model.safetensors",
+             "bin": world / "tiny.bin",
+             "ours": world / "run/model.2.pt", "config": world / "tiny/config.json", "scores": world / "ref.txt"}
+    names = {"config": "config.json", "safetensors": "x.safetensors", "bin": "x.bin", "ours": "model.2.pt"}
+    draw, count, refused = random.Random(seed), dict.fromkeys(sound, 0), dict.fromkeys(sound, 0)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for kind, source in sound.items():
+            path = folder / names.get(kind, kind)
+            content = spoil(draw, source.read_bytes())
+            path.write_bytes(content)
+            count[kind] += 1
+            try:
+                read_scores(str(path), world) if kind == "scores" else read_everything(kind, str(path), world)
+            except cli.UserError:
+                refused[kind] += 1
+            except BaseException:
+                (pathlib.Path(folder) / f"found.{kind}").write_bytes(content)
+                raise
+    return {kind: (count[kind], refused[kind]) for kind in sound}
+
+
+def test_spoiled_files_are_read_or_refused(world, tmp_path):
+    """Three seconds of it."""
+    result = fuzz(world, tmp_path, 3, seed=0)
+    assert all(files >= 5 for files, _ in result.values())
+
+
+@pytest.mark.slow
+def test_spoiled_files_for_ten_minutes(world, tmp_path, capsys):
+    result = fuzz(world, tmp_path, 600, seed=random.randrange(2**32))
+    with capsys.disabled():
+        print(f"\nfiles read, of these refused: {result}")
+    assert not (world / "executed").exists()
