@@ -16,14 +16,13 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 step() { printf '\n== %s\n' "$*"; }
 
-# train NAME FLAGS...: LoRA on 2 processes; 256 expected authors a step, each with one text
+# train NAME FLAGS...: the whole model on 2 processes; 256 expected authors a step, each with one text
 train() {
     step "training: $1"
     "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 2 src/fine-tune-dp.py \
         --output_dir "$runs/$1" --model_name "$model" --vocab vocab/demo --train_file "$runs/corpus.jsonl" \
-        --eval_fraction 0.05 --sequence_len 64 --per_device_train_batch_size 128 --num_train_epochs 8 \
-        --enable_lora --lora_dim 8 --lora_alpha 32 --learning_rate 0.01 --max_grad_norm 0 \
-        --logging_steps 5 --eval_strategy steps --eval_steps 20 --save_steps 1000 "${@:2}" | tee "$runs/$1.log"
+        --eval_fraction 0.05 --sequence_len 64 --per_device_train_batch_size 128 --num_train_epochs 6 \
+        --learning_rate 0.005 --max_grad_norm 0 --logging_steps 5 --eval_strategy steps --eval_steps 20 --save_steps 1000 "${@:2}" | tee "$runs/$1.log"
 }
 
 step "data: a generated corpus whose texts have authors"

@@ -207,12 +207,13 @@ class Corpus:
         """These authors as units."""
         texts, sizes = self.authors_texts(authors)
         first = np.concatenate([[0], np.cumsum(sizes)])
-        return AuthorTexts(self.tokens, self.starts[texts], self.lengths[texts], first, samples, seed)
+        return AuthorTexts(self.tokens, self.starts[texts], self.lengths[texts], first, self.keys[authors], samples, seed)
 
     def by_text(self, authors: np.ndarray) -> "AuthorTexts":
         """Every text of these authors as a unit of its own, for evaluation."""
-        texts, _ = self.authors_texts(authors)
-        return AuthorTexts(self.tokens, self.starts[texts], self.lengths[texts], np.arange(len(texts) + 1), 1, 0)
+        texts, sizes = self.authors_texts(authors)
+        keys = np.repeat(self.keys[authors], sizes)
+        return AuthorTexts(self.tokens, self.starts[texts], self.lengths[texts], np.arange(len(texts) + 1), keys, 1, 0)
 
 
 def spread(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -350,6 +351,7 @@ class AuthorTexts:
     starts: np.ndarray
     lengths: np.ndarray
     first: np.ndarray
+    keys: np.ndarray
     samples: int
     seed: int
     used: np.ndarray = field(init=False)  # (n,) bool: texts that a step of this process drew; never written anywhere
@@ -368,13 +370,16 @@ class AuthorTexts:
     def draw(self, units: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The texts of `units` (U,) in `step`: (texts by author, how many of each author (U,)).
 
-        A function of seed, step and text alone: the same whatever rank, process or attempt draws.
+        A function of seed, step and the author's own texts: the same whatever rank, process or attempt draws, and
+        whichever other authors there are. (The seed is public: were a draw to shift when an author is added, the others'
+        contributions would change too, and the sum move by more than C.)
         """
         sizes = self.sizes[units]
         texts = spread(self.first[units], sizes)
         owners = np.repeat(np.arange(len(units)), sizes)
-        order = np.lexsort((scramble(f"texts {self.seed} {step}", texts), owners))
         place = np.arange(len(texts)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of a text among its author's
+        numbers = self.keys[units][owners] + place.astype(np.uint64)
+        order = np.lexsort((scramble(f"texts {self.seed} {step}", numbers), owners))
         return texts[order][place < self.samples], np.minimum(sizes, self.samples)
 
     def micro_batches(self, units: Tensor, token_budget: int, step: int = 0) -> Iterator[MicroBatch]:

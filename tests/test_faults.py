@@ -192,6 +192,7 @@ def test_killed_at_a_hundred_random_times(tmp_path, size):
     it, as a launcher does.
     """
     draw = random.Random(size)
+    reference(size)
     begin = time.monotonic()
     train(flags(tmp_path / "measured"), size)
     whole, kills, number = time.monotonic() - begin, 0, 0
