@@ -19,7 +19,7 @@ run() {
     local name="$1" seed
     shift
     for seed in $seeds; do
-        [ -e "$output/$name-$seed/privacy.json" ] && continue
+        grep -qs final_epsilon_prv "$output/$name-$seed/privacy.json" && continue  # finished by an earlier call
         rm -rf "${output:?}/$name-$seed"
         "$python" "$here/src/fine-tune-dp.py" --output_dir "$output/$name-$seed" --model_name "$model" --vocab "$vocab" \
             --train_file "$corpus" --cache_dir "$output/cache" --sequence_len 128 --eval_fraction 0.1 --seed "$seed" \
@@ -39,16 +39,23 @@ for K in 1 4; do
 done
 
 "$python" - "$output" "$seeds" << 'PYTHON' | tee "$output/table.md"
-import glob, json, os, statistics, sys
+import json, os, statistics, sys
+
 output, seeds = sys.argv[1], sys.argv[2].split()
-names = ["untuned"] + [f"{method}-K{K}-{dp}" for K in (1, 4) for method in ("full", "lora") for dp in ("epsilon8", "no_dp")]
-print("| run | train loss | held-out loss, mean (sd over seeds) | epsilon (delta 1/N) | epsilon (delta 1/10N) | run time [s] |")
+print("| run | train loss | held-out loss: mean (sd over seeds) | epsilon at 1/N | epsilon at 1/(10 N) | run time [s] |")
 print("| --- | --- | --- | --- | --- | --- |")
-for name in names:
+names = [f"{method}-K{K}-{dp}" for K in (1, 4) for method in ("full", "lora") for dp in ("epsilon8", "no_dp")]
+for name in ["untuned", *names]:
     runs = [json.load(open(os.path.join(output, f"{name}-{seed}", "privacy.json"))) for seed in seeds]
+    trained = name != "untuned"
+
+    def mean(key, form):
+        return format(statistics.mean(run[key] for run in runs), form) if trained else "-"
+
     losses = [run["eval_loss"] for run in runs]
-    spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-    epsilon = [value if isinstance(value, str) else f"{value:.2f}" for value in (runs[0]["epsilon_prv"], runs[0]["epsilon_prv_strict"])]
-    print(f"| {name} | {statistics.mean(run['train_loss'] for run in runs):.3f} | {statistics.mean(losses):.3f} ({spread:.3f}) "
-          f"| {epsilon[0]} | {epsilon[1]} | {statistics.mean(run['train_runtime'] for run in runs):.0f} |")
+    spread = f"{statistics.stdev(losses):.3f}" if len(losses) > 1 else "one seed"
+    spent = [mean(key, ".2f") if name.endswith("epsilon8") else "inf" if trained else "0"
+             for key in ("epsilon_prv", "epsilon_prv_strict")]
+    print(f"| {name} | {mean('train_loss', '.3f')} | {statistics.mean(losses):.3f} ({spread}) | {spent[0]} | {spent[1]} | "
+          f"{mean('train_runtime', '.0f')} |")
 PYTHON

@@ -63,7 +63,7 @@ def open_text(path: str, flag: str = "") -> IO[str]:
     try:
         return open(path, encoding="utf-8", newline="\n")
     except OSError as error:
-        fail(f"{flag} {path}: cannot be read ({error.strerror.lower()})".strip())
+        fail(f"{flag} {path}: cannot be read ({error.strerror})".strip())
 
 
 def read_lines(path: str, flag: str = "") -> Iterator[tuple[int, str]]:
@@ -80,7 +80,7 @@ def read_lines(path: str, flag: str = "") -> Iterator[tuple[int, str]]:
                 except UnicodeDecodeError as error:
                     fail(f"{path}:{number}: not UTF-8 (byte 0x{line[error.start]:02x}); save the file as UTF-8")
     except OSError as error:
-        fail(f"{flag} {path}: cannot be read ({error.strerror.lower()})".strip())
+        fail(f"{flag} {path}: cannot be read ({error.strerror})".strip())
 
 
 @contextlib.contextmanager

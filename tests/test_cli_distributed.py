@@ -91,9 +91,9 @@ def test_read_lines_ends_lines_at_line_feeds_alone(tmp_path):
     path.write_bytes(b"fine\n\xff\n")
     with pytest.raises(cli.UserError, match="not UTF-8"):
         list(cli.read_lines(str(path)))
-    with pytest.raises(cli.UserError, match="--data .*missing: .*no such file"):
+    with pytest.raises(cli.UserError, match="--data .*missing: .*No such file"):
         list(cli.read_lines(str(tmp_path / "missing"), "--data"))
-    with pytest.raises(cli.UserError, match="is a (folder|directory)"):
+    with pytest.raises(cli.UserError, match="Is a directory"):
         list(cli.read_lines(str(tmp_path), "--data"))
 
 

@@ -212,6 +212,22 @@ def test_ranks_share_the_authors_and_agree(tmp_path):
     assert "transformer.wte.weight" in weights(tmp_path / "run") and "| Full | Yes | 2xCPU |" in ranks[0].stdout
 
 
+def test_a_rank_that_draws_nobody_keeps_step(tmp_path):
+    """Two expected authors on two ranks: the seeded masks, drawn again here, are empty on one, on the other, on both."""
+    from distributed import World
+    from privacy.noise import NoiseSource
+    from privacy.sampling import PoissonSampler
+    N, steps, size = AUTHORS - HELD_OUT, 12, 2
+    samplers = [PoissonSampler(N, size / N, World(rank, size), NoiseSource("seeded", "mask", rank, 1))
+                for rank in range(size)]
+    sizes = [[len(sampler.draw(step)) for sampler in samplers] for step in range(1, steps + 1)]
+    assert {(a > 0, b > 0) for a, b in sizes} == {(True, True), (True, False), (False, True), (False, False)}
+    train(flags(tmp_path / "run", per_device_train_batch_size=1, max_steps=steps, logging_steps=1), size)
+    assert len(ledger(tmp_path / "run")) == read(tmp_path / "run")["steps_charged"] == steps
+    losses = [record["loss"] for record in metrics(tmp_path / "run") if "loss" in record]
+    assert [loss is None for loss in losses] == [sum(drawn) == 0 for drawn in sizes]
+
+
 # ------------------------------------------------------------------ Hugging Face's meaning
 
 

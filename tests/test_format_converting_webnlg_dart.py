@@ -112,5 +112,5 @@ def test_bad_files(tmp_path, script, data, words):
 def test_not_utf8(tmp_path):
     (tmp_path / "in.json").write_bytes(b'["\xff"]')
     assert_user_error(run_script(DART, tmp_path / "in.json", tmp_path / "out.jsonl"), "in.json", "UTF-8", "0xff")
-    assert_user_error(run_script(DART, tmp_path / "none.json", tmp_path / "out.jsonl"), "none.json", "no such file")
+    assert_user_error(run_script(DART, tmp_path / "none.json", tmp_path / "out.jsonl"), "none.json", "No such file")
     assert_user_error(run_script(DART, tmp_path / "in.json", tmp_path / "in.json"), "in.json", "input itself")
