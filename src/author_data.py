@@ -9,7 +9,6 @@ Shapes: n texts, A authors, U drawn authors, K texts that an author contributes 
 
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -207,7 +206,8 @@ class Corpus:
         """These authors as units."""
         texts, sizes = self.authors_texts(authors)
         first = np.concatenate([[0], np.cumsum(sizes)])
-        return AuthorTexts(self.tokens, self.starts[texts], self.lengths[texts], first, self.keys[authors], samples, seed)
+        keys = self.keys[authors]
+        return AuthorTexts(self.tokens, self.starts[texts], self.lengths[texts], first, keys, samples, seed)
 
     def by_text(self, authors: np.ndarray) -> "AuthorTexts":
         """Every text of these authors as a unit of its own, for evaluation."""
@@ -332,11 +332,11 @@ def scramble(label: str, numbers: np.ndarray) -> np.ndarray:
 
 
 def split_authors(keys: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training authors, held-out authors), ascending: ceil(fraction x A) authors are held out, chosen by their names'
-    digests and the seed. An author more or less elsewhere moves at most one other author across the border."""
-    count = math.ceil(fraction * len(keys) - 1e-9)
-    order = np.argsort(scramble(f"held out {seed}", keys), kind="stable")
-    return np.sort(order[count:]), np.sort(order[:count])
+    """(training authors, held-out authors), ascending. Each is held out with probability `fraction`, by the digest of
+    the name and the seed: whoever else is there. (Of a fixed count, an author who is added would push another one into
+    the training data, and neighbouring data would differ by two authors.)"""
+    held_out = scramble(f"held out {seed}", keys) < fraction * 2.0**64
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 @dataclass
@@ -371,8 +371,8 @@ class AuthorTexts:
         """The texts of `units` (U,) in `step`: (texts by author, how many of each author (U,)).
 
         A function of seed, step and the author's own texts: the same whatever rank, process or attempt draws, and
-        whichever other authors there are. (The seed is public: were a draw to shift when an author is added, the others'
-        contributions would change too, and the sum move by more than C.)
+        whichever other authors there are. (The seed is public: were a draw to shift when an author is added, the
+        others' contributions would change too, and the sum move by more than C.)
         """
         sizes = self.sizes[units]
         texts = spread(self.first[units], sizes)

@@ -58,7 +58,7 @@ def parse(argv: list[str]) -> Namespace:
     add("--train_file", default=os.path.join(ROOT, "data", "reddit", "train.jsonl"),
         help="JSON lines with an author and a content (default data/reddit/train.jsonl of the repository)")
     add("--eval_file", help="held-out texts in the same form; without it, authors of --train_file are held out")
-    add("--eval_fraction", type=float, help="share of the authors that is held out without --eval_file (default 0.02)")
+    add("--eval_fraction", type=float, help="chance of an author to be held out, without --eval_file (default 0.02)")
     add("--author_field", default="author", help="name of the author's field")
     add("--content_field", default="content", help="name of the text's field")
     add("--vocab", default=os.path.join(ROOT, "vocab"),
@@ -219,8 +219,8 @@ def split(args: Namespace, corpus: Corpus, evaluation: Corpus | None) -> tuple[A
     else:
         fraction = 0.02 if args.eval_fraction is None else args.eval_fraction
         chosen, rest = author_data.split_authors(corpus.keys, fraction, args.seed)
-        if not len(chosen):
-            fail(f"--eval_fraction {fraction:g}: holds out all {A} authors; give a smaller one")
+        if len(chosen) < 2:
+            fail(f"--eval_fraction {fraction:g}: leaves {len(chosen)} of {A} authors to train on; give a smaller one")
         held_out, held = corpus.by_text(rest) if len(rest) else None, len(rest)
         facts = {"by": "author", "fraction": fraction, "seed": args.seed}
     train = corpus.by_author(chosen, args.samples_per_author, args.seed)

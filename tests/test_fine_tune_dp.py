@@ -213,7 +213,7 @@ def test_ranks_share_the_authors_and_agree(tmp_path):
 
 
 def test_a_rank_that_draws_nobody_keeps_step(tmp_path):
-    """Two expected authors on two ranks: the seeded masks, drawn again here, are empty on one, on the other, on both."""
+    """Two expected authors on two ranks: the seeded masks, drawn again here, are empty on one, the other, both."""
     from distributed import World
     from privacy.noise import NoiseSource
     from privacy.sampling import PoissonSampler
