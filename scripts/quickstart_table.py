@@ -66,10 +66,10 @@ def draw(runs: dict[str, dict], path: str) -> None:
                   [run["scores"][metric] / top for metric, top in zip(METRICS, best)], width, label=name, color=colour)
     left.set(title="training loss", xlabel="step", ylabel="nats per scored token")
     middle.set(title="privacy spent", xlabel="step", ylabel="epsilon", ylim=(0, None))
-    right.set(title="test scores", ylabel="share of the best", ylim=(0, 1.05))
+    right.set(title="test scores", ylabel="share of the best", ylim=(0, 1.35))
     right.set_xticks(range(len(METRICS)), METRICS)
     for axes in (left, middle, right):
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="best" if axes is not right else "upper left", ncols=1 if axes is not right else 2)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 

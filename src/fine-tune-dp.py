@@ -273,8 +273,9 @@ def describe(trainer: Trainer, args: Namespace, corpus: Corpus, held_out: dict) 
             "own?", important=True)
     if args.without_effect:
         say(f"accepted, without effect: {' '.join('--' + name for name in args.without_effect)}")
-    if args.disable_dp and args.target_epsilon is not None:
-        say(f"--disable_dp: --target_epsilon {args.target_epsilon:g} has no effect", important=True)
+    for name in ("target_epsilon", "noise_multiplier"):
+        if args.disable_dp and getattr(args, name) is not None:
+            say(f"--disable_dp: --{name} {getattr(args, name):g} has no effect", important=True)
 
 
 def contributions(train: AuthorTexts, trainer: Trainer, resumed: bool, world: World) -> dict:

@@ -16,7 +16,7 @@ import training
 from cli import UserError, fail
 from distributed import World
 from optimizer import AdamW, FlatParameters
-from privacy.clipping import BookKeeping, ClippingRule, Ordinary
+from privacy.clipping import BookKeeping, Ordinary
 from privacy.ledger import Ledger
 from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
 from run_log import WorkDir
