@@ -29,7 +29,7 @@ train() {
     "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 2 src/gpt2_ft.py \
         --train_data "$runs/train.jsonl" --valid_data "$runs/valid.jsonl" --init_checkpoint "$base" --model_card "$base" \
         --train_batch_size 256 --max_grad_norm 1.0 --seq_len 256 --lora_dim 8 --lora_alpha 32 \
-        --lr 0.012 --scheduler linear --correct_bias --adam_beta2 0.98 --weight_decay 0.0 --max_epoch 6 \
+        --lr 0.016 --scheduler linear --correct_bias --adam_beta2 0.98 --weight_decay 0.0 --max_epoch 4 \
         --log_interval 10 --eval_interval 1000 --save_interval 1000 --work_dir "$runs/$1" "${@:2}"
 }
 
