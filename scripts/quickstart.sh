@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a table of scores with its epsilon, offline but for the package registry: sets up .venv, then
 # data -> DP-LoRA fine-tuning (2 processes) -> beam search -> decode -> scores, on what the repository carries. Computes
-# everything anew each time, in quickstart_runs/. About 5 minutes on 2 cores after installation.
+# everything anew each time, in quickstart_runs/. At most 5 minutes on 2 cores after installation.
 #
 #   bash scripts/quickstart.sh
 set -euo pipefail
