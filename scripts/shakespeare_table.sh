@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Author-level fine-tuning on real text: the 299 speakers of a corpus of Shakespeare's plays, {"author", "content"} a line.
-# Full and LoRA, one text of an author a step and four, at epsilon 8 and without privacy; one row each in OUTPUT/table.md.
+# Author-level fine-tuning on real text: the 299 speakers of a corpus of Shakespeare's plays, {"author", "content"} a
+# line. Full and LoRA, one text of an author a step and four, at epsilon 8 and without privacy; a row each in
+# OUTPUT/table.md.
 #
 #   bash scripts/shakespeare_table.sh CORPUS.jsonl MODEL VOCAB OUTPUT [SEEDS]
 #
@@ -21,8 +22,8 @@ run() {
     for seed in $seeds; do
         grep -qs final_epsilon_prv "$output/$name-$seed/privacy.json" && continue  # finished by an earlier call
         rm -rf "${output:?}/$name-$seed"
-        "$python" "$here/src/fine-tune-dp.py" --output_dir "$output/$name-$seed" --model_name "$model" --vocab "$vocab" \
-            --train_file "$corpus" --cache_dir "$output/cache" --sequence_len 128 --eval_fraction 0.1 --seed "$seed" \
+        "$python" "$here/src/fine-tune-dp.py" --output_dir "$output/$name-$seed" --model_name "$model" \
+            --vocab "$vocab" --train_file "$corpus" --cache_dir "$output/cache" --sequence_len 128 --eval_fraction 0.1 --seed "$seed" \
             --per_device_train_batch_size 64 --num_train_epochs 20 --lr_scheduler_type linear --max_grad_norm 0 \
             --logging_steps 10 --save_steps 1000 --log_level warning "$@" > "$output/$name-$seed.log"
         tail -n 1 "$output/$name-$seed.log"
@@ -42,7 +43,7 @@ done
 import json, os, statistics, sys
 
 output, seeds = sys.argv[1], sys.argv[2].split()
-print("| run | train loss | held-out loss: mean (sd over seeds) | epsilon at 1/N | epsilon at 1/(10 N) | run time [s] |")
+print("| run | train loss | held-out loss: mean (sd over seeds) | epsilon at 1/N | at 1/(10 N) | run time [s] |")
 print("| --- | --- | --- | --- | --- | --- |")
 names = [f"{method}-K{K}-{dp}" for K in (1, 4) for method in ("full", "lora") for dp in ("epsilon8", "no_dp")]
 for name in ["untuned", *names]:
