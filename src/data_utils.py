@@ -14,6 +14,9 @@ from torch import Tensor
 from cli import fail, read_lines
 from losses import MicroBatch
 
+# What a micro-batch costs beside its tokens, as a share of the token budget: on 2 cores GPT-2 small takes 0.35 s more for
+# each of them, the time of about 100 tokens of 2,048 (LoRA, measured over budgets 512 to 4,096).
+START_COST = 0.05
 WANTED = 'wanted {"context": [token ids], "completion": [token ids]}, as src/gpt2_encode.py writes it'
 
 
@@ -78,16 +81,26 @@ def collate(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, first_s
         tokens=int(lengths.sum()))
 
 
-def groups_within(lengths: np.ndarray, token_budget: int) -> Iterator[slice]:
-    """Slices of an ascending `lengths` whose longest times their number stays within the budget; never empty ones."""
-    bounds, start = [0], 0
+def groups_within(lengths: np.ndarray, token_budget: int) -> list[slice]:
+    """Cut an ascending `lengths` into slices whose longest times their number stays within the budget, or of one.
+
+    Of all such cuts the cheapest: padded tokens, and for every slice what starting one costs. Dynamic programming over
+    where the last slice begins: at E2E's lengths and a logical batch of 128, 7 % of 2,048 tokens' slices are padding where
+    filling every slice leaves 14 %; at 1,024, 1.5 %.
+    """
+    start_cost = token_budget * START_COST
+    cost, begin = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=np.int64)
     for end in range(1, len(lengths) + 1):
-        if end - start > 1 and lengths[end - 1] * (end - start) > token_budget:
-            start = end - 1
-            bounds.append(start)
-    bounds.append(len(lengths))
-    for left, right in zip(bounds, bounds[1:]):
-        yield slice(left, right)
+        longest = max(1, int(lengths[end - 1]))
+        first = min(end - 1, max(0, end - token_budget // longest))
+        costs = cost[first:end] + longest * np.arange(end - first, 0, -1)
+        best = int(costs.argmin())
+        cost[end], begin[end] = costs[best] + start_cost, first + best
+    slices, end = [], len(lengths)
+    while end > 0:
+        slices.append(slice(int(begin[end]), end))
+        end = slices[-1].start
+    return slices[::-1]
 
 
 def read_examples(path: str, flag: str, vocab_size: int, seq_len: int, objective: str = "clm") -> Examples:
