@@ -6,19 +6,24 @@
 
 Every variant lives in a process of its own, so that its peak memory is its own; a variant and ours then take turns,
 one logical step each (A B A B ...), and what is printed are medians of the pairwise ratios. A step is all of a step:
-gradients, clipping, noise, AdamW. Beside it stands the arithmetic floor: the multiply-adds that the real tokens need
-(forward, backward for the states, weight gradients of what trains), over the matrix-product rate measured here.
+gradients, clipping, noise, AdamW. The slow variants compute the gradients of a part of the logical batch alone, whose
+time is scaled up to the whole; noise and AdamW are counted once, as for the others. Beside it stands the arithmetic
+floor: the multiply-adds that the real tokens need (forward, backward for the states, weight gradients of what trains),
+over the matrix-product rate measured here.
 
-Variants: ordinary    the same model and loss without clipping or noise
+Variants: ordinary     the same model and loss without clipping or noise
           book_keeping ours
-          opacus      Opacus's hooks: every per-example gradient is held
-          ghost       Opacus's ghost clipping: two backward passes, head and embedding untied, since it must
-          published   padded to --seq_len, logits of every position, Opacus's hooks
-          plain       a plain PyTorch loop over Hugging Face's GPT-2 without privacy (needs transformers)
+          opacus       Opacus's hooks on our model: every per-example gradient is held
+          ghost        Opacus's ghost clipping: two backward passes, head and embedding untied, since it must
+          padded       opacus, with every row padded to --seq_len and logits at every position
+          published    padded, in the arithmetic of the published code: attention with its matrix of scores and a mask,
+                       the GELU as a formula, a log-softmax of all logits, PyTorch's own matrix products
+          plain        a plain PyTorch loop over Hugging Face's GPT-2 without privacy (needs transformers and peft)
 Writes JSON to results/.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import multiprocessing
@@ -28,30 +33,30 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, os.path.join(ROOT, "src"))
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
+from benchmark_variants import GhostClipping, PlainLoop, PublishedWay, pad_to, untie
+from cli import Parser, atomic_write, fail, run_main
 from data_utils import Examples
 from losses import MicroBatch
-from model import MODEL_CARDS, Conv1D, GPT2LMModel, LoRAConfig
+from model import MODEL_CARDS, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, Ordinary
 from privacy.noise import NoiseSource
+from privacy.opacus_hooks import OpacusHooks
+from run_setup import DEFAULT_TOKENS
 
-VARIANTS = ("ordinary", "book_keeping", "opacus", "ghost", "published", "plain")
-# (adapters, completion only, units of a logical batch, units a slow variant is timed on, padded tokens a micro-batch)
-TASKS = {
-    "e2e_lora": (True, True, 128, 8, 2048),
-    "author_full": (False, False, 64, 8, 1024),
-    "author_lora": (True, False, 64, 8, 2048),
-}
-SLOW = {"opacus", "ghost", "published"}
+VARIANTS = ("ordinary", "book_keeping", "opacus", "ghost", "padded", "published", "plain")
+# (adapters, completion only, units of a logical batch)
+TASKS = {"e2e_lora": (True, True, 128), "author_full": (False, False, 64), "author_lora": (True, False, 64)}
+SLOW_UNITS = {"opacus": 8, "ghost": 8, "padded": 8, "published": 8}  # of a logical batch
 
 
 def make_examples(task: str, units: int, length: int, vocab_size: int) -> Examples:
@@ -79,7 +84,8 @@ def multiply_adds(examples: Examples, config, lora: bool) -> float:
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Multiply-adds a second of a large matrix product: the best of several."""
     size = (2048, 1024, 4096) if device.type == "cpu" else (8192, 8192, 8192)
-    a, b = torch.randn(size[0], size[1], device=device, dtype=dtype), torch.randn(size[1], size[2], device=device, dtype=dtype)
+    a = torch.randn(size[0], size[1], device=device, dtype=dtype)
+    b = torch.randn(size[1], size[2], device=device, dtype=dtype)
     best = float("inf")
     for _ in range(12):
         start = time.perf_counter()
@@ -94,89 +100,40 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-# ------------------------------------------------------------------ the variants
+# ------------------------------------------------------------------ a step
 
 
-class LinearHead(nn.Linear):
-    """The untied head that Opacus's ghost clipping needs."""
+@dataclass
+class Step:
+    """One logical step of a variant, in two parts: the gradients of `units` of the logical batch, then noise and AdamW."""
+
+    gradients: Callable[[list[MicroBatch]], None]
+    update: Callable[[], None]
+    batches: list[MicroBatch]
+    units: int
+    logical: int
+    tokens: int  # real tokens of the logical batch
+    multiply_adds: float
+
+    def seconds(self, device: torch.device, batches: list[MicroBatch]) -> float:
+        """The time of a whole logical step."""
+        marks = [time.perf_counter()]
+        for part in (lambda: self.gradients(batches), self.update):
+            part()
+            synchronise(device)
+            marks.append(time.perf_counter())
+        return (marks[1] - marks[0]) * self.logical / self.units + marks[2] - marks[1]
 
 
-def untie(model: GPT2LMModel) -> None:
-    """Replace what Opacus's ghost clipping has no rule for: Conv1D by nn.Linear, the tied head by one of its own."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Conv1D):
-                linear = nn.Linear(child.weight.shape[0], child.weight.shape[1])
-                linear.weight.data, linear.bias.data = child.weight.data.T.contiguous(), child.bias.data
-                linear.requires_grad_(child.weight.requires_grad)
-                setattr(module, name, linear)
-    head = LinearHead(model.config.n_embd, model.config.vocab_size, bias=False)
-    head.weight.data = model.lm_head.weight.data.clone()
-    head.requires_grad_(model.lm_head.weight.requires_grad)
-    model.lm_head = head
-
-
-def dense_losses(logits: torch.Tensor, batch: MicroBatch, smoothing: float) -> torch.Tensor:
-    """Per-unit losses from the logits of every position, as the published code computes them."""
-    M, T, V = logits.shape
-    targets = torch.zeros(M * T, dtype=torch.int64, device=logits.device)
-    weights = torch.zeros(M * T, device=logits.device)
-    targets[batch.positions], weights[batch.positions] = batch.targets, batch.weights
-    losses = F.cross_entropy(logits.float().view(-1, V), targets, reduction="none", label_smoothing=smoothing)
-    return (losses * weights).view(batch.units, -1).sum(1)
-
-
-class GhostClipping:
-    """Opacus's fast gradient clipping: norms in a first backward pass, the weighted sum in a second."""
-
-    def __init__(self, model: GPT2LMModel, flat: FlatParameters, C: float, smoothing: float):
-        import lora_grad_samplers  # noqa: F401
-        from opacus.grad_sample import GradSampleModuleFastGradientClipping
-        self.flat, self.smoothing = flat, smoothing
-        self.module = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", max_grad_norm=C,
-                                                           use_ghost_clipping=True)
-
-    def accumulate(self, batch: MicroBatch) -> None:
-        for _, parameter in self.flat.named:
-            parameter.grad = None
-        self.module.enable_hooks()
-        losses = dense_losses(self.module(batch.ids), batch, self.smoothing)
-        losses.sum().backward(retain_graph=True)
-        factors = self.module.get_clipping_coef()
-        for _, parameter in self.flat.named:
-            parameter.grad = self.flat.grad_of(parameter)
-        self.module.disable_hooks()
-        (losses * factors).sum().backward()
-
-
-class PlainLoop:
-    """Hugging Face's GPT-2, its own loss over the padded batch, loss.backward()."""
-
-    def __init__(self, card: str):
-        from transformers import GPT2Config, GPT2LMHeadModel
-        shape = MODEL_CARDS[card]
-        self.model = GPT2LMHeadModel(GPT2Config(n_embd=shape.n_embd, n_layer=shape.n_layer, n_head=shape.n_head,
-                                                attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False))
-
-    def accumulate(self, batch: MicroBatch) -> None:
-        labels = torch.full((batch.ids.numel(),), -100, dtype=torch.int64, device=batch.ids.device)
-        labels[batch.positions] = batch.targets
-        logits = self.model(batch.ids).logits
-        F.cross_entropy(logits.float().flatten(0, 1), labels, reduction="sum").backward()
-
-
-def build(variant: str, task: str, options: argparse.Namespace, device: torch.device):
-    """(a function that makes one logical step, units of it, its examples)."""
-    lora, _, units, slow_units, tokens = TASKS[task]
-    units = options.units or units
-    if options.micro_batch_tokens:
-        tokens = options.micro_batch_tokens
-    if variant in SLOW:
-        units, tokens = slow_units, slow_units * (options.seq_len if variant == "published" else 128)
+def build(variant: str, task: str, options: argparse.Namespace, device: torch.device) -> Step:
+    lora, _, logical = TASKS[task]
+    logical = options.units or logical
+    units = min(SLOW_UNITS.get(variant, logical), logical)
+    tokens = options.micro_batch_tokens or DEFAULT_TOKENS[device.type]
     torch.manual_seed(0)
-    C, smoothing = 1.0, 0.1 if lora else 0.0
+    rule, smoothing = ClippingRule("flat", 1.0), 0.1 if lora else 0.0
     if variant == "plain":
-        engine = PlainLoop(options.model_card)
+        engine = PlainLoop(options.model_card, lora)
         model = engine.model.to(device)
     else:
         model = GPT2LMModel(MODEL_CARDS[options.model_card], LoRAConfig(4, 32) if lora else LoRAConfig())
@@ -185,61 +142,53 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
             untie(model)
         model.to(device)
     flat = FlatParameters(model)
-    if variant == "ordinary":
-        engine = Ordinary(model, flat, smoothing)
-    elif variant == "book_keeping":
-        engine = BookKeeping(model, flat, ClippingRule("flat", C), smoothing)
-    elif variant in ("opacus", "published"):
-        from privacy.opacus_hooks import OpacusHooks
-        engine = OpacusHooks(model, flat, ClippingRule("flat", C), smoothing)
-    elif variant == "ghost":
-        engine = GhostClipping(model, flat, C, smoothing)
     if variant == "plain":
         for _, parameter in flat.named:
             parameter.grad = flat.grad_of(parameter)
+    elif variant == "ghost":
+        engine = GhostClipping(model, flat, rule.C, smoothing)
+    elif variant == "ordinary":
+        engine = Ordinary(model, flat, smoothing)
+    else:
+        kind = {"book_keeping": BookKeeping, "published": PublishedWay}.get(variant, OpacusHooks)
+        engine = kind(model, flat, rule, smoothing)
     optimizer = AdamW(flat, (0.9, 0.999), 1e-6, 0.01, True)
-    examples = make_examples(task, units, options.length, 50257)
-    batches = list(examples.micro_batches(torch.arange(units), tokens))
-    if variant == "published":
-        batches = [pad_to(batch, options.seq_len) for batch in batches]
+    examples = make_examples(task, logical, options.length, 50257)
+    by_length = np.argsort(examples.lengths, kind="stable")
+    drawn = torch.from_numpy(by_length[logical // units // 2::logical // units][:units])  # a part has the whole's lengths
+    batches = list(examples.micro_batches(drawn, tokens))
+    if variant in ("padded", "published"):
+        batches = [pad_to(batch, options.seq_len if TASKS[task][1] else options.length) for batch in batches]
     batches = [batch.to(device) for batch in batches]
     noise = NoiseSource("os", "noise", device=device)
-    private = variant not in ("ordinary", "plain")
 
-    def step() -> None:
+    def gradients(some: list[MicroBatch]) -> None:
         flat.grad.zero_()
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-            for batch in batches:
+            for batch in some:
                 engine.accumulate(batch)
-        if private:
+
+    def update() -> None:
+        if variant not in ("ordinary", "plain"):
             noise.add_normal_(flat.grad, 0.6)
-        optimizer.step(flat.grad.div_(units), 1e-5)
-        synchronise(device)
+        optimizer.step(flat.grad.div_(logical), 1e-5)
 
-    return step, units, examples
-
-
-def pad_to(batch: MicroBatch, seq_len: int) -> MicroBatch:
-    M, T = batch.ids.shape
-    ids = F.pad(batch.ids, (0, seq_len - T))
-    positions = batch.positions // T * seq_len + batch.positions % T
-    return MicroBatch(ids, positions, batch.targets, batch.weights, batch.counts, batch.rows_per_unit, batch.tokens)
+    return Step(gradients, update, batches, units, logical, int(examples.lengths.sum()),
+                multiply_adds(examples, MODEL_CARDS[options.model_card], lora))
 
 
 # ------------------------------------------------------------------ taking turns
 
 
 def worker(pipe, variant: str, task: str, options: argparse.Namespace) -> None:
-    """Builds a variant, then makes a step for each message, answering (seconds, peak bytes so far)."""
+    """Builds a variant, warms up on one micro-batch, then makes a step for each message: (seconds, peak bytes so far)."""
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    step, units, examples = build(variant, task, options, device)
-    lora = TASKS[task][0]
-    pipe.send((units, int(examples.lengths.sum()), multiply_adds(examples, MODEL_CARDS[options.model_card], lora)))
+    step = build(variant, task, options, device)
+    step.seconds(device, step.batches[-1:])
+    pipe.send((step.logical, step.tokens, step.multiply_adds))
     while pipe.recv():
-        start = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - start
+        seconds = step.seconds(device, step.batches)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         pipe.send((seconds, torch.cuda.max_memory_allocated() if device.type == "cuda" else peak))
 
@@ -251,15 +200,17 @@ class Worker:
         self.process = context.Process(target=worker, args=(theirs, variant, task, options), daemon=True)
         self.process.start()
         theirs.close()
-        self.units, self.tokens, self.multiply_adds = self.pipe.recv()
+        try:
+            self.units, self.tokens, self.multiply_adds = self.pipe.recv()
+        except EOFError:
+            fail(f"--variants {variant}: its process ended before the first step; why stands above")
         self.seconds: list[float] = []
         self.peak = 0
 
-    def step(self, counted: bool = True) -> None:
+    def step(self) -> None:
         self.pipe.send(True)
         seconds, self.peak = self.pipe.recv()
-        if counted:
-            self.seconds.append(seconds)
+        self.seconds.append(seconds)
 
     def close(self) -> None:
         self.pipe.send(False)
@@ -273,8 +224,6 @@ class Worker:
 def compare(task: str, variant: str, options: argparse.Namespace, rate: float) -> dict:
     """Ours and `variant` in turn."""
     ours, other = Worker("book_keeping", task, options), Worker(variant, task, options)
-    for each in (ours, other):
-        each.step(counted=False)
     for _ in range(options.repeats):
         other.step()
         ours.step()
@@ -313,13 +262,13 @@ def scaling(options: argparse.Namespace) -> list[dict]:
     """Ours over logical batches (E2E's lengths, LoRA) and over lengths (4,096 tokens a step, whole model)."""
     rows = []
     cells = [("e2e_lora", units, options.length) for units in (32, 64, 128, 256, 512, 1024)]
-    cells += [("author_full", 4096 // length, length) for length in (32, 64, 128, 256, 512, 1023)]
+    cells += [("author_full", 4096 // length, length) for length in (32, 64, 128, 256, 512, 1024)]
     print("| task | logical batch | tokens of a text | real tokens | seconds a step | tokens/s |")
     print("| --- | --- | --- | --- | --- | --- |")
     for task, units, length in cells:
         one = Worker("book_keeping", task, argparse.Namespace(**{**vars(options), "units": units, "length": length}))
-        for index in range(options.repeats + 1):
-            one.step(counted=index > 0)
+        for _ in range(options.repeats):
+            one.step()
         one.close()
         seconds = statistics.median(one.seconds)
         rows.append({"task": task, "units": units, "length": length, "tokens": one.tokens, "seconds": one.seconds})
@@ -328,35 +277,67 @@ def scaling(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def draw_scaling(rows: list[dict], path: str) -> None:
+    """Seconds a step against the real tokens of the logical batch: in proportion, or not."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (batches, lengths) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, task, x, label in ((batches, "e2e_lora", "tokens", "real tokens of the logical batch"),
+                                 (lengths, "author_full", "length", "tokens of a text, 4,096 in all")):
+        cells = [row for row in rows if row["task"] == task]
+        axes.plot([row[x] for row in cells], [statistics.median(row["seconds"]) for row in cells], marker="o")
+        axes.set(xlabel=label, ylabel="seconds a step", title=task, xscale="log", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    batches.set(yscale="log", ylim=(None, None))
+    with atomic_write(path, "wb") as handle:
+        figure.savefig(handle, format="png", dpi=110)
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as handle:
+        for line in handle:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--variants", nargs="+", choices=[v for v in VARIANTS if v != "book_keeping"],
-                        default=[v for v in VARIANTS if v != "book_keeping"])
+    others = [name for name in VARIANTS if name != "book_keeping"]
+    parser.add_argument("--variants", nargs="+", choices=others, default=others)
     parser.add_argument("--model_card", choices=MODEL_CARDS, default="gpt2.sm")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seq_len", type=int, default=512, help="what the published way pads to")
     parser.add_argument("--length", type=int, default=128, help="tokens of an author's text")
-    parser.add_argument("--micro_batch_tokens", type=int, help="padded tokens of a micro-batch")
-    parser.add_argument("--units", type=int, help="logical batch of the fast variants, in place of the task's own")
+    parser.add_argument("--micro_batch_tokens", type=int, help="padded tokens of a micro-batch (default: the scripts')")
+    parser.add_argument("--units", type=int, help="logical batch, in place of the task's own")
     parser.add_argument("--scaling", action="store_true", help="time ours alone over batches and lengths")
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--output", help="JSON file (default results/DATE_benchmark_training.json)")
+    parser.add_argument("--output", help="JSON file (default results/DATE_benchmark_training[_scaling].json)")
     options = parser.parse_args()
+    for flag in ("repeats", "threads", "length", "seq_len", "units", "micro_batch_tokens"):
+        if (value := getattr(options, flag)) is not None and value < 1:
+            fail(f"--{flag} {value}: expected at least 1")
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {options.threads} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {options.threads} threads"
     rate = matmul_rate(device, torch.bfloat16 if options.bf16 else torch.float32)
     print(f"{options.model_card} on {name}: matrix product {rate / 1e9:.1f} G multiply-adds/s")
     rows = scaling(options) if options.scaling else comparisons(options, rate)
-    path = options.output or os.path.join(ROOT, "results", f"{datetime.date.today()}_benchmark_training{'_scaling' if options.scaling else ''}.json")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as handle:
+    kind = "_scaling" if options.scaling else ""
+    path = options.output or os.path.join(ROOT, "results", f"{datetime.date.today()}_benchmark_training{kind}.json")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with atomic_write(path) as handle:
         json.dump({"device": name, "torch": torch.__version__, "matmul_multiply_adds_per_s": rate,
                    "options": vars(options), "rows": rows}, handle, indent=1)
     print(f"wrote {os.path.relpath(path)}")
+    if options.scaling:
+        draw_scaling(rows, os.path.splitext(path)[0] + ".png")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

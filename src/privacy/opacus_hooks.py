@@ -24,14 +24,18 @@ class OpacusHooks:
         self.hooks = GradSampleModule(model, batch_first=True, loss_reduction="sum")
         self.hooks.disable_hooks()
 
+    def losses(self, batch: MicroBatch) -> Tensor:
+        """The units' losses, (U,). The head runs over all positions where it trains: Opacus needs the texts in the
+        first dimension."""
+        return unit_losses(self.model, batch, self.smoothing, self.head_trains, all_positions=self.head_trains)
+
     def accumulate(self, batch: MicroBatch) -> Tensor:
         """Add the clipped gradients of a micro-batch's units to `flat.grad`; return their losses, (U,)."""
         if not len(batch.targets):
             return torch.zeros(batch.units, device=batch.ids.device)
         self.hooks.enable_hooks()
         try:
-            # The head runs over all positions where it trains: Opacus needs the texts in the first dimension.
-            losses = unit_losses(self.model, batch, self.smoothing, self.head_trains, all_positions=self.head_trains)
+            losses = self.losses(batch)
             losses.sum().backward()
         finally:
             self.hooks.disable_hooks()
