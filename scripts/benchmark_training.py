@@ -17,7 +17,7 @@ Variants: ordinary     the same model and loss without clipping or noise
           ghost        Opacus's ghost clipping: two backward passes, head and embedding untied, since it must
           padded       opacus, with every row padded to --seq_len and logits at every position
           published    padded, in the arithmetic of the published code: attention with its matrix of scores and a mask,
-                       the GELU as a formula, a log-softmax of all logits, PyTorch's own matrix products
+                       GELU and layer norm as formulas, a log-softmax of all logits, PyTorch's own matrix products
           plain        a plain PyTorch loop over Hugging Face's GPT-2 without privacy (needs transformers and peft)
 Writes JSON to results/.
 """
@@ -42,6 +42,7 @@ sys.path.insert(0, os.path.join(ROOT, "src"))
 import numpy as np
 import torch
 
+import fast_linear
 from benchmark_variants import GhostClipping, PlainLoop, PublishedWay, pad_to, untie
 from cli import Parser, atomic_write, fail, run_main
 from data_utils import Examples
@@ -150,6 +151,8 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
     elif variant == "ordinary":
         engine = Ordinary(model, flat, smoothing)
     else:
+        if variant == "published":
+            fast_linear.AVAILABLE = False  # in this process, which is its own
         kind = {"book_keeping": BookKeeping, "published": PublishedWay}.get(variant, OpacusHooks)
         engine = kind(model, flat, rule, smoothing)
     optimizer = AdamW(flat, (0.9, 0.999), 1e-6, 0.01, True)

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fast_linear
 from losses import MicroBatch
 from model import MLP, MODEL_CARDS, Attention, Conv1D, GPT2LMModel
 from optimizer import FlatParameters
@@ -61,8 +60,8 @@ class PublishedAttention(Attention):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
         scores = query @ key.mT / math.sqrt(D // self.n_head)
-        mask = torch.ones(T, T, device=x.device, dtype=torch.bool).tril()
-        y = torch.where(mask, scores, torch.finfo(scores.dtype).min).softmax(dim=-1) @ value
+        mask = torch.ones(T, T, device=x.device).tril()
+        y = (scores * mask - 1e10 * (1 - mask)).softmax(dim=-1) @ value
         return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -74,13 +73,27 @@ class PublishedMLP(MLP):
         return self.c_proj(0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3)))))
 
 
+class PublishedLayerNorm(nn.LayerNorm):
+    """The layer norm as a formula too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        centred = x - x.mean(dim=-1, keepdim=True)
+        variance = centred.pow(2).mean(dim=-1, keepdim=True)
+        return self.weight * (centred / torch.sqrt(variance + self.eps)) + self.bias
+
+
 class PublishedWay(OpacusHooks):
-    """Opacus's hooks under the published code's arithmetic."""
+    """Opacus's hooks under the published code's arithmetic: that of LoRA's NLG example, on which Yu et al. build.
+
+    A layer norm that trains stays PyTorch's, as in dp-transformers: Opacus has no rule for another.
+    """
 
     def __init__(self, model: GPT2LMModel, flat: FlatParameters, rule: ClippingRule, smoothing: float):
-        fast_linear.AVAILABLE = False
         for block in model.transformer.h:
             block.attn.__class__, block.mlp.__class__ = PublishedAttention, PublishedMLP
+        for module in model.modules():
+            if type(module) is nn.LayerNorm and not module.weight.requires_grad:
+                module.__class__ = PublishedLayerNorm
         super().__init__(model, flat, rule, smoothing)
 
     def losses(self, batch: MicroBatch) -> torch.Tensor:
