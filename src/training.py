@@ -165,8 +165,10 @@ class Trainer:
     def step(self, drawn: Tensor) -> bool:
         """One logical step on the drawn units. Returns whether any rank was asked to stop."""
         options, flat = self.options, self.flat
-        torch.manual_seed(self.plan.dropout_seed() if self.plan.settings.private
-                          else step_seed(options.random_seed, self.done + 1, self.world.rank))
+        if self.plan.settings.private:
+            self.plan.seed_dropout()
+        else:
+            torch.manual_seed(step_seed(options.random_seed, self.done + 1, self.world.rank))
         flat.sums.zero_()
         loss, tokens, texts = torch.zeros((), device=self.world.device), 0, 0
         with autocast(self.world.device, options.bf16):

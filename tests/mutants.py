@@ -48,6 +48,7 @@ FAULTY = ("test_clipping.py::test_units_without_a_finite_gradient_give_nothing",
 RECORD = ("test_privacy_plan.py::test_the_record_is_on_disk_before_the_mask_is_drawn",)
 BUDGET = ("test_privacy_plan.py::test_the_budget_is_checked_before_a_step_is_drawn",)
 DROPOUT = ("test_private_step.py::test_dropout_masks_are_no_function_of_the_random_seed",)
+ENTROPY = ("test_noise.py::test_the_masks_of_dropout_have_more_than_32_bits",)
 BF16 = ("test_clipping.py::test_float32_and_bf16_norms_are_of_what_is_summed",)
 CANCEL = ("test_clipping.py::test_positions_that_cancel_in_float32",)
 ROWS = ("test_clipping.py::test_units_of_several_texts",)
@@ -122,7 +123,8 @@ MUTANTS = (
     Mutant("sums in bfloat16", "privacy/opacus_hooks.py",
            ((", torch.autocast(batch.ids.device.type, enabled=False)", ""),), BF16),
     Mutant("dropout masks from --random_seed", TRAINING,
-           (("self.plan.dropout_seed() if self.plan.settings.private", "0 if False"),), DROPOUT),
+           (("self.plan.seed_dropout()", "torch.manual_seed(0)"),), DROPOUT),
+    Mutant("dropout masks of 32 bits", NOISE, (("        torch.set_rng_state(state)\n", ""),), ENTROPY),
     Mutant("one step beyond the budget", PLAN, (("if self.permitted < 1:", "if self.permitted < 0:"),), BUDGET),
     Mutant("shuffle pads the last batch", SAMPLING,
            (("batch = self.order[position * self.batch:(position + 1) * self.batch]",

@@ -237,6 +237,31 @@ def test_tied_words_are_drawn_again(monkeypatch):
     assert source.permutation(3).tolist() == [2, 0, 1]
 
 
+def test_the_masks_of_dropout_have_more_than_32_bits(monkeypatch):
+    """torch.manual_seed alone would keep the lower half of one word. What torch then draws is numpy's Mersenne Twister
+    with the very state that the stream gave."""
+    masks = []
+    for top in range(3):
+        source = make("seeded", "dropout")
+        state = np.random.default_rng(5).integers(2**32, size=noise.MERSENNE_WORDS, dtype=np.uint64)
+        state[300] ^= np.uint64(top)
+        words = np.append(np.uint64(77), (state << np.uint64(32)) + np.uint64(9))
+        monkeypatch.setattr(source._source, "words", lambda count, words=words: words[:count])
+        source.seed_torch()
+        drawn = torch.rand(2000) * 2**24  # the lower 24 bits of a word each
+        twister = np.random.MT19937()
+        twister.state = {"bit_generator": "MT19937", "state": {"key": state.astype(np.uint32), "pos": 624}}
+        assert np.array_equal(drawn.numpy(), twister.random_raw(2000) & np.uint64(2**24 - 1))
+        source.seed_torch()
+        masks.append(torch.nn.functional.dropout(torch.ones(5000), 0.5))
+        again = make("seeded", "dropout")
+        again.seed_torch()
+        kept = torch.get_rng_state()
+        again.begin_step(0), again.seed_torch()
+        assert torch.equal(kept, torch.get_rng_state())
+    assert not any(torch.equal(masks[i], masks[j]) for i in range(3) for j in range(i))
+
+
 # --- keys ---
 
 

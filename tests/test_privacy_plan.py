@@ -253,7 +253,7 @@ def test_release_divides_by_the_expected_batch_and_adds_noise_once(tmp_path):
 def test_a_step_is_opened_once_and_released_once(tmp_path):
     plan = open_plan(tmp_path, settings())
     sums = torch.zeros(10)
-    for misuse in (lambda: plan.release(sums, 10), plan.dropout_seed):
+    for misuse in (lambda: plan.release(sums, 10), plan.seed_dropout):
         with pytest.raises(AssertionError):
             misuse()
     plan.open_step(1)

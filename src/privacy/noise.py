@@ -30,6 +30,7 @@ from cli import fail
 KINDS = ("os", "secure", "seeded")
 PURPOSES = ("mask", "noise", "dropout")
 KEY_BYTES = 32
+MERSENNE_WORDS = 624  # the state of torch's generator on the CPU, 32 bits each
 CPU_CHUNK = 2**15  # normals made at a time: their float64 working set of 1 MB stays in the second-level cache
 DEVICE_CHUNK = 2**22  # on a GPU a chunk has to pay for a dozen kernel launches
 
@@ -141,6 +142,19 @@ class NoiseSource:
             ordered = words[order]
             if not (ordered[1:] == ordered[:-1]).any():
                 return torch.from_numpy(order.astype(np.int64, copy=False))
+
+    def seed_torch(self) -> None:
+        """Start torch's default generators, which dropout draws from, afresh from this stream.
+
+        On the CPU all 624 words of the Mersenne Twister are filled. torch.manual_seed would keep 32 bits, and so few
+        seeds can be tried one by one: a step's masks would be known to whoever knows the other units. Other devices'
+        generators (Philox) take 64 bits.
+        """
+        words = self._source.words(MERSENNE_WORDS + 1)
+        torch.manual_seed(int(words[0]))
+        state = torch.get_rng_state()  # seed (8 bytes), left, seeded, next (16), the words as uint64, ...
+        state[24:24 + 8 * MERSENNE_WORDS] = torch.from_numpy((words[1:] >> 32).view(np.uint8))
+        torch.set_rng_state(state)
 
     @torch.no_grad()
     def add_normal_(self, buffer: Tensor, std: float) -> None:

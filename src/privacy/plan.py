@@ -134,16 +134,16 @@ class PrivacyPlan:
         self.open = step
         return self.sampler.draw(step)
 
-    def dropout_seed(self) -> int:
-        """A seed for this rank's dropout masks in the open step.
+    def seed_dropout(self) -> None:
+        """Seed torch for this rank's dropout masks in the open step.
 
         Masks are drawn for a whole micro-batch, so one more unit gives the others other masks: with masks that anyone
         could draw again from a public seed, the sum would move by more than C. While they are secret, each unit's mask
         has one law with and without the other units, the step is a mixture over masks, and C bounds it for each of them.
         """
-        assert self.open is not None, "dropout_seed() without open_step()"
+        assert self.open is not None, "seed_dropout() without open_step()"
         self.dropout.begin_step(self.open)
-        return int(self.dropout.uniform(1).item() * 2**53)
+        self.dropout.seed_torch()
 
     def release(self, sums: Tensor, coordinates: int) -> Tensor:
         """Turn the ranks' clipped sums into the released gradient, and sum what else the step carries.
