@@ -8,7 +8,7 @@
     python src/privacy_report.py --plan 42061 128 20 --epsilon 8 --delta 1e-5 --plot plan.png
 
 Epsilon is recomputed from the ledger alone, whose checksums are checked first. A privacy.json beside it adds what the
-ledger does not know (noise source, what else was disclosed) and is compared with it. Runs on the CPU in seconds.
+ledger does not know (what else was disclosed) and is compared with it. Runs on the CPU in seconds.
 
 Status: 0; 1 where privacy.json does not say what the ledger says; 2 for a ledger or a flag that cannot be used.
 """
@@ -24,8 +24,8 @@ from tqdm import tqdm
 from cli import Parser, atomic_write, fail, run_main
 from privacy import accounting
 from privacy.accounting import Phase
-from privacy.ledger import FILE_NAME, LedgerState, epsilons, participations, read_ledger, spent
-from privacy.plan import RELATIONS, choose_sigma, finite_or_text
+from privacy.ledger import FILE_NAME, LedgerState, epsilons, noise_sources, participations, read_ledger, spent
+from privacy.plan import RELATIONS, SEEDED_WARNING, choose_sigma, finite_or_text, relation
 
 REPORT_NAME = "privacy.json"
 SETTINGS = ("unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta")  # what a resumed run may have changed
@@ -81,6 +81,7 @@ def disagreements(report: dict, state: LedgerState) -> list[str]:
     strict = 1 / (10 * last["N"])
     strict_prv, strict_rdp = epsilons(state, strict)
     expected = {key: last[key] for key in ("unit", "N", "q", "sigma", "clip", "sampling", "delta")}
+    expected["noise_source"] = " and ".join(sorted(noise_sources(state)))
     expected |= {"steps_charged": state.charged, "epsilon_prv": finite_or_text(prv), "epsilon_rdp": finite_or_text(rdp)}
     # Keys beyond those that every report has.
     optional = {"attempts": state.attempts, "delta_strict": strict, "epsilon_prv_strict": finite_or_text(strict_prv),
@@ -134,14 +135,11 @@ def report_ledger(path: str, deltas: list[float]) -> int:
         print("epsilon       0: nothing was drawn")
         return 0
     last = state.records[-1]
-    relation = " and ".join(
-        sorted({RELATIONS[record["sampling"]].format(unit=record["unit"]) for record in state.records})
-    )
     torn = ", one of them a last line cut short" if state.torn else ""
     attempts = f"{state.attempts} attempt" + ("s" if state.attempts > 1 else "")
     print(f"ledger        {ledger}: {len(state.records)} records, checksums whole from the first to the last")
     print(f"unit          one {last['unit']}")
-    print(f"relation      {relation}")
+    print(f"relation      {relation(last['unit'], {record['sampling'] for record in state.records})}")
     furthest = max(record["step"] for record in state.records)
     print(f"steps charged {state.charged} in {attempts}{torn}; the furthest is step {furthest}")
     for line in settings_lines(state):
@@ -152,12 +150,13 @@ def report_ledger(path: str, deltas: list[float]) -> int:
     for delta in deltas:
         wanted.setdefault(delta, "--delta")
     print(epsilon_table(spent(state), wanted))
+    sources = noise_sources(state)
+    print(f"noise source  {' and '.join(sorted(sources))}")
+    if "seeded" in sources:
+        print(f"warning       {SEEDED_WARNING}")
     if report is None:
-        print(f"{REPORT_NAME}  not there: noise source and what else was disclosed are not known")
+        print(f"{REPORT_NAME}  not there: what else was disclosed is not known")
         return 0
-    print(f"noise source  {report.get('noise_source', 'not said')}")
-    if report.get("warning"):
-        print(f"warning       {report['warning']}")
     disclosed = report.get("disclosed")
     for item in (disclosed if isinstance(disclosed, list) else [disclosed]) or ["nothing beside the model"]:
         print(f"disclosed     {item}")
@@ -212,8 +211,8 @@ def plan(
     bar.close()
 
     print(f"plan          N {N}, expected batch {batch}, q {q:.8g}, {epochs:g} epochs = {steps} steps")
-    for sampling, relation in RELATIONS.items():
-        print(f"relation      {relation.format(unit='unit')} ({sampling})")
+    for sampling in RELATIONS:
+        print(f"relation      {relation('unit', [sampling])} ({sampling})")
     chosen = "" if target is None else f", the smallest that keeps epsilon within {target:g}"
     print(f"sigma         {sigma:.6g}{chosen}")
     deltas = {delta: "--delta", strict: "1/(10 N)"}

@@ -10,7 +10,7 @@ import signal
 import time
 
 import pytest
-from small_runs import STEPS, flags, ledger, material, metrics, read, start_ranks, train, weights
+from small_runs import STEPS, flags, ledger, material, metrics, read, server, start_ranks, train, weights
 from scipy.stats import norm
 
 import cli
@@ -19,7 +19,7 @@ from privacy.ledger import Ledger, epsilons, read_ledger
 
 SETTINGS = {"unit": "example", "N": 40, "q": 0.2, "sigma": 0.8, "clip": 1.0, "sampling": "poisson",
             "steps_per_epoch": 5,
-            "delta": 1e-5, "world_size": 1}
+            "delta": 1e-5, "world_size": 1, "noise_source": "seeded"}
 
 
 def make(folder, steps=(1, 2, 3), resume=False, changed=(), **settings) -> str:
@@ -144,7 +144,7 @@ def test_damage_is_refused_with_its_line(tmp_path, damage, line):
     ("q", math.nan), ("N", 0),
     ("N", 40.0), ("step", 0), ("step", True), ("attempt", 0), ("sampling", "uniform"), ("steps_per_epoch", 0),
     ("delta", 0.0),
-    ("delta", 1.0), ("unit", None), ("clip", -1.0), ("world_size", 0), ("clip", math.nan),
+    ("delta", 1.0), ("unit", None), ("noise_source", "dice"), ("clip", -1.0), ("world_size", 0), ("clip", math.nan),
 ])
 def test_values_that_no_run_writes_are_refused(tmp_path, key, value):
     """Even under a right checksum."""
@@ -160,8 +160,8 @@ def test_values_that_no_run_writes_are_refused(tmp_path, key, value):
 
 
 @pytest.mark.parametrize("key, other", [
-    ("unit", "author"), ("N", 41), ("q", 0.1), ("sigma", 0.9), ("clip", 2.0), ("sampling", "shuffle"), ("delta", 1e-6),
-    ("world_size", 2), ("steps_per_epoch", 6),
+    ("N", 41), ("q", 0.1), ("sigma", 0.9), ("clip", 2.0), ("sampling", "shuffle"), ("delta", 1e-6),
+    ("world_size", 2), ("steps_per_epoch", 6), ("noise_source", "os"),
 ])
 def test_settings_that_differ_are_named(tmp_path, key, other):
     path = make(tmp_path)
@@ -172,6 +172,15 @@ def test_settings_that_differ_are_named(tmp_path, key, other):
     assert open(path).read() == before
     make(tmp_path, steps=(4,), resume=True, changed=(key,), **{key: other})
     assert ledger(tmp_path)[-1][key] == other and read_ledger(path).charged == 4
+
+
+def test_a_ledger_counts_for_one_unit_whatever_is_said(tmp_path):
+    """An epsilon of an example is none of an author: no --resume_changed makes one of both."""
+    before = open(make(tmp_path)).read()
+    for changed in ((), ("unit",)):
+        with pytest.raises(cli.UserError, match="counts for one example, this run for one author: .*new folder"):
+            make(tmp_path, resume=True, changed=changed, unit="author")
+    assert open(tmp_path / "privacy_ledger.jsonl").read() == before
 
 
 def test_missing_and_unexpected_ledgers(tmp_path):
@@ -213,7 +222,7 @@ def stopped(finished, tmp_path):
     ({"random_seed": 3}, ["random_seed 10 there, 3 here"]),
     ({"lora_dim": 3}, ["lora_dim 2 there, 3 here"]),
     ({"clipping": "automatic"}, ["clipping 'flat' there, 'automatic' here"]),
-    ({"noise_source": "os", "noise_seed": None}, ["noise_source 'seeded' there, 'os' here"]),
+    ({"noise_source": "os", "noise_seed": None}, ["noise_source seeded there, os here"]),
     ({"obj": "jlm"}, ["obj 'clm' there, 'jlm' here"]),
     ({"lr": 0.1, "resume_changed": ["weight_decay"]}, ["lr 0.01 there"]),
     ({"resume_changed": ["learning_rate"]}, ["--resume_changed learning_rate"]),
@@ -240,6 +249,19 @@ def test_settings_that_may_change_and_settings_that_are_said_to(stopped):
     # ... and that is what the next resumed run is compared with
     (rank,) = start_ranks(flags(stopped, resume=True))
     assert rank.wait() == 2 and "lr 0.02 there, 0.01 here" in rank.error
+
+
+def test_what_an_earlier_attempt_did_is_not_forgotten(stopped):
+    """Seeded noise stays known to whoever knows the seed, and shuffled steps keep their relation, whatever comes after."""
+    train([*flags(stopped, resume=True, sampling="shuffle", noise_source="os", noise_seed=None), "--resume_changed",
+           "noise_source", "noise_seed", "sampling"])
+    report = read(stopped)
+    assert report["noise_source"] == "os and seeded" and "can subtract it" in report["warning"]
+    assert report["relation"] == ("add or remove one example and add or remove one example, its place in the order left "
+                                  "empty (zero-out)")
+    printed = server().start("src/privacy_report.py", [stopped])
+    assert printed.wait() == 0 and "noise source  os and seeded" in printed.stdout
+    assert "can subtract it" in printed.stdout and "agrees with the ledger" in printed.stdout
 
 
 def test_more_ranks_when_it_is_said(stopped):

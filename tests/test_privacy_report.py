@@ -16,7 +16,7 @@ from privacy.ledger import FILE_NAME, Ledger, epsilons
 
 SCRIPT = ROOT / "src" / "privacy_report.py"
 SETTINGS = {"unit": "example", "N": 2000, "q": 0.02, "sigma": 0.8, "clip": 1.5, "sampling": "poisson",
-            "steps_per_epoch": 50, "delta": 1e-5, "world_size": 2}  # fmt: skip
+            "steps_per_epoch": 50, "delta": 1e-5, "world_size": 2, "noise_source": "os"}  # fmt: skip
 PLAN = ("--plan", 42061, 128, 20, "--delta", 1e-5)
 
 
@@ -116,7 +116,7 @@ def test_each_way_to_name_a_run(report, tmp_path):
 @pytest.mark.parametrize(
     "changed",
     [{"epsilon_prv": 0.1}, {"steps_charged": 29}, {"sigma": 0.9}, {"N": 4000}, {"unit": "author"},
-     {"epsilon_rdp": "inf"}, {"epsilon_prv": None}, {"attempts": 2}, {"clip": True}],
+     {"epsilon_rdp": "inf"}, {"epsilon_prv": None}, {"noise_source": "secure"}, {"attempts": 2}, {"clip": True}],
 )
 def test_a_report_that_says_something_else(report, tmp_path, changed):
     write_report(tmp_path, write_ledger(tmp_path, [(1, 30, {})]), **changed)

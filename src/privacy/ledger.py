@@ -7,6 +7,7 @@ moved shows. A last line cut short by a kill counts as one step; damage anywhere
 Guarantee: at any moment the ledger holds at least every noisy sum that ever reached a parameter, a file or the screen.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -21,9 +22,9 @@ from privacy import accounting
 
 FILE_NAME = "privacy_ledger.jsonl"
 # A resumed run must agree with the ledger on these, unless --resume_changed names them.
-FIXED = ("unit", "N", "q", "sigma", "clip", "sampling", "steps_per_epoch", "delta", "world_size")
+FIXED = ("unit", "N", "q", "sigma", "clip", "sampling", "steps_per_epoch", "delta", "world_size", "noise_source")
 TYPES = {"step": int, "attempt": int, "unit": str, "N": int, "q": float, "sigma": float, "clip": float, "sampling": str,
-         "steps_per_epoch": int, "delta": float, "world_size": int, "checksum": str}
+         "steps_per_epoch": int, "delta": float, "world_size": int, "noise_source": str, "checksum": str}
 
 
 def checksum(previous: str, record: Mapping) -> str:
@@ -67,7 +68,8 @@ def check_record(record: object, previous: LedgerState) -> str | None:
     if not (record["step"] >= 1 and record["attempt"] >= max(1, previous.attempts) and record["N"] >= 1
             and 0 < record["q"] <= 1 and 0 <= record["sigma"] < math.inf and 0 < record["clip"] < math.inf
             and record["sampling"] in ("poisson", "shuffle") and record["steps_per_epoch"] >= 1
-            and 0 < record["delta"] < 1 and record["world_size"] >= 1):
+            and 0 < record["delta"] < 1 and record["world_size"] >= 1
+            and record["noise_source"] in ("os", "secure", "seeded")):
         return "a value is out of range"
     return None
 
@@ -120,6 +122,9 @@ class Ledger:
             self.mend()
 
     def compare(self, last: Mapping, changed: tuple[str, ...]) -> None:
+        if last["unit"] != self.settings["unit"]:  # no epsilon of one unit says anything about the other
+            fail(f"--resume: {self.path} counts for one {last['unit']}, this run for one {self.settings['unit']}: "
+                 "no epsilon holds for both; start in a new folder")
         differing = [key for key in FIXED if last[key] != self.settings[key] and key not in changed]
         if differing:
             what = ", ".join(f"{key} {last[key]} there, {self.settings[key]} here" for key in differing)
@@ -152,7 +157,8 @@ class Ledger:
             os.ftruncate(self.handle, self.state.size + len(line))  # a torn line may have been the longer one
             os.fsync(self.handle)
         except OSError as error:
-            os.ftruncate(self.handle, before)  # a torn line that could not be mended stays torn: it counts
+            with contextlib.suppress(OSError):  # a device that fails here too leaves a record too many, never one too few
+                os.ftruncate(self.handle, before)  # a torn line that could not be mended stays torn: it counts
             raise UserError(f"{self.path}: {error.strerror}: step {record['step']} was not drawn; make room and --resume")
         self.state.records.append(record)
         self.state.size += len(line)
@@ -180,6 +186,11 @@ def participations(state: LedgerState) -> Counter:
     if state.torn and state.records and state.records[-1]["sampling"] == "shuffle":
         counts[state.records[-1]["sigma"]] += 1
     return counts
+
+
+def noise_sources(state: LedgerState) -> set[str]:
+    """Where the noise of the charged steps came from, over all attempts."""
+    return {record["noise_source"] for record in state.records}
 
 
 def spent(state: LedgerState) -> list[accounting.Phase]:

@@ -9,6 +9,7 @@ Nothing else may sample, scale or count: a step is open_step(), sums from the cl
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from cli import UserError
 from distributed import World
 from privacy import accounting
 from privacy.clipping import ClippingRule
-from privacy.ledger import Ledger, epsilons, spent
+from privacy.ledger import Ledger, epsilons, noise_sources, spent
 from privacy.noise import NoiseSource
 from privacy.sampling import PoissonSampler, ShuffleSampler
 
@@ -26,6 +27,12 @@ RELATIONS = {
     "poisson": "add or remove one {unit}",
     "shuffle": "add or remove one {unit}, its place in the order left empty (zero-out)",
 }
+SEEDED_WARNING = "seeded noise: whoever knows the seed can subtract it; the epsilon holds only against the others"
+
+
+def relation(unit: str, samplings: Iterable[str]) -> str:
+    """When two data sets are neighbours, for steps drawn by these samplers: one that resumed with another is under both."""
+    return " and ".join(sorted({RELATIONS[sampling].format(unit=unit) for sampling in samplings}))
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class PlanSettings:
     def ledger_entries(self, world_size: int) -> dict:
         return {"unit": self.unit, "N": self.N, "q": self.q, "sigma": self.sigma, "clip": self.clip,
                 "sampling": self.sampling, "steps_per_epoch": self.steps_per_epoch, "delta": self.delta,
-                "world_size": world_size}
+                "world_size": world_size, "noise_source": self.noise_source}
 
 
 def choose_sigma(target_epsilon: float, delta: float, N: int, batch: int, steps: int, sampling: str) -> float:
@@ -175,20 +182,21 @@ class PrivacyPlan:
 
     def report(self, disclosed: list[str]) -> dict:
         """The content of privacy.json. Rank 0 alone knows."""
-        settings = self.settings
+        settings, records = self.settings, self.ledger.state.records
+        sources = noise_sources(self.ledger.state) or {settings.noise_source}
+        samplings = {record["sampling"] for record in records} or {settings.sampling}
         prv, rdp = self.epsilon()
         strict_prv, strict_rdp = self.epsilon(settings.strict_delta)
         return {
-            "unit": settings.unit, "relation": RELATIONS[settings.sampling].format(unit=settings.unit),
+            "unit": settings.unit, "relation": relation(settings.unit, samplings),
             "N": settings.N, "q": settings.q, "expected_batch": settings.batch, "sigma": settings.sigma,
             "clip": settings.clip, "clipping": settings.clipping, "steps_charged": self.ledger.state.charged,
             "attempts": self.ledger.state.attempts, "delta": settings.delta,
             "epsilon_prv": finite_or_text(prv), "epsilon_rdp": finite_or_text(rdp),
             "delta_strict": settings.strict_delta, "epsilon_prv_strict": finite_or_text(strict_prv),
             "epsilon_rdp_strict": finite_or_text(strict_rdp), "target_epsilon": settings.target_epsilon,
-            "sampling": settings.sampling, "noise_source": settings.noise_source,
-            "warning": "seeded noise: whoever knows the seed can subtract it; the epsilon holds only against the others"
-            if settings.noise_source == "seeded" and settings.private else None,
+            "sampling": settings.sampling, "noise_source": " and ".join(sorted(sources)),
+            "warning": SEEDED_WARNING if "seeded" in sources and settings.private else None,
             "disclosed": disclosed,
         }
 
