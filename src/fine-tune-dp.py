@@ -339,8 +339,7 @@ def main() -> int:
     recorded = {**vars(args), "train_sha256": corpus.facts["sha256"],
                 "vocab_sha256": author_data.digest_vocab(args.vocab),
                 "eval_sha256": None if evaluation is None else evaluation.facts["sha256"]}
-    disclosed = ["training loss and throughput of every log line, not privatised",
-                 "evaluation loss, on authors whom the run does not train on and does not protect",
+    disclosed = ["evaluation loss, on authors whom the run does not train on and does not protect",
                  "numbers of authors, of texts and of texts never used, quantiles of texts per author, not privatised"]
     trainer = run_setup.build_trainer(request, args, world, loaded, train, valid, args.output_dir, disclosed, recorded)
     trainer.facts["held_out"] = held_out

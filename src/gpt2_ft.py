@@ -153,7 +153,7 @@ def main() -> int:
 
     recorded = {**vars(args), "train_sha256": run_setup.digest_file(args.train_data),
                 "valid_sha256": run_setup.digest_file(args.valid_data)}
-    disclosed = ["training loss and throughput of every log line, not privatised",
+    disclosed = ["N, and how many training examples were cut at --seq_len, not privatised",
                  "validation loss, on data that the run does not train on and does not protect"]
     trainer = run_setup.build_trainer(request, args, world, loaded, train, valid, args.work_dir, disclosed, recorded)
     say = trainer.display.say

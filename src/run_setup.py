@@ -17,7 +17,7 @@ from cli import UserError, fail
 from distributed import World
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, Ordinary
-from privacy.ledger import Ledger
+from privacy.ledger import FILE_NAME, Ledger, read_ledger
 from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
 from run_log import WorkDir
 
@@ -30,6 +30,11 @@ FREE = ("resume", "resume_changed", "log_interval", "eval_interval", "save_inter
         # of fine-tune-dp.py; its data and vocabulary are compared by their digests, wherever the files lie
         "resume_from_checkpoint", "logging_steps", "eval_strategy", "eval_steps", "save_steps", "log_level", "disable_tqdm",
         "dry_run", "output_dir", "cache_dir", "train_file", "eval_file", "vocab", "without_effect")
+
+# What every run shows beside the model, as privacy.json lists it. Nothing here has noise.
+DISCLOSED = (
+    "training loss and throughput of every log line, and the sums of both in optimizer.{step}.pt, not privatised",
+    "args.json: the digest of the training file, by which a guess of the whole file can be checked")
 
 
 def boolean(text: str) -> bool:
@@ -203,9 +208,37 @@ def check_ledger_is_whole(work: WorkDir, ledger: Ledger, done: int) -> None:
              "records are missing; restore the ledger")
 
 
+def check_ranks_agree(world: World, recorded: dict) -> None:
+    """Raise UserError, on every rank, where processes were started with other flags or read other files: q, C or the
+    noise would differ among them, and nothing that rank 0 reports would hold."""
+    own = {name: value for name, value in recorded.items() if name != "local_rank"}
+    error, (first, *others) = None, world.gather(own)
+    for rank, other in enumerate(others, start=1):
+        differing = [f"{name} {first.get(name)!r} on rank 0, {other.get(name)!r} on rank {rank}"
+                     for name in sorted({*first, *other}) if first.get(name) != other.get(name)]
+        if differing:
+            error = UserError(f"the processes differ: {'; '.join(differing[:4])}; start all with the same flags and files")
+            break
+    world.agree(error)
+
+
+def earlier_run(weights: str | None, work_dir: str) -> list[str]:
+    """What to say where the initial weights lie in the folder of a run with a ledger of its own, which this run's does
+    not continue."""
+    folder = os.path.dirname(os.path.abspath(weights)) if weights else None
+    if folder is None or folder == os.path.abspath(work_dir) or not os.path.exists(os.path.join(folder, FILE_NAME)):
+        return []
+    charged = read_ledger(os.path.join(folder, FILE_NAME)).charged
+    return [f"initial weights of {folder}, whose own ledger charges {charged} steps: not counted here; where that run saw "
+            "the same data, its epsilon adds to this one's"] if charged else []
+
+
 def build_trainer(request: Request, args: argparse.Namespace, world: World, loaded: checkpoint.Loaded, data, valid,
                   work_dir: str, disclosed: list[str], recorded: dict) -> training.Trainer:
     """From a checked request to a Trainer. Collective: every rank calls it; an error on one rank ends all."""
+    check_ranks_agree(world, recorded)
+    # TF32, which some machines switch on by an environment variable, would round the norms to 10 bits.
+    torch.set_float32_matmul_precision("highest")
     settings = plan_settings(request, args, world)
     model = loaded.model.to(world.device)
     model.freeze_for_training()
@@ -230,6 +263,7 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
             if ledger is not None:
                 check_ledger_is_whole(work, ledger, done)
         plan = PrivacyPlan(settings, world, ledger, done)
+        disclosed = [*DISCLOSED, *disclosed, *earlier_run(loaded.path, work_dir)]
         engine = build_engine(args.grad_engine, model, flat, plan, request.smoothing)
     except (UserError, OSError) as failure:
         error = failure if isinstance(failure, UserError) else UserError(
@@ -272,6 +306,9 @@ def announce(plan: PrivacyPlan, trainer: training.Trainer) -> None:
         return
     say(f"noise multiplier {settings.sigma:.6g}, clipping {settings.clipping} to {settings.clip:g}, {settings.sampling} "
         f"sampling, noise from {settings.noise_source}, delta {settings.delta:.3g}")
+    for words in trainer.disclosed:
+        if words.startswith("initial weights"):
+            say(f"WARNING: {words}", important=True)
     if settings.noise_source == "seeded":
         say("WARNING: --noise_source seeded: anyone who knows the seed can subtract the noise. For tests only.", important=True)
     if settings.sampling == "shuffle":

@@ -130,6 +130,15 @@ def fault_dump(file: str) -> None:
          lambda arguments, _: pathlib.Path(file).write_bytes(arguments[0].flat.data.numpy().tobytes()))
 
 
+def fault_tf32(file: str) -> None:
+    """Products of lower precision, as an environment variable can set them; what the first gradient is computed with is
+    written to `file`."""
+    import torch
+    torch.set_float32_matmul_precision("high")
+    wrap("privacy.clipping:BookKeeping.accumulate", "before", 1,
+         lambda *_: pathlib.Path(file).write_text(torch.get_float32_matmul_precision()))
+
+
 def fault_file_limit(size: int, point: str) -> None:
     """From the first call of `point` on, no file of this process may grow beyond `size` bytes (EFBIG)."""
     import resource
@@ -138,7 +147,7 @@ def fault_file_limit(size: int, point: str) -> None:
 
 FAULTS = {"signal": fault_signal, "tear": fault_tear, "count": fault_count, "sleep": fault_sleep, "error": fault_error,
           "dump": fault_dump, "entropy": fault_entropy, "late_ledger": fault_late_ledger,
-          "file_limit": fault_file_limit}
+          "file_limit": fault_file_limit, "tf32": fault_tf32}
 
 
 # ------------------------------------------------------------------ the server

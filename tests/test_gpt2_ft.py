@@ -8,8 +8,8 @@ import random
 
 import pytest
 import torch
-from small_runs import (N, STEPS, equal, flags, ledger, material, metrics, read, start_ranks, train, weights,
-                        write_tokens)
+from small_runs import (N, STEPS, equal, flags, free_port, ledger, material, metrics, read, server, start_ranks, train,
+                        weights, write_tokens)
 from scipy.optimize import brentq
 from scipy.stats import norm
 
@@ -55,7 +55,9 @@ def test_files_and_their_keys(run):
                                          "noise_source")} == {
         "unit": "example", "relation": "add or remove one example", "N": N, "q": 8 / N, "sigma": 0.8, "clip": 1.0,
         "steps_charged": STEPS, "delta": 1e-5, "sampling": "poisson", "noise_source": "os"}
-    assert any("validation loss" in item for item in report["disclosed"])
+    for words in ("training loss", "optimizer.{step}.pt", "digest of the training file", "cut at --seq_len",
+                  "validation loss"):
+        assert any(words in item for item in report["disclosed"])
     records = metrics(work)
     for record in records:
         assert {"step", "epoch", "lr", "seconds"} <= set(record)
@@ -258,6 +260,38 @@ def test_the_whole_model_trains_too(tmp_path):
     assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
     train(flags(tmp_path / "next", lora_dim=0, lora_dropout=0, init_checkpoint=tmp_path / "run", lr=0))
     assert equal(weights(tmp_path / "next"), after)
+
+
+def test_weights_of_an_earlier_run_bring_what_it_spent_to_mind(tmp_path):
+    """A new ledger does not know the one beside the initial weights: the run says so, and its report keeps it."""
+    train(flags(tmp_path / "run", max_step=2))
+    (rank,) = train(flags(tmp_path / "next", init_checkpoint=tmp_path / "run", max_step=2))
+    words = f"initial weights of {tmp_path / 'run'}, whose own ledger charges 2 steps: not counted here"
+    assert f"WARNING: {words}" in rank.stdout and any(words in item for item in read(tmp_path / "next")["disclosed"])
+    assert "initial weights" not in json.dumps(read(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("changed", [{"max_grad_norm": 2.0}, {"noise_source": "os", "noise_seed": None},
+                                     {"train_data": "other"}, {"lr": 0.5}])
+def test_ranks_with_other_flags_or_files_do_not_start(tmp_path, changed):
+    """One rank's q, C or noise source would not be what rank 0 reports."""
+    other = {**changed}
+    if "train_data" in changed:
+        other["train_data"] = write_tokens(tmp_path / "other.jsonl", N + 1, seed=3)
+    port, ranks = free_port(), []
+    for rank, own in enumerate(({}, other)):
+        env = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.append(server().start("src/gpt2_ft.py", flags(tmp_path / "run", **own), env=env))
+    assert [rank.wait() for rank in ranks] == [2, 2] and not ranks[1].stderr
+    assert "the processes differ: " in ranks[0].error and f"{next(iter(changed))} " in ranks[0].error
+    assert not (tmp_path / "run").exists()
+
+
+def test_norms_are_float32_where_the_machine_asks_for_tf32(tmp_path):
+    """NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which rounds products to 10 bits: norms would be wrong."""
+    seen = tmp_path / "precision"
+    train(flags(tmp_path / "run", max_step=1), 1, {0: [["tf32", {"file": str(seen)}]]})
+    assert seen.read_text() == "highest"
 
 
 def test_without_weights_a_run_says_so(tmp_path):
