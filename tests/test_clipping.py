@@ -224,6 +224,27 @@ def test_one_more_unit_moves_the_sum_by_c(lora, kind, name, dtype, rounding, mon
 
 
 @pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_one_more_unit_moves_the_sum_by_c_under_autocast_and_dropout(kind, name, bf16, dropout, monkeypatch):
+    """As above for adapters, with the same masks for the units of both data sets. The whole model has no dropout."""
+    for lora in (LoRAConfig(3, 8.0, dropout), *([FULL] if bf16 and not dropout else [])):
+        model, C, masks = make_model(lora, dtype=torch.float32), 0.5, Masks(monkeypatch)
+        rule, units = ClippingRule(kind, C), draw_units(5, 2)
+        with_it, without = pack(units, 2, torch.float32), pack(units[:-1], 2, torch.float32)
+        assert with_it.ids.shape[1] == without.ids.shape[1]
+        with_it.weights[-with_it.counts[-1]:] *= 1e8
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            more = run_engine(name, model, rule, [with_it], monkeypatch)[1]
+            assert len(masks.drawn) == (CONFIG.n_layer if dropout else 0)
+            masks.replay = [mask[:len(without.ids)] for mask in masks.drawn] if dropout else None
+            moved = norm(difference(more, run_engine(name, model, rule, [without], monkeypatch)[1]))
+        monkeypatch.undo()
+        assert moved == pytest.approx(C, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", RULES)
 def test_no_unit_contributes_more_than_c(kind, monkeypatch):
     """Units of all sizes, alone: flat gives min(|g|, C), the others never more than C."""
     for lora in (FULL, LORA):
