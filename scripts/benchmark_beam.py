@@ -9,7 +9,6 @@ transformers runs without its n-gram ban, a Python loop that would slow it down.
 Needs transformers (requirements-dev.txt).
 """
 
-import argparse
 import json
 import os
 import resource
@@ -24,6 +23,7 @@ import torch
 
 from beam_search import SearchSettings, beam_search
 from checkpoint import load_model
+from cli import Parser, fail, read_lines, run_main
 from kv_cache import TreeDecoder
 from model import GPT2Config
 from vocabulary import CPU_BLOCK, PackedLinear
@@ -43,10 +43,19 @@ def best_of(repeats: int, work: Callable[[], object]) -> float:
 
 
 def different_contexts(path: str, count: int) -> list[list[int]]:
-    different = list(dict.fromkeys(tuple(json.loads(line)["context"]) for line in open(path, encoding="utf-8")))
+    different: dict[tuple[int, ...], None] = {}
+    for number, line in read_lines(path, "--data"):
+        try:
+            context = tuple(json.loads(line)["context"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            context = ()
+        if not context or not all(type(token) is int for token in context):
+            fail(f'{path}:{number}: wanted {{"context": [token ids], ...}}, as src/gpt2_encode.py writes it')
+        different[context] = None
     if len(different) < count:
-        sys.exit(f"error: --data {path}: holds {len(different)} different contexts, --contexts wants {count}")
-    return [list(different[i * len(different) // count]) for i in range(count)]
+        fail(f"--data {path}: holds {len(different)} different contexts, --contexts wants {count}")
+    contexts = list(different)
+    return [list(contexts[i * len(contexts) // count]) for i in range(count)]
 
 
 class CountingDecoder(TreeDecoder):
@@ -107,7 +116,7 @@ def transformers_seconds(folder: str, contexts: list[list[int]], batch: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="time beam search against transformers and the arithmetic floor")
+    parser = Parser(description="time beam search against transformers and the arithmetic floor")
     parser.add_argument("--data", default="data/e2e/test.jsonl", help="JSON lines of token ids")
     parser.add_argument("--init_checkpoint", required=True, help="a folder in Hugging Face's layout")
     parser.add_argument("--contexts", type=int, default=60)
@@ -115,6 +124,9 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1, 4, 10, 20, 30],
                         help="for transformers; none skips it")
     args = parser.parse_args()
+    for name, values in (("contexts", [args.contexts]), ("slots", [args.slots]), ("batch_sizes", args.batch_sizes)):
+        if min(values, default=1) < 1:
+            fail(f"--{name} {min(values)}: expected at least 1")
     contexts = different_contexts(args.data, args.contexts)
 
     def search(decoder: TreeDecoder, settings: SearchSettings) -> None:
@@ -145,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

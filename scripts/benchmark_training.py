@@ -322,9 +322,12 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--output", help="JSON file (default results/DATE_benchmark_training[_scaling].json)")
     options = parser.parse_args()
-    for flag in ("repeats", "threads", "length", "seq_len", "units", "micro_batch_tokens"):
+    for flag in ("repeats", "threads", "units", "micro_batch_tokens"):
         if (value := getattr(options, flag)) is not None and value < 1:
             fail(f"--{flag} {value}: expected at least 1")
+    for flag in ("seq_len", "length"):
+        if not 2 <= getattr(options, flag) <= 1024:
+            fail(f"--{flag} {getattr(options, flag)}: expected 2 to 1024, the positions of a GPT-2")
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {options.threads} threads"

@@ -8,8 +8,8 @@ grammar (scripts/demo_grammar.py); an author writes about a few restaurants of t
 The same arguments give the same bytes, with the pinned numpy.
 """
 
-import argparse
 import json
+import math
 import os
 import sys
 
@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import demo_grammar
-from cli import atomic_write, fail, run_main
+from cli import Parser, atomic_write, fail, run_main
 from demo_grammar import Draw
 from make_demo_data import choose_meaning, say
 
@@ -42,7 +42,7 @@ def sentence_pool(seed: int) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="generate a corpus with authors", allow_abbrev=False)
+    parser = Parser(description="generate a corpus with authors")
     parser.add_argument("--authors", type=int, default=600)
     parser.add_argument("--records", type=int, default=6000)
     parser.add_argument("--words", type=int, default=40, help="mean words of a text, log-normal (default 40)")
@@ -53,6 +53,10 @@ def main() -> None:
     for name in ("authors", "words"):
         if getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)}: expected at least 1")
+    if args.seed < 0:
+        fail(f"--seed {args.seed}: expected at least 0")
+    if not 0 <= args.exponent < math.inf:
+        fail(f"--exponent {args.exponent:g}: expected a number from 0")
     if args.records < args.authors:
         fail(f"--records {args.records}: expected at least one for each of the {args.authors} --authors")
 

@@ -10,7 +10,6 @@ fronted phrase, or verb phrases that are gathered into one to three sentences. T
 every machine: all choices come from random.Random.random(), whose sequence Python promises to keep.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -20,7 +19,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from tqdm import tqdm
 
 import demo_grammar
-from cli import atomic_write, fail, run_main
+from cli import Parser, atomic_write, fail, run_main
 from demo_grammar import Draw, Kind
 
 Meaning = list[tuple[str, str]]  # (field, value) in the order of the context; name and Type come first
@@ -143,7 +142,7 @@ def make_domain(domain: str, seed: int) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="generate the demonstration's text", allow_abbrev=False)
+    parser = Parser(description="generate the demonstration's text")
     parser.add_argument("--domain", choices=("restaurants", "public"), required=True)
     parser.add_argument("--seed", type=int, default=1, help="default: 1, which gives the repository's files")
     parser.add_argument("--out", default="data/demo", help="folder of the files (default: data/demo)")

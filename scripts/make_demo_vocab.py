@@ -10,7 +10,6 @@ As in GPT-2, ids 0..255 are the bytes, then come the merges in the order in whic
 the last id.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import tokenizers
 
-from cli import atomic_write, fail, read_lines, run_main
+from cli import Parser, atomic_write, fail, read_lines, run_main
 from tokenizer import ALPHABET, END_OF_TEXT
 
 
@@ -51,7 +50,7 @@ def train(texts: list[str], size: int) -> tuple[dict[str, int], list[tuple[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="train the demonstration's vocabulary", allow_abbrev=False)
+    parser = Parser(description="train the demonstration's vocabulary")
     parser.add_argument("--train", required=True, help="public text, context||completion a line")
     parser.add_argument("--out", default="vocab/demo", help="folder of the two files (default: vocab/demo)")
     parser.add_argument("--size", type=int, default=1500, help="ids in all, <|endoftext|> included (default: 1500)")

@@ -3,7 +3,6 @@
     python scripts/plot_run.py trained_models/a trained_models/b --out runs.png
 """
 
-import argparse
 import json
 import os
 import sys
@@ -15,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from cli import fail, read_lines, run_main
+from cli import Parser, atomic_write, fail, read_lines, run_main
 
 
 def read_metrics(folder: str) -> list[dict]:
@@ -23,9 +22,12 @@ def read_metrics(folder: str) -> list[dict]:
     path, records = os.path.join(folder, "metrics.jsonl"), []
     for number, line in read_lines(path):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            fail(f"{path}:{number}: not a line of JSON; is this a run's metrics.jsonl?")
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            fail(f"{path}:{number}: not an object with a step; is this a run's metrics.jsonl?")
+        records.append(record)
     if not records:
         fail(f"{path}: is empty; the run has logged nothing yet")
     return records
@@ -52,11 +54,12 @@ def draw(runs: dict[str, list[dict]], path: str) -> None:
         if axes.lines:
             axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with atomic_write(path, "wb") as handle:
+        figure.savefig(handle, format="png", dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="plot runs from their metrics.jsonl", allow_abbrev=False)
+    parser = Parser(description="plot runs from their metrics.jsonl")
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--out", default="runs.png", help="PNG to write (default runs.png)")
     args = parser.parse_args()

@@ -7,7 +7,6 @@ The archive is read as a stream and never unpacked (it would take 19 GB), and no
 an author or by a pseudo-author ([deleted], AutoModerator), and one without a text, is left out and counted.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -22,7 +21,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from tqdm import tqdm
 
 from author_data import PSEUDO_AUTHORS
-from cli import atomic_write, fail, run_main
+from cli import Parser, atomic_write, fail, run_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ARCHIVE = os.path.join(ROOT, "data", "reddit", "corpus-webis-tldr-17.zip")
@@ -66,7 +65,7 @@ def usable(line: bytes, where: str) -> tuple[dict | None, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="make data/reddit/train.jsonl", allow_abbrev=False)
+    parser = Parser(description="make data/reddit/train.jsonl")
     parser.add_argument("--archive", help="a local corpus-webis-tldr-17.zip (default: downloaded to data/reddit)")
     parser.add_argument("--output", default=os.path.join(ROOT, "data", "reddit", "train.jsonl"))
     parser.add_argument("--records", type=int, default=500_000, help="usable records to take (default 500000)")

@@ -9,10 +9,14 @@ import json
 import os
 import sys
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "src"))
+
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from cli import Parser, atomic_write, fail, run_main
 
 METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 
@@ -23,11 +27,19 @@ def read_run(folder: str) -> dict:
         path = os.path.join(folder, name)
         if not os.path.exists(path):
             return None
-        with open(path, encoding="utf-8") as handle:
-            return [json.loads(line) for line in handle] if lines else json.load(handle)
+        try:
+            with open(path, encoding="utf-8") as handle:
+                return [json.loads(line) for line in handle] if lines else json.load(handle)
+        except (ValueError, RecursionError) as error:
+            fail(f"{path}: not JSON ({error}); run scripts/quickstart.sh again")
 
     scores = load("scores.json")
-    return {"scores": scores["scores"], "privacy": load("privacy.json"), "metrics": load("metrics.jsonl", lines=True) or []}
+    if not isinstance(scores, dict) or "scores" not in scores:
+        fail(f"{folder}: holds no scores.json of eval/e2e/measure_scores.py --json; run scripts/quickstart.sh")
+    privacy, metrics = load("privacy.json"), load("metrics.jsonl", lines=True) or []
+    if privacy and not metrics:
+        fail(f"{folder}: holds a privacy.json and no metrics.jsonl; run scripts/quickstart.sh again")
+    return {"scores": scores["scores"], "privacy": privacy, "metrics": metrics}
 
 
 def row(name: str, run: dict) -> list[str]:
@@ -75,17 +87,21 @@ def draw(runs: dict[str, dict], path: str) -> None:
 
 
 def main() -> None:
-    folder, *names = sys.argv[1:]
-    runs = {name: read_run(os.path.join(folder, name)) for name in names}
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="where the runs are, and where table.md and quickstart.png go")
+    parser.add_argument("runs", nargs="+", help="names of the runs' folders in it")
+    args = parser.parse_args()
+    folder, runs = args.folder, {name: read_run(os.path.join(args.folder, name)) for name in args.runs}
     table = markdown([row(name, run) for name, run in runs.items()])
-    with open(os.path.join(folder, "table.md"), "w", encoding="utf-8") as handle:
+    with atomic_write(os.path.join(folder, "table.md")) as handle:
         handle.write(table)
     draw(runs, os.path.join(folder, "quickstart.png"))
     print(table, end="")
-    private = next(run["privacy"] for run in runs.values() if run["privacy"] and run["privacy"]["epsilon_prv"] != "inf")
-    print(f"\nunit: one {private['unit']}; relation: {private['relation']}; sampler: {private['sampling']}; "
-          f"plot: {os.path.join(folder, 'quickstart.png')}")
+    reports = [run["privacy"] for run in runs.values() if run["privacy"] and run["privacy"]["epsilon_prv"] != "inf"]
+    for private in reports[:1]:  # the unit and the rest are the same for all of them
+        print(f"\nunit: one {private['unit']}; relation: {private['relation']}; sampler: {private['sampling']}; "
+              f"plot: {os.path.join(folder, 'quickstart.png')}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -217,7 +217,7 @@ def check_ranks_agree(world: World, recorded: dict) -> None:
         differing = [f"{name} {first.get(name)!r} on rank 0, {other.get(name)!r} on rank {rank}"
                      for name in sorted({*first, *other}) if first.get(name) != other.get(name)]
         if differing:
-            error = UserError(f"the processes differ: {'; '.join(differing[:4])}; start all with the same flags and files")
+            error = UserError(f"the processes differ: {'; '.join(differing[:4])}; give all the same flags and files")
             break
     world.agree(error)
 
@@ -229,8 +229,8 @@ def earlier_run(weights: str | None, work_dir: str) -> list[str]:
     if folder is None or folder == os.path.abspath(work_dir) or not os.path.exists(os.path.join(folder, FILE_NAME)):
         return []
     charged = read_ledger(os.path.join(folder, FILE_NAME)).charged
-    return [f"initial weights of {folder}, whose own ledger charges {charged} steps: not counted here; where that run saw "
-            "the same data, its epsilon adds to this one's"] if charged else []
+    return [f"initial weights of {folder}, whose own ledger charges {charged} steps: not counted here; where that run "
+            "saw the same data, its epsilon adds to this one's"] if charged else []
 
 
 def build_trainer(request: Request, args: argparse.Namespace, world: World, loaded: checkpoint.Loaded, data, valid,

@@ -12,11 +12,17 @@ import zipfile
 
 import pytest
 import torch
+from conftest import ROOT
 from small_runs import flags, server, start_ranks, train, write_model, write_tokens
 
 TRAIN, ENCODE, FORMAT = "src/gpt2_ft.py", "src/gpt2_encode.py", "src/format_converting_e2e.py"
 DECODE, SCORE, BEAM = "src/gpt2_decode.py", "eval/e2e/measure_scores.py", "src/gpt2_beam.py"
-REPORT = "src/privacy_report.py"
+REPORT, EXPORT = "src/privacy_report.py", "src/export.py"
+WEBNLG, DART, AUTHORS = "src/format_converting_webnlg.py", "src/format_converting_dart.py", "src/fine-tune-dp.py"
+REDDIT, CORPUS, PLOT = "scripts/prepare_reddit.py", "scripts/make_author_corpus.py", "scripts/plot_run.py"
+DEMO_DATA, DEMO_VOCAB = "scripts/make_demo_data.py", "scripts/make_demo_vocab.py"
+TABLE, TIME_BEAM = "scripts/quickstart_table.py", "scripts/benchmark_beam.py"
+TIME_TRAINING = "scripts/benchmark_training.py"
 GOOD = '{"context": [1, 2], "completion": [3]}\n'
 
 
@@ -68,7 +74,12 @@ def world(tmp_path_factory) -> pathlib.Path:
         "wild_token.jsonl": '{"id": 0, "predict": [999]}\n', "one_predict.jsonl": '{"id": 0, "predict": [1]}\n',
         "two_empty.txt": "a\n\n\nb\n", "three.txt": "a\nb\nc\n", "ragged.csv": "MR,ref\na,b\nc\n",
         "no_header.tsv": "a\tb\tc\n",
-        "keys.txt": "1\n", "bad_keys.txt": "1\nb\n"}
+        "keys.txt": "1\n", "bad_keys.txt": "1\nb\n", "half.json": '{"entries": [',
+        "entries.json": '{"entries": [{"1": {"category": "Food", "lexicalisations": [{"lex": 3}], "modifiedtripleset": '
+                        '[{"subject": "a", "property": "b", "object": "c"}]}}]}',
+        "triples.json": '[{"tripleset": [["a", "b"]], "annotations": [{"text": "x"}]}]',
+        "authors.jsonl": '{"author": "a", "content": "one two"}\n{"author": "b"}\n', "scores.json": "[1]",
+        "metrics.jsonl": '{"step": 1, "loss": 2.0}\n[2]\n'}
     for name, content in {**sound, **spoiled}.items():
         (root / name).write_text(content)
     (root / "latin1.jsonl").write_bytes(GOOD.encode() + b'{"context": [1], "completion": [1], "cate": "\xe9"}\n')
@@ -207,6 +218,8 @@ FLAGS = {" ".join(f"{name}={value}" for name, value in changed.items()): (TRAIN,
 
 decode = ("--vocab @vocab --sample_file @predict.jsonl --input_file @formatted.jsonl --output_ref_file @new_ref "
           "--output_pred_file @new_pred")
+authors = ("--output_dir @new --model_name @tiny --vocab @vocab --noise_multiplier 1 --sequence_len 24 "
+           "--cache_dir @folder --train_file ")
 search = "--data @contexts.jsonl --init_checkpoint @run --work_dir @new --seq_len 40 --eval_len 8 --eos_token_id 5"
 OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for script, line, words in [
     (FORMAT, "@absent @new", ["absent"]), (FORMAT, "@empty @new", ["empty"]),
@@ -214,7 +227,45 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (FORMAT, "@no_text.txt @new", ["no_text.txt:2", "completion"]), (FORMAT, "@latin1.txt @new", ["not UTF-8"]),
     (FORMAT, "@e2e.txt @e2e.txt", ["input itself"]), (FORMAT, "@e2e.txt @folder", ["folder"]),
     (FORMAT, "@e2e.txt @absent/new", ["absent"]),
-    *((script, "--no_such_flag", ["--help"]) for script in (FORMAT, ENCODE, DECODE, SCORE, BEAM, REPORT)),
+    *((script, "--no_such_flag", ["--help"]) for script in (
+        FORMAT, ENCODE, DECODE, SCORE, BEAM, REPORT, EXPORT, WEBNLG, DART, AUTHORS, REDDIT, CORPUS, PLOT, DEMO_DATA,
+        DEMO_VOCAB, TABLE, TIME_BEAM, TIME_TRAINING)),
+    *((script, f"@{name} @new", [f"{name}"]) for script in (WEBNLG, DART)
+      for name in ("absent", "folder", "empty", "half.json", "text.jsonl", "latin1.jsonl", "deep.jsonl")),
+    (WEBNLG, "@a_list/config.json @new", ["entries"]), (DART, "@a_list/config.json @new", ["holds no example"]),
+    *((script, "@train.jsonl @train.jsonl", ["input itself"]) for script in (WEBNLG, DART)),
+    (WEBNLG, "@entries.json @new", ["entries.json: entry 1", "lex"]), (DART, "@triples.json @new", ["triples.json"]),
+    (EXPORT, "--init_checkpoint @absent --output @new", ["--init_checkpoint", "absent"]),
+    (EXPORT, "--init_checkpoint @malicious.bin --model_card gpt2.sm --output @new", ["malicious.bin", "refused"]),
+    (EXPORT, "--init_checkpoint @run --base_checkpoint @other --output @new", ["--base_checkpoint", "fingerprint"]),
+    (EXPORT, "--init_checkpoint @run --output @tiny", ["--output", "model.safetensors"]),
+    (EXPORT, "--init_checkpoint @run --output @e2e.txt", ["e2e.txt"]),
+    (EXPORT, "--init_checkpoint @run --output @new --vocab @folder", ["--vocab", "encoder.json"]),
+    (AUTHORS, authors + "@authors.jsonl", ["authors.jsonl:2", "content"]),
+    (AUTHORS, authors + "@absent", ["--train_file", "absent"]), (AUTHORS, authors + "@deep.jsonl", ["deep.jsonl:1"]),
+    (AUTHORS, authors + "@absent --target_epsilon 8", ["--noise_multiplier and --target_epsilon"]),
+    (AUTHORS, authors + "@absent --noise_source seeded", ["--noise_seed"]),
+    (AUTHORS, authors.replace("@tiny", "@malicious.bin") + "@authors.jsonl", ["--model_name", "malicious.bin"]),
+    (REDDIT, "--archive @absent --output @new", ["--archive", "absent"]),
+    (REDDIT, "--archive @e2e.txt --output @new", ["e2e.txt", "zip"]), (REDDIT, "--records 0", ["--records 0"]),
+    (CORPUS, "--out @new --authors 0", ["--authors 0"]), (CORPUS, "--out @new --records 1", ["--records 1"]),
+    (CORPUS, "--out @new --seed -1", ["--seed -1"]), (CORPUS, "--out @new --exponent nan", ["--exponent nan"]),
+    (CORPUS, "--out @absent/new --authors 2 --records 2", ["absent"]),
+    (DEMO_DATA, "--domain public --out @absent", ["--out", "absent"]), (DEMO_DATA, "--domain sea", ["sea"]),
+    (DEMO_VOCAB, "--train @no_bars.txt --out @folder", ["no_bars.txt:2"]),
+    (DEMO_VOCAB, "--train @e2e.txt --out @folder --size 3", ["--size 3"]),
+    (PLOT, "@absent", ["absent"]), (PLOT, "@folder/.. --out @new", ["metrics.jsonl:2"]),
+    (PLOT, "@run --out @absent/new", ["absent"]), (TABLE, "@folder run", ["scores.json"]),
+    (TABLE, "@folder .. --wide", ["--wide"]), (TABLE, "@folder ..", ["scores.json"]),
+    (TIME_BEAM, "--init_checkpoint @tiny --data @absent", ["--data", "absent"]),
+    (TIME_BEAM, "--init_checkpoint @tiny --data @list.jsonl", ["list.jsonl:2"]),
+    (TIME_BEAM, "--init_checkpoint @tiny --data @contexts.jsonl --contexts 3", ["2 different contexts"]),
+    (TIME_BEAM, "--init_checkpoint @tiny --slots 0", ["--slots 0"]),
+    (TIME_TRAINING, "--repeats 0", ["--repeats 0"]), (TIME_TRAINING, "--tasks dance", ["dance"]),
+    (TIME_TRAINING, "--seq_len 2000", ["--seq_len 2000"]),
+    (SCORE, "@ref.txt @sys.txt --compare @absent", ["absent"]),
+    (SCORE, "@ref.txt @sys.txt --compare @three.txt", ["three"]),
+    (SCORE, "@ref.txt @sys.txt --compare @sys.txt --bootstrap_samples 0", ["--bootstrap_samples 0"]),
     (FORMAT, "@e2e.txt", ["OUT_formatted.jsonl"]), (SCORE, "@ref.txt", ["SYS"]),
     (ENCODE, "--vocab @vocab --input @absent --output @new", ["--input", "absent"]),
     (ENCODE, "--vocab @absent --input @formatted.jsonl --output @new", ["--vocab", "absent"]),
@@ -309,8 +360,11 @@ def test_one_line_and_status_2(world, name):
 
 
 def test_there_are_enough_cases():
-    assert len(CASES) >= 150 and {case[0] for case in CASES.values()} == {TRAIN, ENCODE, FORMAT, DECODE, SCORE, BEAM,
-                                                                          REPORT}
+    """Of every script of the repository."""
+    files = [path for folder in ("src", "eval", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    scripts = {str(path.relative_to(ROOT)) for path in files
+               if '\nif __name__ == "__main__":' in path.read_text()}
+    assert len(CASES) >= 250 and {case[0] for case in CASES.values()} == scripts
 
 
 def test_the_sound_files_are_sound(world, tmp_path):

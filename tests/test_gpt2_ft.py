@@ -288,7 +288,7 @@ def test_ranks_with_other_flags_or_files_do_not_start(tmp_path, changed):
 
 
 def test_norms_are_float32_where_the_machine_asks_for_tf32(tmp_path):
-    """NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which rounds products to 10 bits: norms would be wrong."""
+    """NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which rounds products to 10 bits: norms would err."""
     seen = tmp_path / "precision"
     train(flags(tmp_path / "run", max_step=1), 1, {0: [["tf32", {"file": str(seen)}]]})
     assert seen.read_text() == "highest"

@@ -252,13 +252,13 @@ def test_settings_that_may_change_and_settings_that_are_said_to(stopped):
 
 
 def test_what_an_earlier_attempt_did_is_not_forgotten(stopped):
-    """Seeded noise stays known to whoever knows the seed, and shuffled steps keep their relation, whatever comes after."""
+    """Seeded noise stays known to whoever knows the seed, shuffled steps keep their relation, whatever comes after."""
     train([*flags(stopped, resume=True, sampling="shuffle", noise_source="os", noise_seed=None), "--resume_changed",
            "noise_source", "noise_seed", "sampling"])
     report = read(stopped)
     assert report["noise_source"] == "os and seeded" and "can subtract it" in report["warning"]
-    assert report["relation"] == ("add or remove one example and add or remove one example, its place in the order left "
-                                  "empty (zero-out)")
+    assert report["relation"] == ("add or remove one example and add or remove one example, its place in the order "
+                                  "left empty (zero-out)")
     printed = server().start("src/privacy_report.py", [stopped])
     assert printed.wait() == 0 and "noise source  os and seeded" in printed.stdout
     assert "can subtract it" in printed.stdout and "agrees with the ledger" in printed.stdout

@@ -157,7 +157,7 @@ class Ledger:
             os.ftruncate(self.handle, self.state.size + len(line))  # a torn line may have been the longer one
             os.fsync(self.handle)
         except OSError as error:
-            with contextlib.suppress(OSError):  # a device that fails here too leaves a record too many, never one too few
+            with contextlib.suppress(OSError):  # failing here too leaves a record too many, never one too few
                 os.ftruncate(self.handle, before)  # a torn line that could not be mended stays torn: it counts
             raise UserError(f"{self.path}: {error.strerror}: step {record['step']} was not drawn; make room and --resume")
         self.state.records.append(record)
