@@ -194,7 +194,6 @@ def plan(
     phases = [Phase(sigma, q, steps)]
     bound = ticked(accounting.epsilon_bound(phases, delta))
 
-
     def prices(noise: float, count: int) -> tuple[float, ...]:
         """PRV, RDP, PRV at 1/(10 N), and shuffled, of `count` steps."""
         drawn = [Phase(noise, q, count)]
@@ -228,8 +227,8 @@ def plan(
     for other, *values in by_sigma:
         print(f"{other:10.5g} {'':8} " + table_values(values))
     print(f"\n{'epsilon':>10} {'sigma, Poisson':>16} {'sigma, shuffled':>16}   at delta {delta:g}")
-    for wanted, poisson, shuffled in needed:
-        print(f"{wanted:10.4g} {sigma_text(poisson):>16} {sigma_text(shuffled):>16}")
+    for wanted, *sigmas in needed:
+        print(f"{wanted:10.4g} {sigma_text(sigmas[0]):>16} {sigma_text(sigmas[1]):>16}")
     if plot:
         # A shuffled run pays for an epoch when it begins.
         begun = range(0, uses, max(1, uses // 200))

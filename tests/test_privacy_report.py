@@ -207,6 +207,19 @@ def test_plan_with_sigma(report, tmp_path):
     assert image.startswith(b"\x89PNG\r\n\x1a\n") and len(image) > 20_000
 
 
+def test_the_curves_are_those_of_the_tables(report, tmp_path, monkeypatch):
+    """What draw() gets, and not only that it draws something: epsilon grows with steps, shuffled or not."""
+    drawn = {}
+    monkeypatch.setattr(privacy_report, "draw", lambda path, *rows: drawn.update(rows=rows))
+    assert report("--plan", 2000, 50, 3, "--delta", 1e-5, "--sigma", 0.9, "--plot", tmp_path / "x.png").returncode == 0
+    by_steps, by_sigma, stairs, sigma = drawn["rows"][:4]
+    for column in range(1, 5):
+        values = [row[column] for row in by_steps]
+        assert values == sorted(values) and by_sigma[0][column] > by_sigma[-1][column]
+    assert [step for step, _ in stairs] == [0, 40, 80, 120] and sigma == 0.9
+    assert [epsilon for _, epsilon in stairs] == [accounting.epsilon_shuffle(0.9, uses, 1e-5) for uses in (1, 2, 3, 3)]
+
+
 def test_plan_with_epsilon(report):
     process = report(*PLAN, "--epsilon", 8)
     sigma = float(re.search(r"^sigma +([\d.]+), the smallest", process.stdout, re.MULTILINE).group(1))

@@ -31,7 +31,7 @@ SEEDED_WARNING = "seeded noise: whoever knows the seed can subtract it; the epsi
 
 
 def relation(unit: str, samplings: Iterable[str]) -> str:
-    """When two data sets are neighbours, for steps drawn by these samplers: a run that changed its own is under both."""
+    """When two data sets are neighbours, for steps drawn by these samplers: a run that changed it is under both."""
     return " and ".join(sorted({RELATIONS[sampling].format(unit=unit) for sampling in samplings}))
 
 
