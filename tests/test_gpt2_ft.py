@@ -5,9 +5,11 @@ import json
 import math
 import os
 import random
+import re
 
 import pytest
 import torch
+from conftest import ROOT
 from small_runs import (N, STEPS, equal, flags, free_port, ledger, material, metrics, read, server, start_ranks, train,
                         weights, write_tokens)
 from scipy.optimize import brentq
@@ -48,6 +50,9 @@ def test_files_and_their_keys(run):
     work, rank = run
     assert sorted(os.listdir(work)) == [".lock", "args.json", "metrics.jsonl", "model.2.pt", "model.4.pt", "model.6.pt",
                                         "optimizer.6.pt", "privacy.json", "privacy_ledger.jsonl"]
+    said = (ROOT / "PRIVACY.md").read_text()  # of each file, whether it may be let out
+    names = {re.sub(r"\.\d+\.", ".{step}.", name) for name in os.listdir(work)} - {".lock"}
+    assert all(f"`{name}`" in said for name in names)
     report = read(work)
     assert SPEC_KEYS <= set(report)
     assert {key: report[key]

@@ -358,7 +358,8 @@ def _log_ratio(epsilon: float, target: float) -> float:
 def calibrate_sigma(target_epsilon: float, delta: float, q: float, steps: int) -> float:
     """The smallest noise multiplier, to 0.5 % in epsilon, for which `steps` steps with q stay within the target.
 
-    epsilon_prv at the answer is never above the target. UserError where that needs a sigma outside SIGMA_RANGE.
+    epsilon_prv at the answer is never above the target. UserError where that needs a sigma outside SIGMA_RANGE. Where
+    the bound itself has a step (MAX_SPAN ends the PRV grid near an epsilon of 490) the answer is the step's lower side.
     """
     _check_target(target_epsilon, delta)
     if not 0 < q <= 1:
