@@ -181,7 +181,7 @@ class ForkServer:
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait(10)
+        self.process.wait(60)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def listen(self, seconds: float) -> None:

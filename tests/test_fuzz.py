@@ -1,4 +1,7 @@
-"""Readers of files under random damage: every file is read, or refused as a user's mistake; nothing else is raised."""
+"""Readers of files under random damage: every file is read, or refused as a user's mistake; nothing else is raised.
+
+hypothesis chooses the damage, so what it finds is shrunk to the least damage that does it, and printed.
+"""
 
 import contextlib
 import os
@@ -9,6 +12,8 @@ import time
 
 import cli
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings, strategies
+from hypothesis import seed as seeded
 from conftest import ROOT
 from small_runs import VOCABULARY, material
 from test_bad_input import world  # noqa: F401 - a fixture
@@ -16,8 +21,10 @@ from test_bad_input import world  # noqa: F401 - a fixture
 
 def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
     """What the scripts do with a file of this kind before they work with it."""
+    import author_data
     import checkpoint
     import data_utils
+    import format_converting_webnlg
     import gpt2_decode
     import gpt2_encode
     from privacy.ledger import epsilons, read_ledger
@@ -28,6 +35,13 @@ def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
         list(gpt2_encode.read_examples(path))
     elif kind == "predictions":
         gpt2_decode.read_predictions(path, 2, load_tokenizer(str(world / "vocab")))
+    elif kind == "authors":
+        source = author_data.Source(path, "--train_file", str(world / "vocab"), 24)
+        words = author_data.WordTokens(load_tokenizer(source.vocab))
+        for part in author_data.scan(path, source.flag)[1]:
+            author_data.tokenise(part, source, words)
+    elif kind == "webnlg":
+        list(format_converting_webnlg.convert(path))
     elif kind == "ledger":
         epsilons(read_ledger(path), 1e-5)
     elif kind in ("safetensors", "bin", "ours"):
@@ -38,12 +52,16 @@ def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
 
 def read_scores(path: str, world: pathlib.Path) -> None:
     import segments
+    read = 0
     for name in (path, path + ".tsv", path + ".csv"):
         if name != path:
             os.replace(path if name.endswith("tsv") else path + ".tsv", name)
         for references, outputs in ((name, str(world / "sys.txt")), (str(world / "ref.txt"), name), (name, name)):
             with contextlib.suppress(segments.UserError):
                 segments.load_segments(references, outputs)
+                read += 1
+    if not read:
+        cli.fail("refused in every form")
 
 
 def spoil(draw: random.Random, content: bytes) -> bytes:
@@ -69,31 +87,57 @@ def spoil(draw: random.Random, content: bytes) -> bytes:
 
 
 def fuzz(world: pathlib.Path, folder: pathlib.Path, seconds: float, seed: int) -> dict[str, tuple[int, int]]:
-    """Spoil sound files and read them for a while: {kind: (files, refused)}. Anything but an answer or a UserError
-    raises."""
+    """Spoil sound files and read them for a while, every kind in turn: {kind: (files, refused)}. Anything but an answer
+    or a UserError raises, with the least damage that does it in `folder`/found.KIND."""
     sys.path.insert(0, str(ROOT / "eval" / "e2e"))
     sound = {"tokens": world / "contexts.jsonl", "formatted": world / "formatted.jsonl",
              "predictions": world / "predict.jsonl",
              "ledger": world / "run/privacy_ledger.jsonl", "safetensors": world / "tiny/model.safetensors",
              "bin": world / "tiny.bin",
-             "ours": world / "run/model.2.pt", "config": world / "tiny/config.json", "scores": world / "ref.txt"}
+             "ours": world / "run/model.2.pt", "config": world / "tiny/config.json", "scores": world / "ref.txt", "authors": folder / "sound.authors",
+             "webnlg": folder / "sound.webnlg"}
+    sound["authors"].write_text('{"author": "a", "content": "one two"}\n{"author": "b", "content": "x \\u00e9"}\n')
+    sound["webnlg"].write_text('{"entries": [{"1": {"category": "Food", "lexicalisations": [{"lex": "a", "comment": "good"'
+                               '}], "modifiedtripleset": [{"subject": "a", "property": "b", "object": "c"}]}}]}')
     names = {"config": "config.json", "safetensors": "x.safetensors", "bin": "x.bin", "ours": "model.2.pt"}
-    draw, count, refused = random.Random(seed), dict.fromkeys(sound, 0), dict.fromkeys(sound, 0)
-    end = time.monotonic() + seconds
+    count, refused = dict.fromkeys(sound, 0), dict.fromkeys(sound, 0)
+
+    def read(kind: str, content: bytes) -> None:
+        path = folder / names.get(kind, kind)
+        path.write_bytes(content)
+        count[kind] += 1
+        try:
+            read_scores(str(path), world) if kind == "scores" else read_everything(kind, str(path), world)
+        except cli.UserError:
+            refused[kind] += 1
+        except BaseException:
+            (folder / f"found.{kind}").write_bytes(content)
+            raise
+
+    end, round_seed = time.monotonic() + seconds, seed
     while time.monotonic() < end:
+        round_seed += 1
         for kind, source in sound.items():
-            path = folder / names.get(kind, kind)
-            content = spoil(draw, source.read_bytes())
-            path.write_bytes(content)
-            count[kind] += 1
-            try:
-                read_scores(str(path), world) if kind == "scores" else read_everything(kind, str(path), world)
-            except cli.UserError:
-                refused[kind] += 1
-            except BaseException:
-                (pathlib.Path(folder) / f"found.{kind}").write_bytes(content)
-                raise
+            whole = source.read_bytes()
+
+            @seeded(round_seed)
+            @settings(max_examples=10, deadline=None, database=None, report_multiple_bugs=False,
+                      phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
+            @given(strategies.randoms(use_true_random=False))
+            def spoil_and_read(draw: random.Random) -> None:
+                read(kind, spoil(draw, whole))
+
+            spoil_and_read()
     return {kind: (count[kind], refused[kind]) for kind in sound}
+
+
+def test_a_reader_that_breaks_is_found(world, tmp_path, monkeypatch):
+    """Negative control: a reader that does not expect a wrong type."""
+    import data_utils
+    monkeypatch.setattr(data_utils, "fail", lambda message: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        fuzz(world, tmp_path, 3, seed=0)
+    assert (tmp_path / "found.tokens").exists()
 
 
 def test_spoiled_files_are_read_or_refused(world, tmp_path):
