@@ -23,8 +23,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import peft_format
 from cli import UserError, atomic_write, fail
-from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig
+from model import MODEL_CARDS, SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
 
 PREFIX = "transformer."
 STEP_FILE = re.compile(r"model\.(\d+)\.pt")
@@ -41,7 +42,7 @@ def numbered_checkpoints(folder: str) -> list[tuple[int, str]]:
 
 
 def find_checkpoint(path: str, flag: str = "--init_checkpoint") -> str:
-    """The weight file that `path` names: itself, or a folder's newest model.{step}.pt, or Hugging Face's file in it."""
+    """The weight file that `path` names: itself, or a folder's newest model.{step}.pt, or PEFT's or Hugging Face's."""
     if os.path.isfile(path):
         return path
     if not os.path.isdir(path):
@@ -49,10 +50,10 @@ def find_checkpoint(path: str, flag: str = "--init_checkpoint") -> str:
     numbered = numbered_checkpoints(path)
     if numbered:
         return numbered[-1][1]
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in (*peft_format.WEIGHTS, "model.safetensors", "pytorch_model.bin"):
         if os.path.isfile(os.path.join(path, name)):
             return os.path.join(path, name)
-    fail(f"{flag} {path}: the folder holds no model.{{step}}.pt, model.safetensors or pytorch_model.bin")
+    fail(f"{flag} {path}: the folder holds no model.{{step}}.pt, model.safetensors, pytorch_model.bin or PEFT adapter")
 
 
 def read_file(path: str, flag: str = "--init_checkpoint") -> dict:
@@ -222,6 +223,8 @@ def load_model(init_checkpoint: str | None, model_card: str | None = None, lora_
 
     path = find_checkpoint(init_checkpoint, flag)
     content = read_file(path, flag)
+    if peft_format.is_adapter(path):
+        return load_adapter(path, content, config, lora_config, base_checkpoint, flag)
     ours = "model_state_dict" in content
     weights = canonical_weights(content, path, flag)
     base, step = None, 0
@@ -231,13 +234,7 @@ def load_model(init_checkpoint: str | None, model_card: str | None = None, lora_
             fail(f"--model_card {model_card}: {path} is of another shape ({describe(stored_config)})")
         config = stored_config
         if stored_lora.dim:
-            if lora_config is not None and lora_config.dim != stored_lora.dim:
-                fail(f"--lora_dim {lora_config.dim}: {path} holds adapters of rank {stored_lora.dim}; "
-                     f"give --lora_dim {stored_lora.dim}")
-            lora_config = lora_config or stored_lora
-            if (lora_config.alpha, lora_config.enable) != (stored_lora.alpha, stored_lora.enable):
-                fail(f"--lora_alpha {lora_config.alpha:g} with slots {list(lora_config.enable)}: {path} was "
-                     f"trained with {stored_lora.alpha:g} and {list(stored_lora.enable)}")
+            lora_config = agreed(lora_config, stored_lora, path)
     elif config is None:
         config = read_config(path, "--model_card not given, and beside " + flag)
     lora_config = lora_config or LoRAConfig()
@@ -257,6 +254,49 @@ def load_model(init_checkpoint: str | None, model_card: str | None = None, lora_
         model = build(config, lora_config, f"{flag} {path}")
     load_strictly(model, weights, path, flag)
     return Loaded(model, base, path, step)
+
+
+def agreed(given: LoRAConfig | None, stored: LoRAConfig, path: str) -> LoRAConfig:
+    """The adapter of a file, with `given`'s dropout; UserError where the flags speak of another."""
+    if given is None:
+        return stored
+    if given.dim != stored.dim:
+        fail(f"--lora_dim {given.dim}: {path} holds adapters of rank {stored.dim}; give --lora_dim {stored.dim}")
+    if (given.alpha, given.enable) != (stored.alpha, stored.enable):
+        fail(f"--lora_alpha {given.alpha:g} with slots {slots(given)}: {path} was trained with {stored.alpha:g} and "
+             f"{slots(stored)}; give these as --lora_alpha and --lora_target")
+    return given
+
+
+def slots(lora_config: LoRAConfig) -> str:
+    return " ".join(name for name, on in zip(SLOTS, lora_config.enable) if on) or "none"
+
+
+def load_adapter(path: str, content: dict, config: GPT2Config | None, lora_config: LoRAConfig | None,
+                 base_checkpoint: str | None, flag: str) -> Loaded:
+    """load_model() of PEFT's file `path` on the frozen weights of --base_checkpoint, or of where the adapter says."""
+    adapter = peft_format.read_adapter(path, flag)
+    if base_checkpoint is None and (adapter.base is None or not os.path.exists(adapter.base)):
+        fail(f"{flag} {path}: adapts {adapter.base or 'a model that it does not name'}, which is no file or folder "
+             "here; give --base_checkpoint")
+    base_path = find_checkpoint(base_checkpoint or adapter.base, "--base_checkpoint")
+    base_content = read_file(base_path, "--base_checkpoint")
+    base_weights = canonical_weights(base_content, base_path, "--base_checkpoint")
+    base = describe_base(base_path, base_weights)
+    if any("lora_" in name for name in base_weights):
+        fail(f"--base_checkpoint {base_path}: holds adapters, and {path} would come on top; merge them with "
+             "src/export.py first")
+    if adapter.fingerprint not in (None, base["fingerprint"]):
+        fail(f"--base_checkpoint {base_path}: not the file that {path} was trained on (its fingerprint differs)")
+    if config is None:
+        config = (stored_entries(base_content, base_path, "--base_checkpoint")[0] if "config" in base_content
+                  else read_config(base_path, "--model_card not given, and beside --base_checkpoint"))
+    stored, weights = peft_format.to_ours(adapter, content, config, lora_config, f"{flag} {path}")
+    lora_config = agreed(lora_config, stored, path)
+    with torch.random.fork_rng(devices=[]):
+        model = build(config, lora_config, f"{flag} {path}")
+    load_strictly(model, {**base_weights, **weights}, path, flag)
+    return Loaded(model, base, path)
 
 
 def build(config: GPT2Config, lora_config: LoRAConfig, where: str) -> GPT2LMModel:

@@ -1,20 +1,29 @@
-"""Write a model as a folder in Hugging Face's layout, adapters merged: config.json, model.safetensors, tokenizer files.
+"""Write a model for Hugging Face's libraries: whole, with the adapters merged, or the adapter alone for peft.
 
     python src/export.py --init_checkpoint trained_models/e2e --output exported --vocab vocab
+    python src/export.py --init_checkpoint trained_models/e2e --output adapter --format peft --base_name gpt2-medium
+
+merged  config.json and model.safetensors, for transformers' from_pretrained; --vocab adds the tokenizer's files.
+peft    adapter_config.json and adapter_model.safetensors, for peft's PeftModel.from_pretrained(base, folder).
 """
 
 import json
 import os
-import shutil
 import sys
 
 import safetensors.torch
 from torch import Tensor
 
 import loralib as lora
-from checkpoint import load_model
+import peft_format
+from checkpoint import Loaded, fingerprint, load_model
 from cli import Parser, atomic_write, fail, run_main
 from model import GPT2Config, GPT2LMModel
+from tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+
+WEIGHTS = {"merged": "model.safetensors", "peft": "adapter_model.safetensors"}
+# The tokenizer's files: ours, and Hugging Face's names for the same content.
+VOCABULARY = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
 
 
 def hugging_face_config(config: GPT2Config, end_of_text: int) -> dict:
@@ -28,38 +37,100 @@ def hugging_face_config(config: GPT2Config, end_of_text: int) -> dict:
     }
 
 
+def tokenizer_config(config: GPT2Config) -> dict:
+    """tokenizer_config.json. <|endoftext|> inside a text is the special token there, as with every GPT-2 of
+    transformers; for gpt2_encode.py it is text. All other texts get the same ids."""
+    return {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": config.n_positions,
+            "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+
+
+def base_weights(model: GPT2LMModel) -> dict[str, Tensor]:
+    """name -> float32 tensor, a view of the frozen weight; the head is the token embedding and is left out."""
+    return {name: value.detach() for name, value in model.named_parameters() if "lora_" not in name}
+
+
 def merged_weights(model: GPT2LMModel) -> dict[str, Tensor]:
-    """name -> float32 tensor, the adapters folded in; the head is the token embedding and is left out."""
+    """The same with the adapters folded in."""
     lora.merge(model)
-    weights = {name: value.detach().clone() for name, value in model.named_parameters() if "lora_" not in name}
+    weights = {name: value.clone() for name, value in base_weights(model).items()}
     lora.unmerge(model)
     return weights
 
 
+def name_base(loaded: Loaded, given: str | None) -> str:
+    """base_model_name_or_path: what --base_name says, else where the frozen weights lie, as a folder where transformers
+    would find them by it."""
+    if given is not None:
+        return given
+    if loaded.base is None:
+        fail(f"{loaded.path}: holds the frozen weights beside its adapters, so no file of them can be named; give "
+             "--base_name, or export --format merged")
+    folder, name = os.path.split(loaded.base["absolute"])
+    whole = name in ("model.safetensors", "pytorch_model.bin") and os.path.isfile(os.path.join(folder, "config.json"))
+    return folder if whole else loaded.base["absolute"]
+
+
+def write_json(path: str, content: dict) -> None:
+    with atomic_write(path) as handle:
+        json.dump(content, handle, indent=1, ensure_ascii=False)
+        handle.write("\n")
+
+
+def write_tokenizer(vocab: str, output: str, config: GPT2Config) -> None:
+    for name, target in VOCABULARY.items():
+        with open(os.path.join(vocab, name), "rb") as source:
+            content = source.read()
+        with atomic_write(os.path.join(output, target), "wb") as handle:
+            handle.write(content)
+    write_json(os.path.join(output, "tokenizer_config.json"), tokenizer_config(config))
+
+
+def open_vocabulary(folder: str, config: GPT2Config) -> Tokenizer:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        fail(f"--vocab {folder}: has {tokenizer.vocab_size} ids, the model {config.vocab_size}; give the model's own")
+    return tokenizer
+
+
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--init_checkpoint", required=True, help="a file or a training folder")
-    parser.add_argument("--model_card", help="needed where the checkpoint does not say its shape")
-    parser.add_argument("--base_checkpoint", help="the frozen weights under an adapter-only checkpoint, if they were moved")
-    parser.add_argument("--vocab", help="folder with encoder.json and vocab.bpe, written as vocab.json and merges.txt")
-    parser.add_argument("--output", required=True, help="folder to write; it must hold no model yet")
+    add = parser.add_argument
+    add("--init_checkpoint", required=True, help="a file or folder: a training's, Hugging Face's or PEFT's")
+    add("--model_card", help="needed where the checkpoint does not say its shape")
+    add("--base_checkpoint", help="the frozen weights under an adapter-only checkpoint, if not where it says")
+    add("--vocab", help="folder with encoder.json and vocab.bpe: adds the tokenizer's files")
+    add("--format", choices=tuple(WEIGHTS), default="merged", help="what to write (default merged)")
+    add("--base_name", metavar="NAME",
+        help="for peft: what the adapter names as its base, a name or a folder (default: where its frozen weights lie)")
+    add("--output", required=True, help="folder to write; it must hold no model yet")
     args = parser.parse_args(sys.argv[1:])
-    if os.path.exists(os.path.join(args.output, "model.safetensors")):
-        fail(f"--output {args.output}: holds a model.safetensors; choose another folder")
-    model = load_model(args.init_checkpoint, args.model_card, None, args.base_checkpoint).model
-    names = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
-    for name in names if args.vocab else ():
-        if not os.path.isfile(os.path.join(args.vocab, name)):
-            fail(f"--vocab {args.vocab}: holds no {name}")
+    if args.base_name is not None and args.format != "peft":
+        fail(f"--base_name {args.base_name}: means nothing with --format {args.format}")
+    for name in WEIGHTS.values():
+        if os.path.exists(os.path.join(args.output, name)):
+            fail(f"--output {args.output}: holds a {name}; choose another folder")
+    loaded = load_model(args.init_checkpoint, args.model_card, None, args.base_checkpoint)
+    model = loaded.model
+    tokenizer = open_vocabulary(args.vocab, model.config) if args.vocab else None
+    metadata = {"format": "pt"}
+    if args.format == "peft":
+        if not lora.adapted_layers(model):
+            fail(f"--format peft: {loaded.path} holds no adapter; leave --format out")
+        name, (config, weights) = peft_format.CONFIG, peft_format.from_ours(model, name_base(loaded, args.base_name))
+        metadata["base_fingerprint"] = fingerprint(base_weights(model))  # so that no other base is taken for it
+    else:
+        end_of_text = tokenizer.end_of_text if tokenizer else model.config.vocab_size - 1
+        name, config, weights = "config.json", hugging_face_config(model.config, end_of_text), merged_weights(model)
+
     os.makedirs(args.output, exist_ok=True)
-    for name, target in names.items() if args.vocab else ():
-        shutil.copyfile(os.path.join(args.vocab, name), os.path.join(args.output, target))
-    with atomic_write(os.path.join(args.output, "config.json")) as handle:
-        json.dump(hugging_face_config(model.config, model.config.vocab_size - 1), handle, indent=1)
-        handle.write("\n")
-    with atomic_write(os.path.join(args.output, "model.safetensors"), "wb") as handle:
-        handle.write(safetensors.torch.save(merged_weights(model), metadata={"format": "pt"}))
-    print(f"wrote {args.output}: {sum(p.numel() for p in model.parameters())} parameters")
+    if tokenizer:
+        write_tokenizer(args.vocab, args.output, model.config)
+    write_json(os.path.join(args.output, name), config)
+    # The weights come last: they make the folder whole.
+    with atomic_write(os.path.join(args.output, WEIGHTS[args.format]), "wb") as handle:
+        handle.write(safetensors.torch.save(weights, metadata=metadata))
+    print(f"wrote {args.output}: {sum(value.numel() for value in weights.values())} parameters"
+          + (f", to be put on {config['base_model_name_or_path']}" if args.format == "peft" else ""))
 
 
 if __name__ == "__main__":

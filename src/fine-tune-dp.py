@@ -53,8 +53,8 @@ def parse(argv: list[str]) -> Namespace:
     add = parser.add_argument
     add("--output_dir", required=True, help="folder of everything that the run writes")
     add("--model_name", default="gpt2", help=f"{', '.join(MODEL_NAMES)} (under pretrained_checkpoints/), a checkpoint "
-        "file, or a folder in Hugging Face's layout (default gpt2)")
-    add("--base_checkpoint", help="the frozen weights under an adapter-only --model_name, if they were moved")
+        "file, or a folder of a run, of Hugging Face's or PEFT's (default gpt2)")
+    add("--base_checkpoint", help="the frozen weights under an adapter-only --model_name, if not where it says")
     add("--train_file", default=os.path.join(ROOT, "data", "reddit", "train.jsonl"),
         help="JSON lines with an author and a content (default data/reddit/train.jsonl of the repository)")
     add("--eval_file", help="held-out texts in the same form; without it, authors of --train_file are held out")

@@ -97,8 +97,9 @@ def parse_flags() -> Flags:
     add("--min_length", type=int, default=0, help="no EOS before so many tokens")
     add("--model_card", help="gpt2.sm, gpt2.md, gpt2.lg, gpt2.xl, or a folder or file with config.json; "
                              "default: the checkpoint's shape")
-    add("--init_checkpoint", required=True, help="weight file, or a folder: its newest model.{step}.pt")
-    add("--base_checkpoint", help="the frozen weights under an adapter-only checkpoint, where they have moved")
+    add("--init_checkpoint", required=True,
+        help="weight file, or a folder: its newest model.{step}.pt, PEFT's or Hugging Face's file")
+    add("--base_checkpoint", help="the frozen weights under an adapter-only checkpoint, if not where it says")
     add("--platform", default="local", help="local or k8s")
     add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
     add("--lora_dim", type=int, help="adapter's rank; default: the checkpoint's, with which it must agree")

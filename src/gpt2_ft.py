@@ -41,8 +41,9 @@ def parse(argv: list[str]) -> Namespace:
     add("--clip", type=float, default=0.0, help="bound on the norm of the released gradient; 0 = none")
     add("--seq_len", type=int, default=512, help="longest example in tokens; longer ones are cut")
     add("--model_card", default="gpt2.md", help=f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout")
-    add("--init_checkpoint", help="weights to start from: a file, or a folder (its newest model.{step}.pt)")
-    add("--base_checkpoint", help="the frozen weights under an adapter-only --init_checkpoint, if they were moved")
+    add("--init_checkpoint",
+        help="weights to start from: a file, or a folder (its newest model.{step}.pt, PEFT's or Hugging Face's file)")
+    add("--base_checkpoint", help="the frozen weights under an adapter-only --init_checkpoint, if not where it says")
     add("--fp16", action="store_true", help="refused: use --bf16")
     add("--platform", default="local", help="local (the launcher's environment, or one process) or k8s (Open MPI's)")
     add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")

@@ -34,9 +34,12 @@ class GPT2Config:
         return self.n_inner or 4 * self.n_embd
 
 
+SLOTS = ("query", "key", "value")  # the parts of the fused projection, in its order
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
-    """The adapter of every layer's fused query, key, value projection; dim 0 means none."""
+    """The adapter of every layer's fused projection, a product for each enabled part of SLOTS; dim 0 means none."""
 
     dim: int = 0
     alpha: float = 128.0

@@ -15,13 +15,13 @@ import checkpoint
 import training
 from cli import UserError, fail
 from distributed import World
+from model import SLOTS
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, Ordinary
 from privacy.ledger import FILE_NAME, Ledger, read_ledger
 from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
 from run_log import WorkDir
 
-SLOTS = ("query", "key", "value")
 # Padded tokens of a micro-batch where --micro_batch_tokens is not given; measured in scripts/benchmark_training.py.
 DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Settings that change how a run goes about its work, not what it computes: a resumed run may differ in them.

@@ -99,11 +99,18 @@ def world(tmp_path_factory) -> pathlib.Path:
     torch.save({**weights, "h.9.ln_1.weight": torch.ones(16)}, root / "unknown.bin")
     torch.save({**weights, "wte.weight": torch.ones(60, 17)}, root / "shape.bin")
     torch.save([1, 2], root / "list.bin")
+    for name, content in {"dora": {"peft_type": "LORA", "use_dora": True}, "loha": {"peft_type": "LOHA"},
+                          "no_base": {"peft_type": "LORA", "base_model_name_or_path": "gpt2"}}.items():
+        (root / name).mkdir()
+        (root / name / "adapter_config.json").write_text(json.dumps(content))
+        (root / name / "adapter_model.safetensors").write_bytes(whole)
     with open(root / "malicious.bin", "wb") as handle:
         pickle.dump({"wte.weight": Malicious(str(root / "executed"))}, handle)
     with zipfile.ZipFile(root / "malicious_zip.bin", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(Malicious(str(root / "executed"))))
         archive.writestr("archive/version", "3\n")
+    (root / "evil_adapter").mkdir()
+    (root / "evil_adapter/adapter_model.bin").write_bytes((root / "malicious.bin").read_bytes())
     for name, content in {"not_json": "{", "a_list": "[]", "no_layers": '{"n_embd": 16}',
                           "heads": json.dumps({"vocab_size": 60, "n_positions": 48, "n_embd": 16, "n_layer": 2,
                                                "n_head": 3}),
@@ -163,7 +170,8 @@ WEIGHTS = {name: (TRAIN, training(init_checkpoint=f"@{name}"), words) for name, 
     "list.bin": ["list.bin", "holds a list"], "lacks.bin": ["lacks.bin", "lacks"], "unknown.bin": ["h.9.ln_1.weight"],
     "shape.bin": ["shape.bin", "another shape", "(60, 17)"], "malicious.bin": ["malicious.bin", "refused"],
     "malicious_zip.bin": ["malicious_zip.bin", "refused"], "other": ["other", "another shape"],
-    "train.jsonl": ["train.jsonl"]}.items()}
+    "dora": ["adapter_config.json", "use_dora"], "loha": ["peft_type is 'LOHA'"], "evil_adapter": ["refused"],
+    "no_base": ["adapts gpt2", "--base_checkpoint"], "train.jsonl": ["train.jsonl"]}.items()}
 
 CARDS = {name: (TRAIN, training(model_card=f"@{name}"), words) for name, words in {
     "absent_card": ["--model_card", "absent_card"], "folder": ["--model_card", "config.json"],
@@ -324,6 +332,15 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (BEAM, search.replace("@run", "@tiny.bin") + " --hyperparam", ["--hyperparam"]),
     (BEAM, search.replace("@new", "@e2e.txt"), ["--work_dir", "e2e.txt"]),
     (BEAM, search + " --base_checkpoint @other", ["--base_checkpoint"]),
+    (EXPORT, "--init_checkpoint @absent --output @new", ["--init_checkpoint", "absent"]),
+    (EXPORT, "--init_checkpoint @malicious.bin --output @new", ["refused"]),
+    (EXPORT, "--init_checkpoint @run --output @tiny", ["--output", "model.safetensors"]),
+    (EXPORT, "--init_checkpoint @run --output @new --vocab @vocab", ["--vocab", "258 ids"]),
+    (EXPORT, "--init_checkpoint @run --output @new --vocab @folder", ["--vocab", "encoder.json"]),
+    (EXPORT, "--init_checkpoint @run --output @new --format onnx", ["--format", "onnx"]),
+    (EXPORT, "--init_checkpoint @run --output @new --base_name gpt2", ["--base_name gpt2"]),
+    (EXPORT, "--init_checkpoint @run --output @e2e.txt", ["e2e.txt"]),
+    (EXPORT, "--init_checkpoint @tiny --output @new --format peft", ["--format peft", "no adapter"]),
     (REPORT, "@absent", ["absent"]), (REPORT, "@folder", ["folder"]),
     (REPORT, "@damaged_run", ["privacy_ledger.jsonl:1: damaged"]),
     (REPORT, "@train.jsonl", ["train.jsonl:1"]), (REPORT, "@torn_only", ["privacy_ledger.jsonl"]),
@@ -375,7 +392,8 @@ def test_the_sound_files_are_sound(world, tmp_path):
                          (REPORT, "--plan 100 10 1 --sigma 1 --delta 1e-5"),
                          (ENCODE, f"--vocab @vocab --input @formatted.jsonl --output {tmp_path}/encoded"),
                          (DECODE, decode.replace("@new", f"{tmp_path}/decoded")),
-                         (BEAM, search.replace("@new", str(tmp_path / "beam")))):
+                         (BEAM, search.replace("@new", str(tmp_path / "beam"))),
+                         (EXPORT, f"--init_checkpoint @run --output {tmp_path}/export --format peft")):
         run = server().start(script, of(line)(world), cwd=tmp_path)
         assert run.wait() == 0, run.stderr
 

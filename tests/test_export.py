@@ -1,0 +1,108 @@
+"""The folder that src/export.py writes, opened by transformers: weights, configuration, tokenizer."""
+
+import json
+import pathlib
+import random
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+from small_runs import server
+from test_peft_format import export
+
+from checkpoint import load_model, save_checkpoint
+from model import GPT2Config, GPT2LMModel, LoRAConfig
+from tokenizer import END_OF_TEXT, load_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' remarks on itself
+
+DEMO = ROOT / "vocab" / "demo"
+TEXTS = ["", " ", "name : The Vaults | Type : pub | price : more than £ 30\n\n", "  two spaces,\ttab\r\nand ends  ",
+         "it's they'll", "café 北京 🙂 ǅ", "\ufeff\u2028 \u00a0", "x" * 500, "1234567 3.14 v1.2"]
+
+
+def write_run(folder: pathlib.Path, vocabulary: int, inner: int | None = None) -> GPT2LMModel:
+    """A whole model with adapters, as a training from random weights leaves it; every parameter random."""
+    config = GPT2Config(16, 2, 2, vocab_size=vocabulary, n_positions=40, n_inner=inner, layer_norm_epsilon=1e-4)
+    model, generator = GPT2LMModel(config, LoRAConfig(2, 8.0, 0.1)), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.freeze_for_training()
+    folder.mkdir()
+    save_checkpoint(str(folder), 1, model, None, {})
+    return model.eval()
+
+
+@pytest.mark.parametrize("inner", [None, 24])
+def test_transformers_finds_every_weight_and_gives_the_same_logits(inner, tmp_path):
+    model = write_run(tmp_path / "run", 61, inner)
+    folder = export(tmp_path / "run", tmp_path / "out")
+    theirs, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(theirs, transformers.GPT2LMHeadModel) and theirs.dtype == torch.float32
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(isinstance(module, torch.nn.Dropout) and module.p for module in theirs.modules())
+    assert theirs.config.eos_token_id == 60 and theirs.config.n_inner == inner
+    ids = torch.randint(0, 61, (3, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        mine, other, exact = model(ids), theirs.eval()(ids).logits, theirs.double()(ids).logits
+    error = (other - exact).abs().max()
+    assert error < 1e-5 * exact.abs().max() and (mine - exact).abs().max() <= 8 * error
+    back = load_model(str(folder)).model  # and here it is the merged model, bit for bit
+    assert back.lora_config.dim == 0
+    torch.testing.assert_close(back(ids), mine, rtol=1e-5, atol=float(8 * error))
+
+
+@pytest.mark.parametrize("which", ["demo", "GPT-2's own"])
+@pytest.mark.parametrize("form", ["merged", "peft"])
+def test_the_tokenizer_gives_our_ids(which, form, tmp_path, request):
+    vocab = DEMO if which == "demo" else request.getfixturevalue("shared") / "vocab"
+    ours = load_tokenizer(str(vocab))
+    write_run(tmp_path / "run", ours.vocab_size)
+    base = ["--base_name", "x"] if form == "peft" else []
+    folder = export(tmp_path / "run", tmp_path / "out", "--vocab", vocab, "--format", form, *base)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    lines = (ROOT / "data" / "demo" / "test.txt").read_text(encoding="utf-8").splitlines()[:100]
+    draw = random.Random(0)
+    noise = ["".join(chr(draw.choice([draw.randrange(32, 127), draw.randrange(0xA0, 0x2FFF)])) for _ in range(40))
+             for _ in range(100)]
+    for text in [*TEXTS, *lines, *noise]:
+        ids = ours.encode(text)
+        assert theirs(text).input_ids == ids, text
+        assert theirs.decode(ids) == ours.decode(ids) == text
+    assert len(theirs) == ours.vocab_size and theirs.model_max_length == 40
+    assert theirs.eos_token_id == theirs.bos_token_id == ours.end_of_text
+    assert theirs.convert_ids_to_tokens(ours.end_of_text) == END_OF_TEXT
+
+
+def test_generation_ends_where_the_vocabulary_says(tmp_path):
+    """The end of text need not be the last id: it is that of --vocab."""
+    vocabulary = json.loads((DEMO / "encoder.json").read_text(encoding="utf-8"))
+    last = max(vocabulary, key=vocabulary.get)
+    other = next(name for name, number in vocabulary.items() if number == 300)
+    vocabulary[last], vocabulary[other] = 300, vocabulary[last]
+    (tmp_path / "vocab").mkdir()
+    (tmp_path / "vocab" / "encoder.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (tmp_path / "vocab" / "vocab.bpe").write_bytes((DEMO / "vocab.bpe").read_bytes())
+    write_run(tmp_path / "run", len(vocabulary))
+    folder = export(tmp_path / "run", tmp_path / "out", "--vocab", tmp_path / "vocab")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert model.generation_config.eos_token_id == theirs.eos_token_id == 300
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(100 * model.transformer.wte.weight[300])  # it wants to end at once
+    generated = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert generated.tolist() == [[1, 2, 3, 300]]
+
+
+def test_a_killed_export_is_not_taken_for_a_whole_one(tmp_path):
+    """The weights come last; an export into what a kill left behind succeeds."""
+    write_run(tmp_path / "run", 61)
+    kill = ["signal", {"point": "safetensors.torch:save", "when": "before", "nth": 1}]
+    arguments = ["--init_checkpoint", tmp_path / "run", "--output", tmp_path / "out"]
+    assert server().start("src/export.py", arguments, faults=[kill]).wait() == -9
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".partial"] == ["config.json"]
+    export(tmp_path / "run", tmp_path / "out")
+    assert load_model(str(tmp_path / "out")).model.config.vocab_size == 61
