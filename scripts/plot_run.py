@@ -1,6 +1,10 @@
-"""Plot runs from their metrics.jsonl: training and validation loss, and the privacy spent, against steps.
+"""Draw runs over each other from their metrics.jsonl: training and validation loss, privacy spent, gradient norms.
 
     python scripts/plot_run.py trained_models/a trained_models/b --out runs.png
+
+The gradient's norm is that of the released, noisy gradient (what may be shown at no cost in privacy); the dashed line
+beside it is what the noise alone would give. Where the two run together, a step carries hardly any signal.
+A run that is still going can be drawn. Of steps that a resumed run did again, those count that its model came from.
 """
 
 import json
@@ -13,57 +17,123 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cli import Parser, atomic_write, fail, read_lines, run_main
 
+PANELS = {"loss": "training loss [nats per scored token]", "valid_loss": "validation loss [nats per scored token]",
+          "epsilon": "epsilon spent (PRV upper bound)", "grad_norm": "norm of the released gradient"}
+FORMATS = (".png", ".pdf", ".svg")
+
 
 def read_metrics(folder: str) -> list[dict]:
-    """The records of a run's metrics.jsonl."""
-    path, records = os.path.join(folder, "metrics.jsonl"), []
-    for number, line in read_lines(path):
+    """What a run knows of each step that it logged: the records of its metrics.jsonl, merged by step."""
+    path = os.path.join(folder, "metrics.jsonl")
+    lines, points = list(read_lines(path)), {}
+    for number, line in lines:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            fail(f"{path}:{number}: not an object with a step; is this a run's metrics.jsonl?")
-        records.append(record)
-    if not records:
+            if number == len(lines) > 1:
+                break  # a line that is being written, or that a kill cut short
+            fail(f"{path}:{number}: not a line of JSON; is this a run's metrics.jsonl?")
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            fail(f"{path}:{number}: has no whole number as step; is this a run's metrics.jsonl?")
+        points = {step: point for step, point in points.items() if step <= record["step"]}
+        known = {name: value for name, value in record.items() if value is not None}
+        points.setdefault(record["step"], {}).update(known)
+    if not points:
         fail(f"{path}: is empty; the run has logged nothing yet")
-    return records
+    return list(points.values())
 
 
-def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of the records that have a number under `name`."""
-    having = [record for record in records if isinstance(record.get(name), (int, float))]
-    return [record["step"] for record in having], [record[name] for record in having]
+def read_delta(folder: str) -> float | None:
+    """The delta of the run's epsilon; None where its args.json does not say."""
+    try:
+        with open(os.path.join(folder, "args.json"), encoding="utf-8") as handle:
+            return json.load(handle)["delta"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def draw(runs: dict[str, list[dict]], path: str) -> None:
-    figure, (losses, privacy) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for index, (name, records) in enumerate(runs.items()):
-        colour = f"C{index}"
-        losses.plot(*series(records, "loss"), color=colour, alpha=0.6, label=f"{name}, training")
-        losses.plot(*series(records, "valid_loss"), color=colour, marker="o", linestyle="--", label=f"{name}, held out")
-        steps, epsilons = series(records, "epsilon")
-        if steps:
-            privacy.plot(steps, epsilons, color=colour, label=f"{name} (PRV upper bound)")
-    losses.set(title="loss", xlabel="step", ylabel="nats a token")
-    privacy.set(title="privacy spent", xlabel="step", ylabel="epsilon", ylim=(0, None))
-    for axes in (losses, privacy):
-        if axes.lines:
-            axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
-    with atomic_write(path, "wb") as handle:
-        figure.savefig(handle, format="png", dpi=110)
+def series(points: list[dict], name: str, against: str) -> tuple[list[float], list[float]]:
+    """(places, values) of the points that have a number under `name`."""
+    having = [point for point in points if all(type(point.get(key)) in (int, float) for key in (name, against))]
+    return [point[against] for point in having], [point[name] for point in having]
+
+
+def label_runs(folders: list[str]) -> list[str]:
+    """The names of folders, different absolute paths: their last parts, as many as tell all of them apart."""
+    parts = [folder.split(os.sep) for folder in folders]
+    depth = 1
+    while len({tuple(part[-depth:]) for part in parts}) < len(parts):
+        depth += 1
+    return [os.sep.join(part[-depth:]) for part in parts]
+
+
+def draw(runs: dict[str, list[dict]], deltas: set[float | None], against: str) -> plt.Figure:
+    """One panel for each of PANELS that any run has numbers for, one colour for each run."""
+    shown = [name for name in PANELS if any(series(points, name, against)[0] for points in runs.values())]
+    rows, columns = (2, 2) if len(shown) == 4 else (1, max(1, len(shown)))
+    figure, grid = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.7 * rows + 0.5), layout="constrained",
+                                squeeze=False, sharex=True)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    palette = plt.get_cmap("tab10" if len(runs) <= 10 else "turbo")
+    colours = [palette(i if len(runs) <= 10 else i / (len(runs) - 1)) for i in range(len(runs))]
+    for axes, name in zip(grid.flat, shown):
+        for colour, points in zip(colours, runs.values()):
+            places, values = series(points, name, against)
+            marker = "o" if len(places) <= 25 else ""
+            axes.plot(places, values, color=colour, linewidth=1.4, marker=marker, markersize=3.5)
+            if name == "grad_norm":
+                places, noise = series(points, "noise_norm", against)
+                if any(noise):
+                    darker = [0.6 * part for part in colour[:3]]  # and above: it shows where the two run together
+                    axes.plot(places, noise, color=darker, linewidth=1.2, linestyle="--", zorder=3)
+        axes.set_title(PANELS[name], fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if name == "epsilon":
+            axes.set_ylim(0, None)
+            if len(deltas) == 1 and None not in deltas:
+                axes.set_title(f"{PANELS[name]}, delta {min(deltas):g}", fontsize=10)
+        if name == "grad_norm":
+            values = [value for line in axes.lines for value in line.get_ydata()]
+            if max(values) > 5 * min(values) > 0:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(NullFormatter())
+            if any(line.get_linestyle() == "--" for line in axes.lines):
+                axes.legend([Line2D([], [], color="0.3", linestyle="--")], ["noise alone"], fontsize=8, frameon=False)
+    for axes in grid[-1]:
+        axes.set_xlabel("seconds of training" if against == "seconds" else against)
+    handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours]
+    figure.legend(handles, list(runs), loc="outside upper center", ncols=min(len(runs), 2 * columns), fontsize=9,
+                  frameon=False)
+    return figure
 
 
 def main() -> None:
-    parser = Parser(description="plot runs from their metrics.jsonl")
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="folders of runs")
-    parser.add_argument("--out", default="runs.png", help="PNG to write (default runs.png)")
+    parser.add_argument("--against", choices=("step", "epoch", "seconds"), default="step",
+                        help="the horizontal axis (default step)")
+    parser.add_argument("--out", default="runs.png", help=f"file to write: {', '.join(FORMATS)} (default runs.png)")
     args = parser.parse_args()
-    draw({os.path.basename(os.path.normpath(run)): read_metrics(run) for run in args.runs}, args.out)
+    form = os.path.splitext(args.out)[1].lower()
+    if form not in FORMATS:
+        fail(f"--out {args.out}: expected a name that ends in {', '.join(FORMATS)}")
+    if not os.path.isdir(os.path.dirname(args.out) or "."):
+        fail(f"--out {args.out}: there is no folder {os.path.dirname(args.out)}; make it first")
+    folders = list(dict.fromkeys(map(os.path.abspath, args.runs)))
+    runs = dict(zip(label_runs(folders), map(read_metrics, folders)))
+    private = [any(type(point.get("epsilon")) in (int, float) for point in points) for points in runs.values()]
+    deltas = {read_delta(folder) for folder, is_private in zip(folders, private) if is_private}
+    figure = draw(runs, deltas, args.against)
+    with atomic_write(args.out, "wb") as handle:
+        figure.savefig(handle, format=form[1:], dpi=120)
     print(f"plot: {args.out}")
 
 

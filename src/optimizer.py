@@ -65,6 +65,15 @@ class FlatParameters:
                 parameter.requires_grad_(True)
 
 
+def norm(values: Tensor) -> Tensor:
+    """Euclidean norm of values (P,), a float64 scalar.
+
+    In pieces, since on a CPU torch's norm of 124 M float32 at once came out 1.3 % wrong.
+    """
+    chunks = values.split(CACHE_CHUNK if values.device.type == "cpu" else len(values))
+    return torch.stack([torch.linalg.vector_norm(chunk) for chunk in chunks]).double().norm()
+
+
 class AdamW:
     """AdamW as in the published code: eps stands beside the uncorrected sqrt(v), the decay comes after the update.
 

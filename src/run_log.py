@@ -1,7 +1,9 @@
-"""What a run leaves behind beside its weights: args.json, metrics.jsonl, privacy.json, the lock; and what it shows meanwhile."""
+"""What a run leaves behind beside its weights: args.json, metrics.jsonl, event files, privacy.json, the lock; and what
+it shows meanwhile."""
 
 import fcntl
 import json
+import math
 import os
 import socket
 import sys
@@ -17,7 +19,7 @@ class WorkDir:
     """A run's folder, held by one run at a time."""
 
     def __init__(self, path: str, must_exist: bool = False, flag: str = "--work_dir"):
-        self.path = path
+        self.path, self.board = path, None
         if must_exist and not os.path.isdir(path):
             fail(f"--resume: {flag} {path} does not exist, there is nothing to continue")
         try:
@@ -55,6 +57,16 @@ class WorkDir:
             fail(f"{path}: damaged, wanted a JSON object; restore it or start in a new folder")
         return content
 
+    def open_board(self, done: int) -> None:
+        """From now on append_metrics() writes TensorBoard's event files, too. What a killed attempt wrote of steps
+        after `done` gives way to the steps done again."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and the package need not be there
+        except ImportError as error:
+            fail(f"--tensorboard: the package tensorboard does not work ({error}); install it anew, or leave the flag "
+                 "out")
+        self.board = SummaryWriter(self.file("tensorboard"), purge_step=done + 1)
+
     def append_metrics(self, record: dict) -> None:
         """Append one line to metrics.jsonl: a log line or an evaluation. A line that a kill cut short is dropped."""
         path, line = self.file("metrics.jsonl"), json.dumps(record, allow_nan=False).encode() + b"\n"
@@ -62,6 +74,11 @@ class WorkDir:
             with open(path, "ab+") as handle:
                 self.drop_torn_line(handle)
                 handle.write(line)
+            if self.board is not None:
+                for name, value in record.items():
+                    if name != "step" and isinstance(value, (int, float)):
+                        self.board.add_scalar(name, value, record["step"])
+                self.board.flush()  # a line on the disk is an event on the disk
         except OSError as error:
             fail(f"{path}: {error.strerror}; the last checkpoint is intact: make room and --resume")
 
@@ -109,19 +126,24 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self.loss, self.units, self.tokens, self.texts, self.start = 0.0, 0.0, 0.0, 0.0, time.monotonic()
+        self.steps, self.start = 0, time.monotonic()
+        self.loss, self.units, self.tokens, self.texts, self.grad_norm = 0.0, 0.0, 0.0, 0.0, 0.0
 
-    def add(self, loss: float, units: float, tokens: float, texts: float) -> None:
+    def add(self, loss: float, units: float, tokens: float, texts: float, grad_norm: float) -> None:
+        self.steps += 1
         self.loss += loss
         self.units += units
         self.tokens += tokens
         self.texts += texts
+        self.grad_norm += grad_norm
 
     def read(self, unit: str) -> dict:
-        """Mean loss of a unit (None where none was drawn), units, texts and real tokens a second; starts anew."""
+        """Mean loss of a unit (None where none was drawn), units, texts and real tokens a second, mean norm of a step's
+        released gradient before --clip (None where it is not finite, or there was no step); starts anew."""
         seconds = max(time.monotonic() - self.start, 1e-9)
+        grad_norm = self.grad_norm / self.steps if self.steps else math.nan
         reading = {"loss": self.loss / self.units if self.units else None,
                    f"{unit}s_per_s": self.units / seconds, "texts_per_s": self.texts / seconds,
-                   "tokens_per_s": self.tokens / seconds}
+                   "tokens_per_s": self.tokens / seconds, "grad_norm": grad_norm if math.isfinite(grad_norm) else None}
         self.reset()
         return reading

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from run_log import WorkDir
 DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Settings that change how a run goes about its work, not what it computes: a resumed run may differ in them.
 FREE = ("resume", "resume_changed", "log_interval", "eval_interval", "save_interval", "valid_batch_size", "grad_engine",
-        "micro_batch_tokens", "collective_timeout", "local_rank", "work_dir", "platform",
+        "micro_batch_tokens", "collective_timeout", "local_rank", "work_dir", "platform", "tensorboard",
         # of fine-tune-dp.py; its data and vocabulary are compared by their digests, wherever the files lie
         "resume_from_checkpoint", "logging_steps", "eval_strategy", "eval_steps", "save_steps", "log_level", "disable_tqdm",
         "dry_run", "output_dir", "cache_dir", "train_file", "eval_file", "vocab", "without_effect")
@@ -72,6 +73,8 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
                        help="settings in which the resumed run may differ from the folder's (world_size, lr, ...)")
     group.add_argument("--lora_target", nargs="+", choices=SLOTS, default=("query", "value"),
                        help="parts of the fused projection that get an adapter (default query value)")
+    group.add_argument("--tensorboard", action="store_true",
+                       help="write event files into the work folder's tensorboard/; needs the package tensorboard")
     group.add_argument("--collective_timeout", type=float, default=600, metavar="SECONDS",
                        help="how long ranks wait for one another before the job ends (default 600)")
 
@@ -132,6 +135,8 @@ def check_shared_flags(args: argparse.Namespace) -> None:
         fail(f"--micro_batch_tokens {args.micro_batch_tokens}: expected at least 1")
     if not 0 < args.collective_timeout < math.inf:
         fail(f"--collective_timeout {args.collective_timeout:g}: expected seconds above 0")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        fail("--tensorboard: the package tensorboard is not installed; pip install tensorboard, or leave the flag out")
     if args.resume_changed and not args.resume:
         fail("--resume_changed: means nothing without --resume")
 
@@ -262,6 +267,8 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
             done, before = training.resume(work_dir, model, optimizer)
             if ledger is not None:
                 check_ledger_is_whole(work, ledger, done)
+        if args.tensorboard and work is not None:
+            work.open_board(done)
         plan = PrivacyPlan(settings, world, ledger, done)
         disclosed = [*DISCLOSED, *disclosed, *earlier_run(loaded.path, work_dir)]
         engine = build_engine(args.grad_engine, model, flat, plan, request.smoothing)

@@ -21,7 +21,7 @@ from cli import UserError, fail
 from distributed import World
 from losses import MicroBatch, token_losses
 from model import GPT2LMModel
-from optimizer import AdamW, FlatParameters
+from optimizer import AdamW, FlatParameters, norm
 from privacy.plan import PrivacyPlan
 from run_log import Display, Meter, WorkDir
 
@@ -181,13 +181,13 @@ class Trainer:
         flat.extra.copy_(torch.tensor([0.0, len(drawn), tokens, texts, asked]))
         flat.extra[0] = loss
         grad = self.plan.release(flat.sums, flat.size)
-        lr = options.lr(self.done)
+        lr, grad_norm = options.lr(self.done), norm(grad)
         if options.clip > 0:
-            grad.mul_((options.clip / grad.norm()).clamp(max=1.0))
+            grad.mul_((options.clip / grad_norm).clamp(max=1.0))
         self.optimizer.step(grad, lr)
         self.done += 1
         total, units, tokens, texts, asked = flat.extra.tolist()
-        self.meter.add(total, units, tokens, texts)
+        self.meter.add(total, units, tokens, texts, grad_norm.item())
         self.total_loss += total
         self.total_units += units
         if not math.isfinite(flat.data.sum().item()):  # the same bits on every rank: all of them stop
@@ -221,7 +221,9 @@ class Trainer:
             return
         reading = self.meter.read(self.plan.settings.unit)
         prv, rdp = self.plan.epsilon()
-        record = {**self.head(), **reading, "epsilon": finite(prv), "epsilon_rdp": finite(rdp)}
+        # The norm is of what was released and costs no privacy; one of units, or of their sum before the noise, would.
+        record = {**self.head(), **reading, "noise_norm": self.plan.noise_norm(self.flat.size), "epsilon": finite(prv),
+                  "epsilon_rdp": finite(rdp)}
         self.work.append_metrics(record)
         loss = reading["loss"]
         shown = {"loss": "-" if loss is None else f"{loss:.4f}", "ppl": "-" if loss is None else f"{math.exp(min(loss, 700)):.2f}",

@@ -172,6 +172,11 @@ class PrivacyPlan:
         self.open = None
         return sums[:coordinates].div_(self.settings.batch)
 
+    def noise_norm(self, coordinates: int) -> float:
+        """Root mean square norm of the noise alone in a released gradient: sigma C sqrt(P)/B; 0 without privacy."""
+        settings = self.settings
+        return settings.sigma * settings.clip * math.sqrt(coordinates) / settings.batch
+
     # ---------------------------------------------------------------- what was spent
 
     def epsilon(self, delta: float | None = None) -> tuple[float, float]:
