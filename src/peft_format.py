@@ -72,9 +72,10 @@ def read_adapter(path: str, flag: str) -> Adapter:
             content = json.load(handle)
         except (ValueError, RecursionError) as error:
             fail(f"{flag} {file}: not JSON ({error})")
-    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
-        fail(f"{flag} {file}: peft_type is {content.get('peft_type')!r}, wanted 'LORA'" if isinstance(content, dict)
-             else f"{flag} {file}: holds a {type(content).__name__}, wanted PEFT's adapter configuration")
+    if not isinstance(content, dict):
+        fail(f"{flag} {file}: holds a {type(content).__name__}, wanted PEFT's adapter configuration")
+    if content.get("peft_type") != "LORA":
+        fail(f"{flag} {file}: peft_type is {content.get('peft_type')!r}, wanted 'LORA'")
     for name, value in content.items():
         if name not in UNDERSTOOD and value not in (None, False, "none", [], {}):
             fail(f"{flag} {file}: {name} is {str(value)[:60]}; wanted plain LoRA without it: merge the adapter into "
@@ -86,7 +87,7 @@ def read_adapter(path: str, flag: str) -> Adapter:
     r, alpha, dropout = content.get("r", 8), content.get("lora_alpha", 8), content.get("lora_dropout", 0.0)
     base, rslora = content.get("base_model_name_or_path"), content.get("use_rslora", False)
     for name, value, sound in (("r", r, type(r) is int and r > 0),
-                               ("lora_alpha", alpha, type(alpha) in (int, float) and 0 < alpha < math.inf),
+                               ("lora_alpha", alpha, type(alpha) in (int, float) and 0 < alpha < 1e30),
                                ("lora_dropout", dropout, type(dropout) in (int, float) and 0 <= dropout < 1),
                                ("use_rslora", rslora, type(rslora) is bool),
                                ("base_model_name_or_path", base, base is None or isinstance(base, str))):

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 
+import author_runs
 import peft
 import pytest
 import safetensors
@@ -162,6 +163,16 @@ def test_a_trained_run_goes_out_and_is_trained_further_from_peft(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_author_level_training_goes_on_from_an_adapter(tmp_path):
+    author_runs.train(author_runs.flags(tmp_path / "run"))
+    export(tmp_path / "run", tmp_path / "adapter", "--format", "peft")
+    for start in ("run", "adapter"):
+        author_runs.train(author_runs.flags(tmp_path / f"from_{start}", model_name=tmp_path / start, max_steps=2))
+    assert equal(weights(tmp_path / "from_run", 2), weights(tmp_path / "from_adapter", 2))
+    run = author_runs.start(author_runs.flags(tmp_path / "new", model_name=tmp_path / "adapter", lora_dim=3))[0]
+    assert run.wait() == 2 and "--lora_dim 3" in run.error and "rank 2" in run.error
+
+
 # ------------------------------------------------------------------ in
 
 
@@ -285,6 +296,7 @@ def test_what_cannot_be_represented_is_refused_by_name(options, word, base, tmp_
     ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"), ({"r": 3}, "lora_A.weight is (4, 12)"), ({"r": "4"}, "r is '4'"),
     ({"r": 0}, "r is 0"), ({"r": True}, "r is True"), ({"lora_alpha": None}, "lora_alpha is None"),
     ({"lora_alpha": float("nan")}, "lora_alpha is nan"), ({"lora_dropout": 1}, "lora_dropout is 1"),
+    ({"lora_alpha": 10**400}, "lora_alpha is 1"),
     ({"use_rslora": "yes"}, "use_rslora is 'yes'"), ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3"),
     ({"some_later_option": {"on": True}}, "some_later_option"), ({"init_lora_weights": 1}, "init_lora_weights is 1")])
 def test_a_damaged_configuration(change, word, base, tmp_path):
