@@ -9,6 +9,7 @@ import contextlib
 import atexit
 import datetime
 import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -87,6 +88,12 @@ class World:
         mistake = UserError(messages[first] if first == 0 else f"rank {first}: {messages[first]}")
         mistake.on_every_rank = True
         raise mistake from error
+
+    def peak_memory(self) -> int:
+        """The most bytes that a rank has used so far: allocated on its GPU, or resident where it has none. Collective."""
+        if self.device.type == "cuda":
+            return max(self.gather(torch.cuda.max_memory_allocated(self.device)))
+        return max(self.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))  # Linux counts in KiB
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():

@@ -295,7 +295,7 @@ def contributions(train: AuthorTexts, trainer: Trainer, resumed: bool, world: Wo
     }
 
 
-def table(args: Namespace, trainer: Trainer, summary: dict) -> str:
+def table(args: Namespace, trainer: Trainer, report: dict) -> str:
     """The run as a row of the published example's table of results."""
     def number(value: object, form: str) -> str:
         return "-" if value is None else value if isinstance(value, str) else format(value, form)
@@ -304,9 +304,9 @@ def table(args: Namespace, trainer: Trainer, summary: dict) -> str:
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     cells = [os.path.basename(os.path.normpath(args.model_name)), "LoRA" if args.enable_lora else "Full",
              "Yes" if trainer.plan.settings.private else "No", f"{world.size}x{device}",
-             f"{trainer.done / trainer.options.steps_per_epoch:.3g}", number(summary["train_loss"], ".2f"),
-             number(summary["eval_loss"], ".2f"), number(summary["final_epsilon_prv"], ".2f"),
-             number(summary["train_runtime"], ".0f")]
+             f"{trainer.done / trainer.options.steps_per_epoch:.3g}", number(report["train_loss"], ".2f"),
+             number(report["eval_loss"], ".2f"), number(report["final_epsilon_prv"], ".2f"),
+             number(report["train_runtime"], ".0f")]
     head = ["Model (HF)", "Fine-tuning Method", "DP", "GPUs", "Epochs", "Train Loss", "Eval Loss", "epsilon",
             "Run Time [s]"]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), cells))
@@ -350,11 +350,9 @@ def main() -> int:
     if status == 0:
         trainer.facts["contributions"] = contributions(train, trainer, resumed, world)
         if world.is_main:
-            summary = trainer.summary()
-            trainer.facts.update(summary)
-            trainer.write_report()
-            trainer.work.append_metrics({**trainer.head(), **summary})
-            trainer.display.say(table(args, trainer, summary), important=True)
+            report = trainer.write_report()
+            trainer.work.append_metrics({**trainer.head(), **{name: report[name] for name in trainer.summary()}})
+            trainer.display.say(table(args, trainer, report), important=True)
     world.close()
     return status
 

@@ -126,9 +126,10 @@ class Trainer:
         self.last = min(options.steps, options.last_step or options.steps)
         before = before or {"loss": 0.0, "units": 0.0, "seconds": 0.0}
         self.total_loss, self.total_units = before["loss"], before["units"]
+        self.peak_memory = before.get("peak_memory_bytes", 0)
         self.meter, self.started = Meter(), time.monotonic() - before["seconds"]
         self.valid_loss: float | None = None
-        self.facts: dict = {}  # what the script adds to privacy.json
+        self.facts: dict = {}  # what privacy.json says beside privacy: the summary, and what the script adds
         self.display = Display(world.is_main, self.last, done, options.show_bar, options.show_progress)
 
     def run(self) -> int:
@@ -150,7 +151,7 @@ class Trainer:
                 self.finish()
             if self.saved != self.done:
                 self.save()
-            self.close_report()
+            self.close_report(ended=not stopped)
         finally:
             self.display.close()
         if stopped:
@@ -248,7 +249,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint and privacy.json. All ranks call it; where rank 0 cannot, every rank stops."""
-        error = None
+        error, self.peak_memory = None, max(self.peak_memory, self.world.peak_memory())
         if self.work is not None:
             try:
                 checkpoint.save_checkpoint(self.work.path, self.done, self.model, self.base,
@@ -269,16 +270,18 @@ class Trainer:
         self.evaluate()
 
     def progress(self) -> dict:
-        """What a resumed run continues to count: sum of the units' losses, units, seconds."""
-        return {"loss": self.total_loss, "units": self.total_units, "seconds": time.monotonic() - self.started}
+        """What a resumed run continues to count: sum of the units' losses, units, seconds, bytes."""
+        return {"loss": self.total_loss, "units": self.total_units, "seconds": time.monotonic() - self.started,
+                "peak_memory_bytes": self.peak_memory}
 
     def summary(self) -> dict:
-        """The run in five numbers, on rank 0: mean training loss of a unit over all steps, last evaluation, epsilons, seconds."""
+        """The run in six numbers, on rank 0: mean training loss of a unit over all steps, last evaluation, epsilons, seconds,
+        the most memory that a rank used (World.peak_memory)."""
         prv, rdp = self.plan.epsilon()
         return {"train_loss": self.total_loss / self.total_units if self.total_units else None,
                 "eval_loss": None if self.valid_loss is None else finite(self.valid_loss),
                 "final_epsilon_prv": finite(prv), "final_epsilon_rdp": finite(rdp),
-                "train_runtime": round(time.monotonic() - self.started, 3)}
+                "train_runtime": round(time.monotonic() - self.started, 3), "peak_memory_bytes": self.peak_memory}
 
     def write_report(self) -> dict:
         """Write privacy.json, on rank 0; returns its content."""
@@ -286,9 +289,12 @@ class Trainer:
         self.work.write_json("privacy.json", report)
         return report
 
-    def close_report(self) -> None:
+    def close_report(self, ended: bool = True) -> None:
+        """The last word of a run that ended, or of one that was stopped and can be continued."""
         if self.work is None:
             return
+        if ended:
+            self.facts.update(self.summary())
         report = self.write_report()
         if not self.plan.settings.private:
             self.display.say("epsilon = inf: the run had no noise and gives no privacy", important=True)

@@ -94,6 +94,11 @@ def fault_sleep(point: str, seconds: float, nth: int = 0) -> None:
     wrap(point, "before", nth, lambda *_: time.sleep(seconds))
 
 
+def fault_allocate(point: str, nth: int, size: int) -> None:
+    """Use `size` bytes more for a moment."""
+    wrap(point, "before", nth, lambda *_: len(bytearray(b"x") * size))
+
+
 def fault_error(point: str, nth: int, number: int) -> None:
     """Raise OSError(number), as a device that fails does."""
     def fail(*_) -> None:
@@ -146,6 +151,7 @@ def fault_file_limit(size: int, point: str) -> None:
 
 
 FAULTS = {"signal": fault_signal, "tear": fault_tear, "count": fault_count, "sleep": fault_sleep, "error": fault_error,
+          "allocate": fault_allocate,
           "dump": fault_dump, "entropy": fault_entropy, "late_ledger": fault_late_ledger,
           "file_limit": fault_file_limit, "tf32": fault_tf32}
 

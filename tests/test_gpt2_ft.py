@@ -79,6 +79,23 @@ def test_files_and_their_keys(run):
     assert read(work, "args.json")["lora_dim"] == 2
 
 
+def test_the_summary(run, tmp_path):
+    """A run that came to its end says so in its report; the memory is the most of any rank, before a resume too."""
+    work, _ = run
+    report, last = read(work), metrics(work)[-1]
+    assert report["eval_loss"] == last["valid_loss"] and report["final_epsilon_prv"] == report["epsilon_prv"]
+    assert last["seconds"] <= report["train_runtime"] < last["seconds"] + 30
+    greedy = {1: [["allocate", {"point": DRAW, "nth": 3, "size": 500_000_000}]]}
+    ranks = start_ranks(flags(tmp_path / "run", save_interval=3), 2, {**greedy, 0: [kill(DRAW, 5)]})
+    for rank in ranks:
+        rank.wait()
+    assert not (tmp_path / "run/privacy.json").exists() or "train_runtime" not in read(tmp_path / "run")
+    train(flags(tmp_path / "run", resume=True), 2)
+    train(flags(tmp_path / "thrifty"), 2)
+    more = read(tmp_path / "run")["peak_memory_bytes"] - read(tmp_path / "thrifty")["peak_memory_bytes"]
+    assert 4e8 < more < 6e8
+
+
 def test_checkpoints_are_plain_tensors(run):
     work, _ = run
     for name in ("model.2.pt", "model.6.pt", "optimizer.6.pt"):
