@@ -5,13 +5,16 @@ Open MPI's variables under `--platform k8s`); started as plain `python` it is al
 GPUs talk over NCCL, CPUs over gloo.
 """
 
-import contextlib
 import atexit
+import contextlib
 import datetime
+import hashlib
 import os
 import resource
+import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -178,6 +181,35 @@ def open_store(address: str, port: int, size: int, is_master: bool, seconds: flo
     return outcome[0]
 
 
+def meeting_name(store: dist.Store, rank: int, size: int, seconds: float) -> str:
+    """A name for this meeting of the ranks that no other had; RuntimeError where they have not all come after `seconds`.
+
+    torchrun's agent keeps its store when it starts its workers again, with the keys of those before, and its
+    TORCHELASTIC_RESTART_COUNT does not tell them apart: after one machine was lost it differs between the others and the
+    one that replaces it. So each rank writes a word drawn afresh, and they have met when all have seen the same words: a
+    word that a dead process left is never confirmed.
+    """
+    store.set(f"word/{rank}", secrets.token_hex(8))
+    words, deadline = [f"word/{other}" for other in range(size)], time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if store.check(words):
+            name = hashlib.sha256(b" ".join(store.multi_get(words))).hexdigest()[:16]
+            store.set(f"seen/{name}/{rank}", "")
+            if store.check([f"seen/{name}/{other}" for other in range(size)]):
+                return name
+        time.sleep(0.05)
+    raise RuntimeError(f"not all of them were there at one time within {seconds:g} s")
+
+
+def job_name() -> str | None:
+    """The name that torchrun gives all workers of a job, those that it starts again included; None where it has none.
+
+    It is --rdzv_id, or drawn at random under --standalone.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" or "RANK" not in os.environ else name
+
+
 def start(platform: str = "local", local_rank_flag: int | None = None, timeout_seconds: float = 600,
           join_seconds: float = 120) -> World:
     """Join the job that the environment describes.
@@ -202,11 +234,10 @@ def start(platform: str = "local", local_rank_flag: int | None = None, timeout_s
     agent_store = platform == "local" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = meeting_point(rank, agent_store)
     store = open_store(address, port, size, is_master=rank == 0 and not agent_store, seconds=join_seconds)
-    # A restarted job shares the agent's store with the attempt before it: its keys must not meet the old ones.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
+        name = meeting_name(store, rank, size, join_seconds)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size,
-                                store=dist.PrefixStore(f"attempt{attempt}", store),
+                                store=dist.PrefixStore(name, store),
                                 timeout=datetime.timedelta(seconds=timeout_seconds))
     except (RuntimeError, ValueError) as error:
         fail(f"environment: the {size} processes met at MASTER_ADDR={address} MASTER_PORT={port} but cannot talk to "

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint
+import distributed
 import training
 from cli import UserError, fail
 from distributed import World
@@ -26,8 +27,8 @@ from run_log import WorkDir
 # Padded tokens of a micro-batch where --micro_batch_tokens is not given; measured in scripts/benchmark_training.py.
 DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Settings that change how a run goes about its work, not what it computes: a resumed run may differ in them.
-FREE = ("resume", "resume_changed", "log_interval", "eval_interval", "save_interval", "valid_batch_size", "grad_engine",
-        "micro_batch_tokens", "collective_timeout", "local_rank", "work_dir", "platform", "tensorboard",
+FREE = ("resume", "resume_changed", "job", "log_interval", "eval_interval", "save_interval", "valid_batch_size",
+        "grad_engine", "micro_batch_tokens", "collective_timeout", "local_rank", "work_dir", "platform", "tensorboard",
         # of fine-tune-dp.py; its data and vocabulary are compared by their digests, wherever the files lie
         "resume_from_checkpoint", "logging_steps", "eval_strategy", "eval_steps", "save_steps", "log_level", "disable_tqdm",
         "dry_run", "output_dir", "cache_dir", "train_file", "eval_file", "vocab", "without_effect")
@@ -201,6 +202,19 @@ def open_folder(work: WorkDir, settings: PlanSettings, world: World, recorded: d
     return ledger
 
 
+def is_restarted(work_dir: str) -> bool:
+    """Whether `work_dir` holds a run of the very job that this process belongs to: torchrun has started it again, with the
+    command line of the first start, after a rank or a machine was lost."""
+    job, path = distributed.job_name(), os.path.join(work_dir, "args.json")
+    if job is None or not os.path.exists(path):
+        return False
+    try:
+        with open(path, encoding="utf-8") as handle:
+            return json.load(handle).get("job") == job
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False  # then the folder is another run's, and refused
+
+
 def check_ledger_is_whole(work: WorkDir, ledger: Ledger, done: int) -> None:
     """Raise UserError where the folder knows of more steps than its ledger: records are missing at its end."""
     charged = ledger.state.charged
@@ -240,10 +254,16 @@ def earlier_run(weights: str | None, work_dir: str) -> list[str]:
 
 def build_trainer(request: Request, args: argparse.Namespace, world: World, loaded: checkpoint.Loaded, data, valid,
                   work_dir: str, disclosed: list[str], recorded: dict) -> training.Trainer:
-    """From a checked request to a Trainer. Collective: every rank calls it; an error on one rank ends all."""
+    """From a checked request to a Trainer. Collective: every rank calls it; an error on one rank ends all.
+
+    A run that torchrun restarts continues as by --resume (is_restarted).
+    """
     check_ranks_agree(world, recorded)
     # TF32, which some machines switch on by an environment variable, would round the norms to 10 bits.
     torch.set_float32_matmul_precision("highest")
+    restarted = world.gather(world.is_main and not args.resume and is_restarted(work_dir))[0]
+    if restarted:
+        args = argparse.Namespace(**{**vars(args), "resume": True})
     settings = plan_settings(request, args, world)
     model = loaded.model.to(world.device)
     model.freeze_for_training()
@@ -261,6 +281,7 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
             work = WorkDir(work_dir, must_exist=args.resume, flag=request.flags.folder)
             recorded = {**recorded, "sigma": settings.sigma, "delta": settings.delta, "N": settings.N, "steps": settings.steps,
                         "expected_batch": settings.batch, "sampling": settings.sampling, "world_size": world.size,
+                        "job": distributed.job_name(),
                         "versions": {"python": platform.python_version(), "torch": torch.__version__}}
             ledger = open_folder(work, settings, world, recorded, args, request.flags.folder)
         if args.resume:
@@ -287,8 +308,12 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
         token_budget=budget, log_interval=request.log_interval, eval_interval=request.eval_interval,
         save_interval=request.save_interval, random_seed=request.random_seed, last_step=request.last_step,
         show_bar=request.show_bar, show_progress=request.show_progress)
-    return training.Trainer(world, loaded, flat, engine, optimizer, plan, data, valid, work, options, disclosed, done,
-                            before)
+    trainer = training.Trainer(world, loaded, flat, engine, optimizer, plan, data, valid, work, options, disclosed, done,
+                               before)
+    if restarted:
+        trainer.display.say(f"{work_dir}: begun by this job, {distributed.job_name()}, and started again: continued as by "
+                            "--resume", important=True)
+    return trainer
 
 
 def build_engine(name: str, model, flat: FlatParameters, plan: PrivacyPlan, smoothing: float) -> training.Engine:
