@@ -93,7 +93,7 @@ class World:
         raise mistake from error
 
     def peak_memory(self) -> int:
-        """The most bytes that a rank has used so far: allocated on its GPU, or resident where it has none. Collective."""
+        """The most bytes that a rank has used so far: allocated on its GPU, or resident without one. Collective."""
         if self.device.type == "cuda":
             return max(self.gather(torch.cuda.max_memory_allocated(self.device)))
         return max(self.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))  # Linux counts in KiB
@@ -182,12 +182,12 @@ def open_store(address: str, port: int, size: int, is_master: bool, seconds: flo
 
 
 def meeting_name(store: dist.Store, rank: int, size: int, seconds: float) -> str:
-    """A name for this meeting of the ranks that no other had; RuntimeError where they have not all come after `seconds`.
+    """A name for this meeting of the ranks that no other had; RuntimeError where not all have come after `seconds`.
 
     torchrun's agent keeps its store when it starts its workers again, with the keys of those before, and its
-    TORCHELASTIC_RESTART_COUNT does not tell them apart: after one machine was lost it differs between the others and the
-    one that replaces it. So each rank writes a word drawn afresh, and they have met when all have seen the same words: a
-    word that a dead process left is never confirmed.
+    TORCHELASTIC_RESTART_COUNT does not tell them apart: after one machine was lost it differs between the others and
+    the one that replaces it. So each rank writes a word drawn afresh, and they have met when all have seen the same
+    words: a word that a dead process left is never confirmed.
     """
     store.set(f"word/{rank}", secrets.token_hex(8))
     words, deadline = [f"word/{other}" for other in range(size)], time.monotonic() + seconds

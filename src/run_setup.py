@@ -203,8 +203,8 @@ def open_folder(work: WorkDir, settings: PlanSettings, world: World, recorded: d
 
 
 def is_restarted(work_dir: str) -> bool:
-    """Whether `work_dir` holds a run of the very job that this process belongs to: torchrun has started it again, with the
-    command line of the first start, after a rank or a machine was lost."""
+    """Whether `work_dir` holds a run of the very job that this process belongs to: torchrun has started it again, with
+    the command line of the first start, after a rank or a machine was lost."""
     job, path = distributed.job_name(), os.path.join(work_dir, "args.json")
     if job is None or not os.path.exists(path):
         return False
@@ -308,11 +308,11 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
         token_budget=budget, log_interval=request.log_interval, eval_interval=request.eval_interval,
         save_interval=request.save_interval, random_seed=request.random_seed, last_step=request.last_step,
         show_bar=request.show_bar, show_progress=request.show_progress)
-    trainer = training.Trainer(world, loaded, flat, engine, optimizer, plan, data, valid, work, options, disclosed, done,
-                               before)
+    trainer = training.Trainer(world, loaded, flat, engine, optimizer, plan, data, valid, work, options, disclosed,
+                               done, before)
     if restarted:
-        trainer.display.say(f"{work_dir}: begun by this job, {distributed.job_name()}, and started again: continued as by "
-                            "--resume", important=True)
+        trainer.display.say(f"{work_dir}: begun by this job, {distributed.job_name()}, and started again: continued as "
+                            "by --resume", important=True)
     return trainer
 
 

@@ -275,8 +275,8 @@ class Trainer:
                 "peak_memory_bytes": self.peak_memory}
 
     def summary(self) -> dict:
-        """The run in six numbers, on rank 0: mean training loss of a unit over all steps, last evaluation, epsilons, seconds,
-        the most memory that a rank used (World.peak_memory)."""
+        """The run in six numbers, on rank 0: mean training loss of a unit over all steps, last evaluation, epsilons,
+        seconds, the most memory that a rank used (World.peak_memory)."""
         prv, rdp = self.plan.epsilon()
         return {"train_loss": self.total_loss / self.total_units if self.total_units else None,
                 "eval_loss": None if self.valid_loss is None else finite(self.valid_loss),

@@ -55,8 +55,9 @@ def test_two_machines_give_what_one_gives(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_machine_that_is_lost_is_replaced(tmp_path, lost):
-    """One agent and its worker are killed in mid-run and the agent is started again, by the same command: the run goes on
-    from its checkpoint, its ledger remembers the steps that are done twice, and the result is the uninterrupted one."""
+    """One agent and its worker are killed in mid-run and the agent is started again, by the same command: the run goes
+    on from its checkpoint, its ledger remembers the steps that are done twice, and the result is the uninterrupted
+    one."""
     port, work = free_port(), tmp_path / "run"
     arguments = flags(work, max_step=400, save_interval=50, log_interval=20)
     own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}
@@ -137,8 +138,9 @@ def test_the_job_that_began_a_run_continues_it_and_no_other(tmp_path):
     assert equal(weights(work), weights(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("point, when", [("run_log:WorkDir.write_json", "before"), ("run_log:WorkDir.write_json", "after"),
-                                         ("privacy.ledger:Ledger.charge", "before")])
+@pytest.mark.parametrize("point, when", [
+    ("run_log:WorkDir.write_json", "before"), ("run_log:WorkDir.write_json", "after"),
+    ("privacy.ledger:Ledger.charge", "before")])
 def test_killed_before_the_first_record(tmp_path, point, when):
     """Nothing was spent: the job starts again, from the first step, whatever files are there."""
     work = tmp_path / "run"
