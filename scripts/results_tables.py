@@ -1,0 +1,200 @@
+"""Markdown tables from results/: a line for each model, method and budget, mean and standard deviation over its seeds.
+
+    python scripts/results_tables.py results/2026-01-31_e2e          # print its table, and write it to table.md there
+    python scripts/results_tables.py --readme README.md              # rewrite the tables of README.md in place
+    python scripts/results_tables.py --readme README.md --check      # status 1 where README.md does not hold them
+
+A table of README.md stands between `<!-- table NAME -->` and `<!-- end -->`: NAME is the folder results/DATE_NAME (the
+newest of that name), whose rows/*.json are written by scripts/table_row.py.
+"""
+
+import glob
+import json
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+sys.path.insert(0, os.path.join(ROOT, "src"))
+
+from cli import Parser, atomic_write, fail, open_text, run_main
+
+SCORES = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+METHODS = {"lora": "LoRA", "full": "full", "none": "untrained"}
+# BLEU without privacy on E2E's test set, as LoRA's authors report it (Hu et al., 2021, table 3). Other published
+# figures are of private runs whose epsilon is not what they say, or of other held-out data: nothing stands beside
+# those rows.
+E2E_SHA256 = "dbc41b098ac523651894eabb7fe140f272445efe3bb4654d4666f2a1976c86b2"  # data/e2e/train.jsonl
+PUBLISHED = {("gpt2.md", "lora"): 0.704, ("gpt2.lg", "lora"): 0.704,
+             ("gpt2.md", "full"): 0.682, ("gpt2.lg", "full"): 0.685}
+MARKED = re.compile(r"(<!-- table ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+Rows = list[dict]
+Cell = Callable[[Rows], str]
+
+
+def read_rows(folder: str) -> Rows:
+    """The rows of results/DATE_NAME."""
+    rows = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "rows", "*.json"))):
+        with open_text(path) as handle:
+            try:
+                row = json.load(handle)
+                rows.append({**row, "order": (row["model"], budget_order(row), row["method"], row["seed"])})
+            except (ValueError, KeyError, TypeError):
+                fail(f"{path}: not a row of results; remove it, and its run will be written again")
+    if not rows:
+        fail(f"{folder}: holds no rows/*.json; wanted a folder that e2e_table.sh or author_table.sh has made")
+    tasks = sorted({row["task"] for row in rows})
+    if len(tasks) > 1:
+        fail(f"{folder}: holds rows of {' and '.join(tasks)}, which are different tables; part them")
+    return sorted(rows, key=lambda row: row["order"])
+
+
+def budget_order(row: dict) -> float:
+    """Rows stand in the order of the epsilon that was asked for."""
+    return 5.42 if row["epsilon"] == "published" else float(row["epsilon"])
+
+
+def spread(rows: Rows, value: Callable[[dict], float | None], form: str) -> str:
+    """Mean of value(row), and the standard deviation over seeds where there are several; "-" where a row has none."""
+    found = [value(row) for row in rows]
+    if any(number is None for number in found):
+        return "-"
+    if len(found) == 1:
+        return format(found[0], form)
+    return f"{statistics.mean(found):{form}} ± {statistics.stdev(found):{form}}"
+
+
+def report(name: str, scale: float = 1.0) -> Callable[[dict], float | None]:
+    """privacy.json's number `name`; None where there is none."""
+    def value(row: dict) -> float | None:
+        number = row.get("privacy", {}).get(name)
+        return number * scale if isinstance(number, (int, float)) else None
+
+    return value
+
+
+def epsilon(rows: Rows) -> str:
+    """The largest of the seeds' epsilons: they differ where a run was killed, and its repeated steps were charged."""
+    if rows[0]["epsilon"] == "0":
+        return "0"
+    spent = [row["privacy"]["epsilon_prv"] for row in rows]
+    return "inf" if "inf" in spent else f"{max(spent):.2f}"
+
+
+def published(rows: Rows) -> str:
+    first = rows[0]
+    figure = PUBLISHED.get((first["model"], first["method"])) if first["epsilon"] == "inf" else None
+    same_data = first.get("settings", {}).get("train_sha256") == E2E_SHA256
+    return f"{figure:.3f}" if figure is not None and same_data else ""
+
+
+def columns(task: str) -> list[tuple[str, Cell]]:
+    """(head, cell of a line's rows) of a task's table."""
+    def trained(cell: Cell) -> Cell:
+        return lambda rows: "-" if rows[0]["epsilon"] == "0" else cell(rows)
+
+    def private(cell: Cell) -> Cell:
+        return lambda rows: "-" if epsilon(rows) in ("0", "inf") else cell(rows)
+
+    first = [("model", lambda rows: rows[0]["model"]), ("method", lambda rows: METHODS[rows[0]["method"]]),
+             ("epsilon", epsilon), ("delta", private(lambda rows: f"{rows[0]['privacy']['delta']:.2g}"))]
+    last = [("time [s]", trained(lambda rows: spread(rows, report("train_runtime"), ".0f"))),
+            ("memory [GB]", trained(lambda rows: spread(rows, report("peak_memory_bytes", 1e-9), ".2f"))),
+            ("seeds", lambda rows: str(len(rows)))]
+    if task == "author":
+        return [*first, ("training loss", trained(lambda rows: spread(rows, report("train_loss"), ".3f"))),
+                ("held-out loss", lambda rows: spread(rows, report("eval_loss"), ".3f")), *last]
+    scores = [(name, lambda rows, name=name: spread(rows, lambda row: row["scores"][name], ".4f")) for name in SCORES]
+    return [*first, *scores, *last, ("published BLEU", published)]
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *lines)]
+    lines = [head, ["-" * width for width in widths], *lines]
+    return "".join("| " + " | ".join(map(str.ljust, line, widths)) + " |\n" for line in lines)
+
+
+def provenance(folder: str, rows: Rows) -> str:
+    """One line: on what, at which commit, and where everything else stands."""
+    def all_of(value: Callable[[dict], str]) -> str:
+        return ", ".join(dict.fromkeys(map(value, rows)))
+
+    machine = all_of(lambda row: f"{row['processes']} process{'es' * (row['processes'] > 1)} on "
+                     + (f"{row['hardware']['gpus']} x " if row["hardware"]["gpus"] else "") + row["hardware"]["device"])
+    code = all_of(lambda row: (row["commit"]["hash"] or "no commit")[:8] + " (modified)" * row["commit"]["modified"])
+    place = os.path.relpath(folder, ROOT)
+    place = os.path.basename(os.path.normpath(folder)) if place.startswith("..") else place
+    versions = all_of(lambda row: "torch " + row["versions"]["torch"])
+    several = any(len(group) > 1 for group in groups(rows))
+    return (("± is the standard deviation over seeds. " if several else "")
+            + f"{machine}; commit {code}; {versions}. Commands, seeds and every figure: `{place}/`.\n")
+
+
+def groups(rows: Rows) -> list[Rows]:
+    """The rows that differ in their seeds alone."""
+    found: dict[tuple, Rows] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["epsilon"], row["method"]), []).append(row)
+    return list(found.values())
+
+
+def table(folder: str) -> str:
+    rows = read_rows(folder)
+    cells = [(head, [cell(group) for group in groups(rows)]) for head, cell in columns(rows[0]["task"])]
+    cells = [(head, column) for head, column in cells if any(column)]  # no published figure, no column
+    return markdown([head for head, _ in cells], [list(line) for line in zip(*(column for _, column in cells))]) + (
+        "\n" + provenance(folder, rows))
+
+
+def rewritten(text: str, path: str, results: str) -> str:
+    """`text` with each marked table made anew."""
+    def replace(found: re.Match) -> str:
+        folders = sorted(glob.glob(os.path.join(glob.escape(results), f"????-??-??_{found[2]}")))
+        if not folders:
+            fail(f"{path}: <!-- table {found[2]} -->: there is no {results}/DATE_{found[2]}; make it, or remove the "
+                 "mark")
+        return f"{found[1]}{table(folders[-1])}{found[4]}"
+
+    if text.count("<!-- table ") != len(MARKED.findall(text)):
+        fail(f"{path}: a <!-- table NAME --> has no <!-- end -->; wanted each on a line of its own")
+    return MARKED.sub(replace, text)
+
+
+def main() -> int:
+    parser = Parser(description="markdown tables from results/")
+    parser.add_argument("folders", nargs="*", help="results/DATE_NAME: print and write their table.md")
+    parser.add_argument("--readme", metavar="FILE", help="rewrite the marked tables of this file")
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 where --readme would change")
+    parser.add_argument("--results", default=os.path.relpath(os.path.join(ROOT, "results")),
+                        help="folder of all results (default: the repository's)")
+    args = parser.parse_args()
+    if not args.folders and args.readme is None:
+        fail("give folders of results, or --readme FILE; see --help")
+    if args.check and args.readme is None:
+        fail("--check: means nothing without --readme")
+    for folder in args.folders:
+        text = table(folder)
+        with atomic_write(os.path.join(folder, "table.md")) as handle:
+            handle.write(text)
+        print(text, end="")
+    if args.readme is None:
+        return 0
+    with open_text(args.readme) as handle:
+        before = handle.read()
+    after = rewritten(before, args.readme, args.results)
+    if args.check:
+        if before != after:
+            print(f"{args.readme}: its tables are not those of {args.results}; run without --check")
+        return int(before != after)
+    if before != after:
+        with atomic_write(args.readme) as handle:
+            handle.write(after)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

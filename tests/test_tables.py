@@ -1,0 +1,376 @@
+"""The tables: batch arithmetic of the shell scripts, a whole table that is killed and goes on, Slurm, the markdown."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+
+import pytest
+from author_runs import material as author_material
+from conftest import ROOT, assert_user_error, run_script
+from small_runs import equal, ledger, read, train, weights
+from test_launchers import COMMAND, until
+
+E2E, AUTHORS, SLURM = (f"scripts/{name}.sh" for name in ("e2e_table", "author_table", "slurm_e2e"))
+DEMO = ["--data", "data/demo", "--vocab", "vocab/demo", "--seq_len", "256", "pretrained_checkpoints/demo"]
+
+
+def start(script: str, *arguments: object, **variables: object) -> subprocess.Popen:
+    """A script as the leader of a process group of its own."""
+    env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+           **{name: str(value) for name, value in variables.items()}}
+    return subprocess.Popen(["bash", script, *map(str, arguments)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def run(script: str, *arguments: object, **variables: object) -> subprocess.CompletedProcess:
+    process = start(script, *arguments, **variables)
+    out, err = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def dry(script: str, *arguments: object, **variables: object) -> list[list[str]]:
+    """The words of each command of a dry run, which must write nothing."""
+    done = run(script, "--dry-run", "--name", "never", *arguments, **variables)
+    assert done.returncode == 0, done.stderr
+    assert not (ROOT / "trained_models" / "table_never").exists()
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def commands(lines: list[list[str]], script: str) -> list[list[str]]:
+    return [line for line in lines if script in line]
+
+
+def value(command: list[str], flag: str) -> str | None:
+    """The last value of a flag, as argparse takes it."""
+    places = [i for i, word in enumerate(command) if word == flag]
+    return command[places[-1] + 1] if places else None
+
+
+def programs(folder: pathlib.Path, **scripts: str) -> str:
+    """A PATH on which programs of these names come first."""
+    folder.mkdir(exist_ok=True)
+    for name, body in scripts.items():
+        path = folder / name.replace("_", "-")
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+# ------------------------------------------------------------------ what the scripts would do
+
+
+@pytest.mark.parametrize("processes", [1, 2, 8, 16, 32, 128])
+def test_the_logical_batch_is_kept(processes):
+    (training,) = commands(dry(E2E, "gpt2.md", "--nproc", processes), "src/gpt2_ft.py")
+    per_device, accumulation = int(value(training, "--train_batch_size")), int(value(training, "--grad_acc"))
+    assert per_device * accumulation * processes == 128 and per_device <= 8
+    assert (f"--nproc_per_node={processes}" in training) == (processes > 1)
+    for training in commands(dry(AUTHORS, "--nproc", processes), "src/fine-tune-dp.py"):
+        assert int(value(training, "--per_device_train_batch_size")) * int(value(
+            training, "--gradient_accumulation_steps")) * processes == 1024
+
+
+def test_sixteen_processes_are_the_published_command():
+    (training,) = commands(dry(E2E, "gpt2.md", "--nproc", 16), "src/gpt2_ft.py")
+    published, folder = shlex.split(COMMAND), value(training, "--work_dir")
+    ours = [word.replace(folder, "trained_models/GPT2_M/e2e") for word in training]
+    cut = [word.removeprefix("./") for word in published[published.index("--train_data"):]]
+    assert ours[ours.index("--train_data"):] == cut
+    full, adapter = commands(dry(AUTHORS, "--nproc", 16), "src/fine-tune-dp.py")
+    for training, batch, accumulation, rate in ((full, "32", "2", "1e-4"), (adapter, "64", "1", "3e-4")):
+        assert [value(training, flag) for flag in ("--per_device_train_batch_size", "--gradient_accumulation_steps",
+                                                   "--learning_rate", "--target_epsilon", "--seed")] == [
+            batch, accumulation, rate, "8", "42"]
+    assert "--enable_lora" in adapter and "--enable_lora" not in full
+
+
+@pytest.mark.parametrize("gpus, cores, batch, expected", [
+    (0, 6, 128, 4), (0, 12, 128, 8), (0, 2, 128, 2), (3, 16, 128, 2), (8, 4, 128, 8), (0, 7, 98, 7)])
+def test_processes_are_the_gpus_or_else_the_cores_as_far_as_they_divide(tmp_path, gpus, cores, batch, expected):
+    path = programs(tmp_path / "bin", nproc=f"echo {cores}", nvidia_smi=f"for i in $(seq {gpus}); do echo GPU $i; done")
+    lines = dry(E2E, "gpt2.sm", "--batch", batch, PATH=path, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7"[:2 * gpus - 1]
+                if gpus else "")
+    (row,) = commands(lines, "scripts/table_row.py")
+    assert value(row, "--processes") == str(expected)
+
+
+def test_every_combination_is_a_run():
+    lines = dry(E2E, "--epsilon", "0 3 inf", "--method", "lora,full", "--seeds=1 2", "--nproc", 2, *DEMO, "--", "--lr",
+                "0.5", "--lora_dim", "2")
+    trainings = commands(lines, "src/gpt2_ft.py")
+    assert len(trainings) == 8 and len({value(line, "--work_dir") for line in trainings}) == 8
+    assert {(value(line, "--target_epsilon"), value(line, "--noise_multiplier")) for line in trainings} == {
+        ("3", None), (None, "0")}
+    assert all(value(line, "--lr") == "0.5" and value(line, "--lora_dim") == "2" for line in trainings)
+    searches = commands(lines, "src/gpt2_beam.py")
+    assert len(searches) == 9 and "pretrained_checkpoints/demo" in [value(line, "--init_checkpoint") for line in searches]
+    assert not any("--eos_token_id" in line for line in searches)  # this vocabulary has no token of two line feeds
+    published = commands(dry(E2E, "gpt2.sm"), "src/gpt2_beam.py")
+    assert [value(line, "--eos_token_id") for line in published] == ["628"]
+
+
+@pytest.mark.parametrize("script, arguments, words", [
+    (E2E, ["--nproc", "3"], ["--nproc 3", "does not divide", "128"]), (E2E, ["--nproc", "0"], ["--nproc 0"]),
+    (E2E, ["--epsilon", "low"], ["--epsilon low"]), (E2E, ["--method", "half"], ["--method half"]),
+    (E2E, ["--seeds", "a"], ["--seeds a"]), (E2E, ["--batch"], ["--batch: wants a value"]),
+    (E2E, ["--colour", "red"], ["--colour: unknown flag"]), (E2E, ["gpt3"], ["gpt3: no such model"]),
+    (E2E, ["--data", "/no/such"], ["--data", "no such folder"]), (E2E, ["--name", "a/b"], ["--name a/b"]),
+    (E2E, ["gpt2.sm", "--", "--train_batch_size", "4"], ["--train_batch_size after --", "--batch"]),
+    (E2E, ["gpt2.sm", "--", "--noise_multiplier=1"], ["--noise_multiplier after --", "--epsilon"]),
+    (AUTHORS, ["--epsilon", "published"], ["--epsilon published"]), (AUTHORS, ["--nproc", "48"], ["does not divide"]),
+    (AUTHORS, ["--", "--disable_dp"], ["--disable_dp after --"]),
+])
+def test_mistakes(script, arguments, words):
+    assert_user_error(run(script, "--dry-run", *arguments), *words)
+
+
+# ------------------------------------------------------------------ a whole table
+
+
+@pytest.fixture
+def small(tmp_path) -> list:
+    """Options of a table of one run: 64 training lines of the demonstration, a test set of six."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for part, lines in (("train", 64), ("valid", 6), ("test", 6)):
+        text = (ROOT / f"data/demo/{part}.txt").read_text().splitlines(True)[:lines]
+        (data / f"{part}.txt").write_text("".join(text))
+    return ["--data", data, "--vocab", "vocab/demo", "--seq_len", 256, "--nproc", 1, "--batch", 16, "--name", "small",
+            "pretrained_checkpoints/demo"]
+
+
+def places(folder: pathlib.Path) -> list:
+    return ["--runs", folder / "runs", "--results", folder / "results"]
+
+
+EXTRA = ["--", "--max_step", 40, "--save_interval", 10, "--noise_source", "seeded", "--noise_seed", 1, "--lr", 0.01]
+RUN = "demo-lora-epsilon_8-seed_110"
+
+
+def row_of(folder: pathlib.Path) -> dict:
+    (path,) = folder.glob("results/????-??-??_small/rows/*.json")
+    return json.loads(path.read_text())
+
+
+def test_a_table_that_is_stopped_goes_on(tmp_path, small):
+    """SIGTERM in mid-training; the same command ends in a row, the ledger and the weights of the uninterrupted run."""
+    arguments = ["--epsilon", 8, *places(tmp_path), *small, *EXTRA]
+    work = tmp_path / "runs" / RUN
+    process = start(E2E, *arguments)
+    until(lambda: (work / "model.10.pt").exists(), 120)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "goes on from here" in err and not list(tmp_path.glob("results/*/rows/*"))
+    stopped = len(ledger(work))
+    assert 10 <= stopped < 40
+
+    done = run(E2E, *arguments)
+    assert done.returncode == 0, done.stderr
+    row, report = row_of(tmp_path), read(work)
+    assert [record["attempt"] for record in ledger(work)] == [1] * stopped + [2] * (40 - stopped)
+    assert row["privacy"] == report and row["privacy"]["epsilon_prv"] < 8 and row["seed"] == 110
+    assert row["scores"] == read(work, "scores.json")["scores"]
+    assert re.fullmatch("[0-9a-f]{40}", row["commit"]["hash"] or "0" * 40) and row["versions"]["torch"]
+    assert row["settings"]["expected_batch"] == 16 and row["hardware"]["cores"] >= 1
+    table = done.stdout.splitlines()
+    cells = [cell.strip() for cell in next(line for line in table if line.startswith("| demo")).strip("|").split("|")]
+    assert cells[:4] == ["demo", "LoRA", f"{report['epsilon_prv']:.2f}", "1e-05"]
+    assert cells[4:9] == [f"{row['scores'][name]:.4f}" for name in ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")]
+    (folder,) = tmp_path.glob("results/*_small")
+    assert sorted(path.name for path in folder.iterdir()) == ["command.txt", "plot.png", "rows", "table.md"]
+    assert len((folder / "command.txt").read_text().splitlines()) == 1
+
+    training = shlex.split(row["commands"][1])  # what the row says can be typed, and gives the same weights
+    again = [str(tmp_path / "again") if word == str(work) else word for word in training[2:]]
+    train(again, cwd=ROOT)
+    assert equal(weights(work, 40), weights(tmp_path / "again", 40))
+
+    once_more = run(E2E, *arguments)  # nothing is left to do
+    assert once_more.returncode == 0 and "already there" in once_more.stdout
+    assert "src/gpt2_ft.py" not in once_more.stdout and (folder / "table.md").read_text() in once_more.stdout
+    assert_user_error(run(E2E, *arguments, "--weight_decay", "0.5"), RUN, "begun by other commands")
+
+
+@pytest.mark.slow
+def test_killed_anywhere_the_table_is_the_same(tmp_path, small):
+    """SIGKILL to all processes, in the training and in the search: the same weights, texts and scores as undisturbed."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(E2E, "--epsilon", "0 8", *places(whole), *small, *EXTRA).returncode == 0
+    for sign in ("model.10.pt", "model.30.pt", "predict.jsonl.journal.0", "e2e_pred.txt"):
+        process = start(E2E, "--epsilon", "0 8", *places(killed), *small, *EXTRA)
+        until(lambda: (killed / "runs" / RUN / sign).exists() or process.poll() is not None, 120)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    done = run(E2E, "--epsilon", "0 8", *places(killed), *small, *EXTRA)
+    assert done.returncode == 0, done.stderr
+    assert equal(weights(whole / "runs" / RUN, 40), weights(killed / "runs" / RUN, 40))
+    for name in ("predict.jsonl", "e2e_pred.txt"):
+        assert (whole / "runs" / RUN / name).read_bytes() == (killed / "runs" / RUN / name).read_bytes()
+
+    def rows(folder: pathlib.Path) -> list[dict]:
+        return [json.loads(path.read_text())["scores"] for path in sorted(folder.glob("results/*/rows/*"))]
+
+    assert rows(whole) == rows(killed) and len(rows(whole)) == 2
+    assert "| untrained | 0 " in done.stdout
+
+
+@pytest.mark.slow
+def test_an_author_table(tmp_path):
+    folder = author_material()
+    done = run(AUTHORS, "--train_file", folder / "train.jsonl", "--vocab", "vocab/demo", "--epsilon", "0 8 inf", "--nproc",
+               2, "--batch", 8, "--seeds", "1 2", "--name", "authors", *places(tmp_path), folder / "tiny", "--",
+               "--sequence_len", 24, "--eval_fraction", 0.16, "--cache_dir", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("results/*_authors/rows/*.json"))]
+    assert sorted((row["method"], row["epsilon"], row["seed"]) for row in rows) == sorted(
+        [("none", "0", 1), *((method, epsilon, seed) for method in ("full", "lora") for epsilon in ("8", "inf")
+                             for seed in (1, 2))])
+    assert {row["processes"] for row in rows} == {2} and all(row["privacy"]["eval_loss"] > 0 for row in rows)
+    assert done.stdout.count("| LoRA ") == done.stdout.count("| full ") == 2 and "±" in done.stdout
+
+
+# ------------------------------------------------------------------ Slurm
+
+
+JOB = {"SLURM_JOB_ID": 77, "SLURM_JOB_NUM_NODES": 4, "SLURM_JOB_NODELIST": "node[1-4]", "SLURM_GPUS_ON_NODE": 8,
+       "SLURM_SUBMIT_DIR": ROOT}
+
+
+def test_slurm_starts_the_table_on_every_gpu(tmp_path):
+    """The words that reach srun for the training, on 32 GPUs of four machines."""
+    path = programs(tmp_path / "bin", srun=f'printf "%s\\n" "$@" > {tmp_path}/words; exit 7',
+                    scontrol="printf 'node1\\nnode2\\n'")
+    done = run(SLURM, *places(tmp_path), *DEMO, PATH=path, **JOB)
+    assert done.returncode == 7  # srun's own: what fails is not put back into the queue
+    words = (tmp_path / "words").read_text().splitlines()
+    for word in ("--nodes=4", "--ntasks=4", "--ntasks-per-node=1", "--nnodes=4", "--nproc_per_node=8", "--rdzv_id=77",
+                 "--rdzv_endpoint=node1:20077"):
+        assert word in words
+    assert int(value(words, "--train_batch_size")) * int(value(words, "--grad_acc")) * 32 == 128
+
+
+def test_slurm_s_warning_saves_and_puts_the_job_back(tmp_path):
+    path = programs(tmp_path / "bin", scontrol=f'echo "$@" >> {tmp_path}/scontrol', srun=f"""
+        trap 'echo stopped > {tmp_path}/srun; exit 143' TERM
+        touch {tmp_path}/started
+        for i in $(seq 600); do sleep 0.1; done""")
+    process = start(SLURM, *places(tmp_path), *DEMO, PATH=path, **JOB)
+    until(lambda: (tmp_path / "started").exists(), 60)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143 and (tmp_path / "srun").read_text() == "stopped\n"
+    assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 77"
+
+
+# srun on one machine: the command once for each node, on which a signal is handed to all
+SRUN = """
+while [[ "$1" == --* ]]; do shift; done
+"$@" & first=$!
+"$@" & second=$!
+trap 'kill -TERM $first $second; wait $first $second; exit 143' TERM
+wait $first && wait $second"""
+
+
+@pytest.mark.slow
+def test_a_slurm_job_of_two_machines_is_requeued_and_ends(tmp_path, small):
+    """Both agents on the loopback interface: stopped in mid-training, saved, started again with the same job's number."""
+    path = programs(tmp_path / "bin", srun=SRUN, scontrol='[ "$1" != show ] || echo 127.0.0.1')
+    small[small.index("--nproc"):small.index("--nproc") + 2] = []  # slurm_e2e.sh counts them
+    job = {**JOB, "SLURM_JOB_NUM_NODES": 2, "SLURM_GPUS_ON_NODE": 1, "PATH": path}
+    work = tmp_path / "runs" / RUN
+    process = start(SLURM, "--epsilon", 8, *places(tmp_path), *small, *EXTRA, **job)
+    until(lambda: (work / "model.10.pt").exists(), 200)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    stopped = ledger(work)
+    assert process.returncode == 143 and 10 <= len(stopped) < 40 and stopped[0]["world_size"] == 2
+    assert (work / f"model.{len(stopped)}.pt").exists()
+    done = run(SLURM, "--epsilon", 8, *places(tmp_path), *small, *EXTRA, **job)
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in ledger(work)] == list(range(1, 41)) and row_of(tmp_path)["processes"] == 2
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"SLURM_JOB_NUM_NODES": 3}, ["--nproc 24", "does not divide"]), ({"SLURM_GPUS_ON_NODE": ""}, ["--gpus-per-node"]),
+    ({"SLURM_JOB_ID": ""}, ["SLURM_JOB_ID is not set"]), ({"SLURM_SUBMIT_DIR": "/"}, ["not the repository's root"]),
+])
+def test_slurm_mistakes(changed, words):
+    assert_user_error(run(SLURM, "gpt2.xl", **{**JOB, **changed}), *words)
+
+
+# ------------------------------------------------------------------ markdown
+
+
+def synthetic(folder: pathlib.Path, **changed: object) -> dict:
+    """A row in folder/rows, as table_row.py writes it."""
+    row = {"task": "e2e", "model": "gpt2.md", "method": "lora", "epsilon": "8", "seed": 1, "processes": 4,
+           "scores": {"BLEU": 0.5, "NIST": 6.0, "METEOR": 0.4, "ROUGE_L": 0.6, "CIDEr": 2.0},
+           "privacy": {"epsilon_prv": 7.96, "delta": 1e-5, "train_runtime": 100.0, "peak_memory_bytes": 2_500_000_000},
+           "settings": {"train_sha256": "other"}, "commands": [], "commit": {"hash": "a" * 40, "modified": False},
+           "hardware": {"device": "A100", "gpus": 4}, "versions": {"torch": "2.13.0"}, **changed}
+    rows = folder / "rows"
+    rows.mkdir(parents=True, exist_ok=True)
+    (rows / f"{len(list(rows.iterdir()))}.json").write_text(json.dumps(row))
+    return row
+
+
+def lines_of(text: str) -> list[dict[str, str]]:
+    """A markdown table's lines as head -> cell."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [dict(zip(rows[0], line, strict=True)) for line in rows[2:]]
+
+
+def test_the_table_of_rows(tmp_path):
+    folder = tmp_path / "2026-01-02_e2e"
+    scores = [0.41, 0.47, 0.44]
+    for seed, score in enumerate(scores):
+        synthetic(folder, seed=seed, scores={"BLEU": score, "NIST": 6, "METEOR": 0.4, "ROUGE_L": 0.6, "CIDEr": 2})
+    e2e = {"train_sha256": "dbc41b098ac523651894eabb7fe140f272445efe3bb4654d4666f2a1976c86b2"}
+    free = {"epsilon_prv": "inf", "delta": 1e-5, "train_runtime": 9.0, "peak_memory_bytes": 10**9}
+    synthetic(folder, epsilon="inf", privacy=free, settings=e2e)
+    synthetic(folder, epsilon="inf", privacy=free, settings=e2e, method="full")
+    synthetic(folder, epsilon="inf", privacy=free, settings=e2e, model="gpt2.sm")
+    synthetic(folder, epsilon="8", settings=e2e, method="full")
+    untrained = synthetic(folder, epsilon="0", method="none")
+    del untrained["privacy"], untrained["settings"]
+    done = run_script("scripts/results_tables.py", folder)
+    assert done.returncode == 0, done.stderr
+    table = {(line["model"], line["method"], line["epsilon"]): line for line in lines_of(done.stdout)}
+    assert len(table) == 6
+    line = table["gpt2.md", "LoRA", "7.96"]
+    assert line["BLEU"] == f"{statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f}"
+    assert (line["seeds"], line["memory [GB]"].split()[0], line["delta"]) == ("3", "2.50", "1e-05")
+    assert table["gpt2.md", "untrained", "0"]["time [s]"] == "-"
+    known = {key: line["published BLEU"] for key, line in table.items() if line["published BLEU"]}
+    assert known == {("gpt2.md", "LoRA", "inf"): "0.704", ("gpt2.md", "full", "inf"): "0.682"}
+    assert "4 processes on 4 x A100; commit aaaaaaaa; torch 2.13.0" in done.stdout
+
+
+def test_the_readme_s_tables(tmp_path):
+    """The newest folder of a name, between the marks alone; twice changes nothing; --check tells."""
+    for date, score in (("2026-01-02", 0.1), ("2026-02-01", 0.2)):
+        synthetic(tmp_path / f"results/{date}_e2e", scores=dict.fromkeys(("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"), score))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- table e2e -->\nold\n<!-- end -->\nafter\n")
+    command = ["scripts/results_tables.py", "--readme", readme, "--results", tmp_path / "results"]
+    assert run_script(*command, "--check").returncode == 1 and "old" in readme.read_text()
+    assert run_script(*command).returncode == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- table e2e -->\n| model") and text.endswith("\n<!-- end -->\nafter\n")
+    assert "0.2000" in text and "0.1000" not in text and "old" not in text and "published" not in text
+    assert run_script(*command, "--check").returncode == 0 and readme.read_text() == text
+    readme.write_text("<!-- table none -->\n<!-- end -->\n")
+    assert_user_error(run_script(*command), "table none", "there is no")
+    readme.write_text("<!-- table e2e -->\n")
+    assert_user_error(run_script(*command), "has no <!-- end -->")
+    assert_user_error(run_script("scripts/results_tables.py", tmp_path), "holds no rows")
+
+
+def test_the_tables_of_this_readme():
+    assert run_script("scripts/results_tables.py", "--readme", "README.md", "--check").returncode == 0
