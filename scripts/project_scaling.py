@@ -97,11 +97,11 @@ def show(args, config: GPT2Config) -> None:
     steps = round(args.epochs * args.N / args.batch)
     trained = f"adapters of rank {args.lora_dim}" if args.lora_dim else "all parameters"
     print(f"{args.model_card}, {trained}: {P:,} trained coordinates, {4 * (P + EXTRA) / 1e9:.3g} GB summed a step; "
-          f"{args.epochs:g} epochs of {args.N:,} examples at {args.batch} a step: {steps:,} steps; {args.tokens:g} tokens "
-          f"an example, {args.scored:g} scored.\n"
+          f"{args.epochs:g} epochs of {args.N:,} examples at {args.batch} a step: {steps:,} steps; {args.tokens:g} "
+          f"tokens an example, {args.scored:g} scored.\n"
           f"Assumed: {args.rate:.3g} multiply-adds/s of which {args.reached:.0%} is reached, clipping included; memory "
-          f"{args.memory_bandwidth:.3g} B/s, links {args.link_bandwidth:.3g} B/s a GPU, {args.node_bandwidth:.3g} B/s a "
-          f"machine of {args.gpus_per_machine} GPUs.\n")
+          f"{args.memory_bandwidth:.3g} B/s, links {args.link_bandwidth:.3g} B/s a GPU, {args.node_bandwidth:.3g} B/s "
+          f"a machine of {args.gpus_per_machine} GPUs.\n")
     alone = project(args, config, 1)["hours"]
     print("| GPUs | compute [ms] | load [ms] | sum [ms] | update [ms] | step [ms] | run [h] | efficiency |")
     print("| ---- | ------------ | --------- | -------- | ----------- | --------- | ------- | ---------- |")
@@ -196,7 +196,8 @@ def measure_sum(count: int) -> dict:
 def measure(args, config: GPT2Config) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    found = {"device": name, "torch": torch.__version__, "model_card": args.model_card, "load": round(os.getloadavg()[0], 2)}
+    found = {"device": name, "torch": torch.__version__, "model_card": args.model_card,
+             "load": round(os.getloadavg()[0], 2)}
     return {**found, **measure_compute(device, config, device.type == "cuda"), **measure_sum(25_000_000)}
 
 

@@ -22,6 +22,7 @@ sys.path.insert(0, os.path.join(ROOT, "src"))
 from cli import Parser, atomic_write, fail, open_text, run_main
 
 SCORES = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+KEYS = {"task", "model", "method", "epsilon", "seed", "processes", "commit", "hardware", "versions"}
 METHODS = {"lora": "LoRA", "full": "full", "none": "untrained"}
 # BLEU without privacy on E2E's test set, as LoRA's authors report it (Hu et al., 2021, table 3). Other published
 # figures are of private runs whose epsilon is not what they say, or of other held-out data: nothing stands beside
@@ -42,8 +43,10 @@ def read_rows(folder: str) -> Rows:
         with open_text(path) as handle:
             try:
                 row = json.load(handle)
+                if not (KEYS <= row.keys() and {"machines", "gpus", "cores", "device"} <= row["hardware"].keys()):
+                    raise ValueError
                 rows.append({**row, "order": (row["model"], budget_order(row), row["method"], row["seed"])})
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 fail(f"{path}: not a row of results; remove it, and its run will be written again")
     if not rows:
         fail(f"{folder}: holds no rows/*.json; wanted a folder that e2e_table.sh or author_table.sh has made")
@@ -123,8 +126,13 @@ def provenance(folder: str, rows: Rows) -> str:
     def all_of(value: Callable[[dict], str]) -> str:
         return ", ".join(dict.fromkeys(map(value, rows)))
 
-    machine = all_of(lambda row: f"{row['processes']} process{'es' * (row['processes'] > 1)} on "
-                     + (f"{row['hardware']['gpus']} x " if row["hardware"]["gpus"] else "") + row["hardware"]["device"])
+    def on(row: dict) -> str:
+        found = row["hardware"]
+        machines = f"{found['machines']} machines of " if found["machines"] > 1 else ""
+        count = f"{found['gpus']} x " if found["gpus"] else f"{found['cores']} cores of "
+        return f"{row['processes']} process{'es' * (row['processes'] > 1)} on {machines}{count}{found['device']}"
+
+    machine = all_of(on)
     code = all_of(lambda row: (row["commit"]["hash"] or "no commit")[:8] + " (modified)" * row["commit"]["modified"])
     place = os.path.relpath(folder, ROOT)
     place = os.path.basename(os.path.normpath(folder)) if place.startswith("..") else place

@@ -167,6 +167,8 @@ make_table() {
     local model method epsilon seed found runs=() row
     found="$(compgen -G "$RESULTS/????-??-??_$NAME" | sort | tail -n 1 || true)"
     TABLE="${found:-$RESULTS/$(date +%F)_$NAME}"
+    [ -n "$DRY" ] || "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' ||
+        die "PYTHON=$PYTHON: has no torch; pip install -r requirements.txt, or name another Python by this variable"
     prepare
     for model in "${MODELS[@]}"; do
         for epsilon in "${EPSILONS[@]}"; do

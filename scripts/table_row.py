@@ -50,7 +50,7 @@ def commit() -> dict:
 
 
 def hardware() -> dict:
-    """The GPUs, where processes use them, or the processor's name and cores; memory in bytes."""
+    """Each machine's GPUs, where processes use them, or the processor's name and cores; memory in bytes."""
     gpus = None
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all"):
         gpus = output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
@@ -59,9 +59,9 @@ def hardware() -> dict:
         with open_text("/proc/cpuinfo") as handle:
             names = [line.split(":", 1)[1].strip() for line in handle if line.startswith("model name")]
         processor = names[0] if names else processor
-    return {"device": gpus.splitlines()[0] if gpus else processor, "gpus": len(gpus.splitlines()) if gpus else 0,
-            "cores": len(os.sched_getaffinity(0)), "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "load": round(os.getloadavg()[0], 2)}
+    return {"machines": int(os.environ.get("SLURM_JOB_NUM_NODES") or 1), "cores": len(os.sched_getaffinity(0)),
+            "device": gpus.splitlines()[0] if gpus else processor, "gpus": len(gpus.splitlines()) if gpus else 0,
+            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "load": round(os.getloadavg()[0], 2)}
 
 
 def main() -> None:
