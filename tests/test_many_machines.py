@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 from conftest import ROOT
 from small_runs import (STEPS, equal, environment, flags, free_port, ledger, read, server, train, weights)
+from test_faults import check_charged, counted
 from test_launchers import children, until
 
 import distributed
@@ -44,7 +45,7 @@ def test_two_machines_give_what_one_gives(tmp_path):
     port, work = free_port(), tmp_path / "two"
     agents = [agent(node, port, flags(work, max_step=4)) for node in (0, 1)]
     for process in agents:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     train(flags(tmp_path / "one", max_step=4), 2)
     assert equal(weights(work, 4), weights(tmp_path / "one", 4))
@@ -62,16 +63,16 @@ def test_a_machine_that_is_lost_is_replaced(tmp_path, lost):
     arguments = flags(work, max_step=400, save_interval=50, log_interval=20)
     own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}
     agents = [agent(node, port, arguments, **own_store) for node in (0, 1)]
-    until(lambda: (work / "model.50.pt").exists() and len(ledger(work)) >= 60, 60)
+    until(lambda: (work / "model.50.pt").exists() and len(ledger(work)) >= 60, 180)
     kill_group(agents[lost])
     if lost == 0:  # it held the meeting point: the other agent ends too, and both machines start anew
-        agents[1].communicate(timeout=120)
+        agents[1].communicate(timeout=300)
         before = len(ledger(work))
         agents = [agent(node, port, arguments, **own_store) for node in (0, 1)]
     else:
         before = len(ledger(work))
         agents[lost] = agent(lost, port, arguments, **own_store)
-    outputs = [process.communicate(timeout=180) for process in agents]
+    outputs = [process.communicate(timeout=300) for process in agents]
     assert [process.returncode for process in agents] == [0, 0], outputs
     assert "started again: continued as by --resume" in "".join(out for out, _ in outputs)
     records = ledger(work)
@@ -90,9 +91,9 @@ def test_a_killed_rank_under_one_agent(tmp_path):
                str(ROOT / "src/gpt2_ft.py"), *flags(work, max_step=300, save_interval=50, log_interval=50)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True)
-    until(lambda: (work / "model.50.pt").exists() and len(ledger(work)) >= 60, 60)
+    until(lambda: (work / "model.50.pt").exists() and len(ledger(work)) >= 60, 180)
     os.kill(children(process.pid)[1], signal.SIGKILL)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert out.count("started again: continued as by --resume") == 1
     assert ledger(work)[-1]["attempt"] == 2 and len(ledger(work)) > 300
@@ -110,7 +111,7 @@ def ranks_of(job: str, arguments: list, faults: dict[int, list] | None = None) -
         "RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         "TORCHELASTIC_RUN_ID": job}) for rank in (0, 1)]
     for rank in ranks:
-        rank.status = rank.wait()
+        rank.status = rank.wait(180)
     return ranks
 
 
@@ -120,8 +121,9 @@ def killed(point: str, when: str, nth: int) -> dict[int, list]:
 
 def test_the_job_that_began_a_run_continues_it_and_no_other(tmp_path):
     work = tmp_path / "run"
-    ranks = ranks_of("mine", flags(work), killed(DRAW, "after", 4))
+    ranks = ranks_of("mine", flags(work), {0: counted(work), **killed(DRAW, "after", 4)})
     assert ranks[0].status == 2 and ranks[1].status == -signal.SIGKILL
+    assert check_charged(work) == 4  # at least the masks drawn and the sums noised
     before = ledger(work)
     assert [record["step"] for record in before] == [1, 2, 3, 4]
     for other in ("other", "none"):  # none: torchrun's word where --rdzv_id was not given
@@ -130,9 +132,12 @@ def test_the_job_that_began_a_run_continues_it_and_no_other(tmp_path):
     assert ledger(work) == before
     ranks = ranks_of("mine", flags(work, lr=0.02))  # as strict as --resume
     assert ranks[0].status == 2 and "lr 0.01 there, 0.02 here" in ranks[0].error and ledger(work) == before
-    ranks = ranks_of("mine", flags(work))
+    dumps = [tmp_path / f"rank{rank}" for rank in (0, 1)]
+    ranks = ranks_of("mine", flags(work), {rank: [["dump", {"file": str(dumps[rank])}], *(counted(work) * (rank == 0))]
+                                           for rank in (0, 1)})
     assert [rank.status for rank in ranks] == [0, 0], ranks[0].stderr
     assert "continued as by --resume" in ranks[0].stdout and not ranks[1].stdout
+    assert check_charged(work) == 8 and dumps[0].read_bytes() == dumps[1].read_bytes()
     assert [(record["attempt"], record["step"]) for record in ledger(work)[4:]] == [(2, step) for step in (3, 4, 5, 6)]
     train(flags(tmp_path / "whole"), 2)
     assert equal(weights(work), weights(tmp_path / "whole"))

@@ -13,7 +13,7 @@ import sys
 import pytest
 from author_runs import material as author_material
 from conftest import ROOT, assert_user_error, run_script
-from small_runs import equal, ledger, read, train, weights
+from small_runs import equal, ledger, read, start_ranks, weights
 from test_launchers import COMMAND, until
 
 E2E, AUTHORS, SLURM = (f"scripts/{name}.sh" for name in ("e2e_table", "author_table", "slurm_e2e"))
@@ -164,9 +164,9 @@ def test_a_table_that_is_stopped_goes_on(tmp_path, small):
     arguments = ["--epsilon", 8, *places(tmp_path), *small, *EXTRA]
     work = tmp_path / "runs" / RUN
     process = start(E2E, *arguments)
-    until(lambda: (work / "model.10.pt").exists(), 120)
+    until(lambda: (work / "model.10.pt").exists(), 300)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 143 and "goes on from here" in err and not list(tmp_path.glob("results/*/rows/*"))
     stopped = len(ledger(work))
     assert 10 <= stopped < 40
@@ -189,7 +189,8 @@ def test_a_table_that_is_stopped_goes_on(tmp_path, small):
 
     training = shlex.split(row["commands"][1])  # what the row says can be typed, and gives the same weights
     again = [str(tmp_path / "again") if word == str(work) else word for word in training[2:]]
-    train(again, cwd=ROOT)
+    (rank,) = start_ranks(again, cwd=ROOT)
+    assert rank.wait(300) == 0, rank.stderr
     assert equal(weights(work, 40), weights(tmp_path / "again", 40))
 
     once_more = run(E2E, *arguments)  # nothing is left to do
@@ -206,7 +207,7 @@ def test_killed_anywhere_the_table_is_the_same(tmp_path, small):
     assert run(E2E, "--epsilon", "0 8", *places(whole), *small, *EXTRA).returncode == 0
     for sign in ("model.10.pt", "model.30.pt", "predict.jsonl.journal.0", "e2e_pred.txt"):
         process = start(E2E, "--epsilon", "0 8", *places(killed), *small, *EXTRA)
-        until(lambda: (killed / "runs" / RUN / sign).exists() or process.poll() is not None, 120)
+        until(lambda: (killed / "runs" / RUN / sign).exists() or process.poll() is not None, 300)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     done = run(E2E, "--epsilon", "0 8", *places(killed), *small, *EXTRA)
@@ -291,9 +292,9 @@ def test_a_slurm_job_of_two_machines_is_requeued_and_ends(tmp_path, small):
     job = {**JOB, "SLURM_JOB_NUM_NODES": 2, "SLURM_GPUS_ON_NODE": 1, "PATH": path}
     work = tmp_path / "runs" / RUN
     process = start(SLURM, "--epsilon", 8, *places(tmp_path), *small, *EXTRA, **job)
-    until(lambda: (work / "model.10.pt").exists(), 200)
+    until(lambda: (work / "model.10.pt").exists(), 300)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=100)
+    process.communicate(timeout=300)
     stopped = ledger(work)
     assert process.returncode == 143 and 10 <= len(stopped) < 40 and stopped[0]["world_size"] == 2
     assert (work / f"model.{len(stopped)}.pt").exists()
