@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import re
+import secrets
 import shutil
 import sys
 from collections import Counter
@@ -32,7 +33,8 @@ from tokenizer import Tokenizer, load_tokenizer
 PSEUDO_AUTHORS = ("[deleted]", "AutoModerator")
 FORMAT = 1  # of the cache; another number makes every older cache void
 CHUNK = 1 << 23  # bytes of the corpus that a process tokenises at a time
-CACHED_WORDS = 1 << 18  # 98 % of an English corpus's words are among so many; about 60 MB a process
+CACHED_WORDS = 1 << 18  # 98 % of an English corpus's words are among so many; about 70 MB a process
+PROCESSES = 8  # that tokenise, at the most: with some 120 MB each they stay under 1 GB on a machine of many cores
 # Where a text can be cut without changing a token: a space behind something that is no space always begins a new piece
 # of GPT-2's pre-tokenisation, so a text's tokens are those of the words that this splits it into, one after the other.
 WORDS = re.compile(r"(?<=\S)(?= )")
@@ -238,7 +240,8 @@ def digest_vocab(folder: str) -> str:
 
 
 def prepare_cache(source: Source, cache_dir: str | None, processes: int | None = None) -> str:
-    """The folder of the corpus's cache, made where it is not there. cache_dir None: beside the file.
+    """The folder of the corpus's cache, made where it is not there. cache_dir None: beside the file. processes None:
+    one for each core, up to PROCESSES.
 
     Raises UserError with file:line for a line that is no record.
     """
@@ -250,13 +253,14 @@ def prepare_cache(source: Source, cache_dir: str | None, processes: int | None =
     folder = os.path.join(cache_dir, name)
     if os.path.isdir(folder):
         return folder
-    aside = f"{folder}.{os.getpid()}.partial"
+    # Not by the process id: in containers that share a disk, and after a kill, another one may have had the same.
+    aside = f"{folder}.{secrets.token_hex(8)}.partial"
     try:
         os.makedirs(aside)
     except OSError as error:
         fail(f"--cache_dir {cache_dir}: cannot be written ({error.strerror}); name another folder for the tokens")
     try:
-        write_cache(aside, source, sha256, parts, processes or len(os.sched_getaffinity(0)))
+        write_cache(aside, source, sha256, parts, processes or min(PROCESSES, len(os.sched_getaffinity(0))))
         os.rename(aside, folder)
     except OSError as error:
         if not os.path.isdir(folder):  # else another run was quicker, with the same content

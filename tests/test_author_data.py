@@ -154,6 +154,26 @@ def test_a_cache_is_whole_or_not_there(tmp_path, monkeypatch):
         open_cache(folder)
 
 
+def test_what_a_killed_run_left_aside_is_no_obstacle(tmp_path):
+    """Also not where the killed process had our number, as in containers it often has."""
+    path = write(tmp_path / "train.jsonl", records(50, 9))
+    folder = prepare_cache(source(path), None)
+    os.rename(folder, f"{folder}.{os.getpid()}.partial")
+    assert prepare_cache(source(path), None) == folder and open_cache(folder).texts == 50
+
+
+def test_a_machine_of_many_cores_tokenises_with_few_processes(tmp_path, monkeypatch):
+    """Each has its own memory of words: 96 of them would take more than 10 GB."""
+    asked = []
+    monkeypatch.setattr(author_data.os, "sched_getaffinity", lambda _: set(range(96)))
+    monkeypatch.setattr(author_data, "CHUNK", 100)
+    monkeypatch.setattr(author_data, "tokenised_parts", lambda parts, source, processes: (
+        asked.append((len(parts), processes)), author_data.start_worker(source), map(author_data.work, parts))[-1])
+    prepare_cache(source(write(tmp_path / "train.jsonl", records(50, 9))), None)
+    (parts, processes), = asked
+    assert parts > 20 and processes == author_data.PROCESSES
+
+
 BAD = {
     "not JSON": ("{", "not a line of JSON"),
     "a list": ("[1]", "not a JSON object"),
