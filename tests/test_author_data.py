@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from clipping_oracle import (CONFIG, Text, clipped_sum, difference, distance, make_model, norm, run_engine,
+from clipping_oracle import (CONFIG, RULES, Text, clipped_sum, difference, distance, make_model, norm, run_engine,
                              unit_gradients)
 from conftest import ROOT
 from scipy.stats import chisquare
@@ -374,30 +374,34 @@ def double(batches):
 
 
 @pytest.mark.parametrize("engine", ["ghost", "materialise", "opacus"])
+@pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("lora", [LoRAConfig(), LoRAConfig(3, 16.0)], ids=["full", "lora"])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_per_author_clipping_equals_autograd_over_authors(samples, lora, engine, monkeypatch):
+def test_per_author_clipping_equals_autograd_over_authors(samples, lora, kind, engine, monkeypatch):
     """In float64 but for the weights, which a micro-batch holds in float32 (2^-24 = 6e-8)."""
     data = units([1, 2, 4, 9, 1, 3], samples)
     authors, model = [0, 1, 2, 3, 5], make_model(lora)
     _, gradients = unit_gradients(model, authors_as_units(data, authors, 2))
-    rule = ClippingRule("flat", sorted(map(norm, gradients))[2])  # some are clipped, some are not
+    rule = ClippingRule(kind, sorted(map(norm, gradients))[2])  # some are clipped, some are not
     expected = clipped_sum(gradients, rule)
-    for budget in (1, 40, 10 ** 6):
+    for budget in (1, 40, 10 ** 6) if kind == "flat" else (40,):
         batches = list(double(data.micro_batches(torch.tensor(authors), budget, 2)))
         _, ours = run_engine(engine, model, rule, batches, monkeypatch)
         assert distance(ours, expected) < 1e-6
 
 
 @pytest.mark.parametrize("engine", ["chosen", "opacus"])
+@pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("lora", [LoRAConfig(), LoRAConfig(3, 16.0)], ids=["full", "lora"])
 @pytest.mark.parametrize("samples", [1, 4, 50])
-def test_an_author_with_a_huge_gradient_and_50_texts_moves_the_step_by_c(samples, lora, engine, monkeypatch):
+def test_an_author_with_a_huge_gradient_and_50_texts_moves_the_step_by_c(samples, lora, engine, kind, monkeypatch):
     """D and D plus the author: the noiseless sums differ by exactly C, whatever K; clipped by text it would be K C."""
     data = units([1, 2, 4, 50], samples)
-    model, rule = make_model(lora, spread=1.0), ClippingRule("flat", 1e-3)
+    model, rule = make_model(lora, spread=1.0), ClippingRule(kind, 1e-6 if kind == "per_layer" else 1e-3, gamma=1e-9)
     _, gradients = unit_gradients(model, authors_as_units(data, [3], 1))
     assert norm(gradients[0]) > 100 * rule.C
+    if kind == "per_layer":  # every parameter's part is clipped: the parts C / sqrt(n) add up to C
+        assert min(map(float, (g.norm() for g in gradients[0].values()))) > rule.C
     batches = [list(double(data.micro_batches(torch.tensor(authors), 200, 1))) for authors in ([0, 1, 2], [0, 1, 2, 3])]
     sums = [run_engine(engine, model, rule, cut, monkeypatch)[1] for cut in batches]
     assert norm(difference(sums[1], sums[0])) == pytest.approx(rule.C, rel=2e-6)
