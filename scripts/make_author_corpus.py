@@ -42,7 +42,7 @@ def sentence_pool(seed: int) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = Parser(description="generate a corpus with authors")
+    parser = Parser(description="Write a generated corpus with authors.")
     parser.add_argument("--authors", type=int, default=600)
     parser.add_argument("--records", type=int, default=6000)
     parser.add_argument("--words", type=int, default=40, help="mean words of a text, log-normal (default 40)")

@@ -38,7 +38,7 @@ def archive_lines(path: str) -> Iterator[tuple[str, bytes]]:
                 with archive.open(name) as stream:
                     for number, line in enumerate(stream, start=1):
                         yield f"{path}:{name}:{number}", line
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         fail(f"--archive {path}: not a zip archive, or a damaged one ({error}); fetch it again")
 
 
@@ -64,8 +64,8 @@ def usable(line: bytes, where: str) -> tuple[dict | None, str]:
     return {"author": author, "content": content}, ""
 
 
-def main() -> None:
-    parser = Parser(description="make data/reddit/train.jsonl")
+def main() -> int | None:
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--archive", help="a local corpus-webis-tldr-17.zip (default: downloaded to data/reddit)")
     parser.add_argument("--output", default=os.path.join(ROOT, "data", "reddit", "train.jsonl"))
     parser.add_argument("--records", type=int, default=500_000, help="usable records to take (default 500000)")

@@ -221,7 +221,13 @@ def test_prepare_reddit_refuses(tmp_path):
     (tmp_path / "text.zip").write_text("no archive")
     torn = reddit_archive(tmp_path / "torn.zip", [{"author": "a", "content": "x" * 5000 + str(n)} for n in range(500)])
     torn.write_bytes(torn.read_bytes()[:300] + b"\0" * 50 + torn.read_bytes()[350:])
+    locked = bytearray(reddit_archive(tmp_path / "locked.zip", [{"author": "a", "content": "x"}]).read_bytes())
+    for flags_at in (6, locked.rindex(b"PK\1\2") + 8):  # of the member and of the directory: bit 0 is "encrypted"
+        locked[flags_at] |= 1
+    (tmp_path / "locked.zip").write_bytes(locked)
     for arguments, word in ((["--archive", tmp_path / "text.zip"], "not a zip"), (["--archive", torn], "torn.zip"),
+                            (["--archive", tmp_path / "locked.zip"], "encrypted"),
+                            (["--recrods", 3], "--recrods"), (["--records", "x"], "--records"),
                             (["--archive", tmp_path / "absent.zip"], "no such file"),
                             (["--records", 0], "--records 0")):
         run = server().start("scripts/prepare_reddit.py", ["--output", tmp_path / "out", *arguments])
