@@ -31,7 +31,9 @@ FREE = ("resume", "resume_changed", "job", "log_interval", "eval_interval", "sav
         "grad_engine", "micro_batch_tokens", "collective_timeout", "local_rank", "work_dir", "platform", "tensorboard",
         # of fine-tune-dp.py; its data and vocabulary are compared by their digests, wherever the files lie
         "resume_from_checkpoint", "logging_steps", "eval_strategy", "eval_steps", "save_steps", "log_level", "disable_tqdm",
-        "dry_run", "output_dir", "cache_dir", "train_file", "eval_file", "vocab", "without_effect")
+        "dry_run", "output_dir", "cache_dir", "train_file", "eval_file", "vocab", "without_effect", "remove_unused_columns",
+        "label_names", "prediction_loss_only", "eval_accumulation_steps", "per_device_eval_batch_size",
+        "dataloader_num_workers")
 
 # What every run shows beside the model, as privacy.json lists it. Nothing here has noise.
 DISCLOSED = (
