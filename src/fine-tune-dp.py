@@ -148,6 +148,9 @@ def check(args: Namespace) -> None:
         fail(f"--num_train_epochs {args.num_train_epochs:g}: expected a number above 0")
     if args.max_steps == 0 or args.max_steps < -1:
         fail(f"--max_steps {args.max_steps}: expected at least one step, or -1 for --num_train_epochs")
+    if args.eval_steps is not None and args.eval_strategy != "steps":
+        fail(f"--eval_steps {args.eval_steps}: means nothing with --eval_strategy {args.eval_strategy}; give "
+             "--eval_strategy steps, or leave it out")
     if args.warmup_steps and args.lr_scheduler_type == "constant":
         fail("--warmup_steps: --lr_scheduler_type constant has no warm-up; use constant_with_warmup")
 

@@ -146,6 +146,7 @@ REFUSED = {
     "delta of 1": (dict(target_delta=1), ["--target_delta 1"]),
     "an unknown flag": (dict(learningrate=1), ["--learningrate"]),
     "an unknown schedule": (dict(lr_scheduler_type="polynomial"), ["--lr_scheduler_type", "polynomial", "linear"]),
+    "steps of no evaluation": (dict(eval_steps=2), ["--eval_steps 2", "--eval_strategy no"]),
     "warm-up of a constant": (dict(lr_scheduler_type="constant", warmup_steps=3), ["--warmup_steps",
                                                                                    "constant_with_warmup"]),
     "no boolean": (dict(bf16="maybe"), ["--bf16", "maybe"]),
