@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import checkpoint
 from cli import UserError, fail
@@ -91,18 +92,22 @@ def autocast(device: torch.device, bf16: bool):
 
 
 @torch.no_grad()
-def evaluate(model: GPT2LMModel, data: Data, world: World, token_budget: int, bf16: bool) -> tuple[float, float]:
+def evaluate(model: GPT2LMModel, data: Data, world: World, token_budget: int, bf16: bool,
+             show_bar: bool = False) -> tuple[float, float]:
     """(mean negative log-likelihood of a scored token in nats, perplexity) over `data`, shared out among the ranks.
 
     No label smoothing. The mean is over tokens and exact: it does not depend on the world size or the batches.
     """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    with autocast(world.device, bf16):
-        for batch in data.micro_batches(torch.arange(len(data))[world.rank::world.size], token_budget):
+    own = torch.arange(len(data))[world.rank::world.size]
+    bar = tqdm(total=len(own), desc="evaluation", unit="text", leave=False, dynamic_ncols=True, disable=not show_bar)
+    with bar, autocast(world.device, bf16):
+        for batch in data.micro_batches(own, token_budget):
             batch = batch.to(world.device)
             losses = token_losses(model, batch, smoothing=0.0, head_trains=False, all_positions=False)
             total += torch.stack([losses.sum(dtype=torch.float64), torch.tensor(float(len(losses)), device=world.device)])
+            bar.update(batch.units)
     model.train()
     nll, count = world.all_reduce(total).tolist()
     if count == 0:
@@ -193,8 +198,8 @@ class Trainer:
         self.total_units += units
         if not math.isfinite(flat.data.sum().item()):  # the same bits on every rank: all of them stop
             spent = f"epsilon {self.plan.epsilon()[0]:.4f} is spent" if self.world.is_main else "see rank 0"
-            mistake = UserError(f"step {self.done}: a parameter is NaN or infinite; {spent}; lower --lr and start from "
-                                "the last checkpoint")
+            mistake = UserError(f"step {self.done}: a parameter is NaN or infinite; {spent}; lower the learning "
+                                "rate and start from the last checkpoint")
             mistake.on_every_rank = True
             raise mistake
         return asked > 0
@@ -239,7 +244,8 @@ class Trainer:
         if self.valid is None:
             return
         start = time.monotonic()
-        loss, ppl = evaluate(self.model, self.valid, self.world, self.options.token_budget, self.options.bf16)
+        loss, ppl = evaluate(self.model, self.valid, self.world, self.options.token_budget, self.options.bf16,
+                             show_bar=self.display.bar is not None)
         self.valid_loss = loss
         if self.work is not None:
             self.work.append_metrics({**self.head(), "valid_loss": finite(loss), "valid_ppl": finite(ppl)})
