@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Author-level training from a fresh clone, offline but for the package registry: generates a corpus of 2,000 authors,
-# fine-tunes a small GPT-2 on 2 processes with epsilon 8 for each author and without privacy, and ends in the rows of the
-# table and a plot. Computes everything anew each time, in trained_models/author_quickstart/. Under 3 minutes on 2 cores
-# after installation.
+# fine-tunes a small GPT-2 on 2 processes with epsilon 8 for each author and without privacy, and ends in the rows of
+# the table and a plot. Computes everything anew each time, in trained_models/author_quickstart/. Under 3 minutes on 2
+# cores after installation.
 #
 #   bash scripts/author_quickstart.sh [MODEL_FOLDER]     # default: pretrained_checkpoints/demo
 set -euo pipefail
