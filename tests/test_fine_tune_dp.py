@@ -109,13 +109,18 @@ def test_warnings_and_results_alone(tmp_path):
 def test_without_privacy(tmp_path):
     """--disable_dp wins over --target_epsilon, as in the published code, and says so."""
     (rank,) = train(flags(tmp_path / "run", disable_dp=True, noise_multiplier=None, target_epsilon=8, noise_source=None,
-                          noise_seed=None, eval_fraction=0))
+                          noise_seed=None, eval_fraction=0, per_device_train_batch_size=AUTHORS))
     report = read(tmp_path / "run")
     assert report["epsilon_prv"] == report["final_epsilon_prv"] == "inf" and report["sigma"] == 0
     assert "--disable_dp: --target_epsilon 8 has no effect" in rank.stdout and "epsilon = inf" in rank.stdout
     assert "| tiny | LoRA | No | 1xCPU |" in rank.stdout
     assert "| - | inf |" in rank.stdout  # eval_fraction 0: no evaluation
     assert report["held_out"]["authors"] == 0 and report["N"] == AUTHORS
+    # every author is in every step, with one text drawn afresh: of the same one each time, all others would be left
+    sizes = np.unique([json.loads(line)["author"] for line in open(material() / "train.jsonl")], return_counts=True)[1]
+    expected = (sizes * (1 - 1 / sizes) ** STEPS).sum()
+    found = report["contributions"]["texts_never_used"]
+    assert abs(found - expected) < 5 * expected**0.5 < sizes.sum() - AUTHORS - expected
 
 
 # ------------------------------------------------------------------ what must not change a result
