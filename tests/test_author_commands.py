@@ -3,9 +3,11 @@
 import json
 import pathlib
 import re
+import resource
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -98,6 +100,56 @@ def test_the_published_commands_with_gpt2(tmp_path, shared, command):
     done = launch(command, root, "src", 1200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| gpt2 | " in done.stdout and read(root / "src" / "scratch")["steps_charged"] == 2
+
+
+# ------------------------------------------------------------------ a corpus of Reddit's size
+
+
+def tree_memory(pid: int) -> float:
+    """MB of a process and all below it; a page that several share counts once (PSS)."""
+    try:
+        status = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
+        children = [int(child) for task in pathlib.Path(f"/proc/{pid}/task").iterdir()
+                    for child in (task / "children").read_text().split()]
+    except OSError:  # it has just ended
+        return 0.0
+    return int(re.search(r"^Pss: +(\d+)", status, re.MULTILINE)[1]) / 1024 + sum(map(tree_memory, children))
+
+
+def measured_run(arguments: list[str]) -> tuple[float, float]:
+    """(CPU seconds, peak MB) of a run of fine-tune-dp.py and all its processes."""
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before, peak = spent(), 0.0
+    process = subprocess.Popen([sys.executable, ROOT / "src" / "fine-tune-dp.py", *arguments], env=environment(),
+                               stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        peak = max(peak, tree_memory(process.pid))
+        time.sleep(0.1)
+    assert process.returncode == 0
+    return spent() - before, peak
+
+
+@pytest.mark.slow
+def test_a_corpus_of_reddits_size(tmp_path):
+    """304,279 authors by a Zipf law: a run of one step takes less than 90 s of one core, 10 s at the second start, and
+    less than 2 GB beyond a run on few records, tokenising processes included. (Of CPU time, which another job on the
+    machine leaves nearly as it is; several cores tokenise in parallel.)"""
+    corpus, few = tmp_path / "reddit.jsonl", tmp_path / "few.jsonl"
+    made = run_script("scripts/make_author_corpus.py", "--authors", 304_279, "--records", 500_000, "--words", 270,
+                      "--out", corpus, timeout=1200)
+    assert made.returncode == 0, made.stderr
+    with open(corpus) as lines, open(few, "w") as out:
+        out.writelines(line for line, _ in zip(lines, range(2000)))
+    seconds, memory = {}, {}
+    for name, path in {"few": few, "first": corpus, "second": corpus}.items():
+        seconds[name], memory[name] = measured_run(flags(
+            tmp_path / name, train_file=path, sequence_len=48, eval_fraction=0.0005, max_steps=1))
+    assert read(tmp_path / "first")["contributions"]["texts"] + read(tmp_path / "first")["held_out"]["texts"] == 500_000
+    assert seconds["first"] < 90 and seconds["second"] < 10
+    assert max(memory["first"], memory["second"]) - memory["few"] < 2000
 
 
 # ------------------------------------------------------------------ what is refused
