@@ -203,16 +203,21 @@ class Worker:
         self.process = context.Process(target=worker, args=(theirs, variant, task, options), daemon=True)
         self.process.start()
         theirs.close()
-        try:
-            self.units, self.tokens, self.multiply_adds = self.pipe.recv()
-        except EOFError:
-            fail(f"--variants {variant}: its process ended before the first step; why stands above")
+        self.variant = variant
+        self.units, self.tokens, self.multiply_adds = self.answer()
         self.seconds: list[float] = []
         self.peak = 0
 
+    def answer(self) -> tuple:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            fail(f"--variants {self.variant}: its process ended with status {self.process.exitcode} (-9: out of memory?)")
+
     def step(self) -> None:
         self.pipe.send(True)
-        seconds, self.peak = self.pipe.recv()
+        seconds, self.peak = self.answer()
         self.seconds.append(seconds)
 
     def close(self) -> None:
