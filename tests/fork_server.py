@@ -150,10 +150,15 @@ def fault_file_limit(size: int, point: str) -> None:
     wrap(point, "before", 1, lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)))
 
 
+def fault_weaken(name: str) -> None:
+    """Put in a fault of scripts/audit_faults.py, by the name of its function."""
+    runpy.run_path(str(ROOT / "scripts" / "audit_faults.py"))[name]()
+
+
 FAULTS = {"signal": fault_signal, "tear": fault_tear, "count": fault_count, "sleep": fault_sleep, "error": fault_error,
           "allocate": fault_allocate,
           "dump": fault_dump, "entropy": fault_entropy, "late_ledger": fault_late_ledger,
-          "file_limit": fault_file_limit, "tf32": fault_tf32}
+          "file_limit": fault_file_limit, "tf32": fault_tf32, "weaken": fault_weaken}
 
 
 # ------------------------------------------------------------------ the server

@@ -19,7 +19,7 @@ LAYERS = {
     GROUND: {"cli", "distributed"},
     MODEL: {"model", "loralib", "lora_grad_samplers", "fast_linear", "losses", "optimizer", "data_utils", "author_data",
             "tokenizer", "triples", "vocabulary", "kv_cache", "beam_search"},
-    RUN: {"run_setup", "training", "checkpoint", "peft_format", "run_log"},
+    RUN: {"run_setup", "training", "checkpoint", "peft_format", "run_log", "canaries"},
 }
 OPACUS = {"lora_grad_samplers", "privacy.opacus_hooks", "privacy.accounting", "run_setup"}
 MOST_LINES = 450
@@ -108,7 +108,7 @@ def test_opacus_is_known_to_few():
 def test_what_the_parts_of_privacy_may_know():
     """clipping knows layers, not privacy; accounting and the ledger know numbers, not tensors; noise knows neither."""
     assert not {module for module in ours("privacy.clipping") if module.startswith("privacy")}
-    for name in ("privacy.accounting", "privacy.ledger"):
+    for name in ("privacy.accounting", "privacy.ledger", "privacy.auditing"):
         assert not any(module.split(".")[0] == "torch" for module in imports(MODULES[name]))
         assert ours(name) <= {"cli", "privacy", "privacy.accounting"}
     assert ours("privacy.noise") <= {"cli"}

@@ -1,0 +1,199 @@
+"""What the audit sees: src/privacy_audit.py on the code as it is, and on the code with one fault at a time.
+
+    python scripts/audit_faults.py --train_data data/e2e/train.jsonl --model_card MODEL --init_checkpoint MODEL \
+        --output results/audit/faults
+    python scripts/audit_faults.py ... --only "noise off" "sigma at two thirds"     those rows and the sound ones beside them
+
+A fault is put in from outside, in the process of the run, by replacing one method of the product; the audit knows nothing of
+it and goes on claiming what it would without. Each row's setting is one in which its fault can show: a lower bound from a
+single run stays well below epsilon even where the adversary sees all. Writes table.md, faults.json and the runs' audit.json and
+plots into --output. The status is 1 where a sound row is refuted or a fault is not.
+
+Settings (canaries; q = expected batch / N):
+  participation  100,000 gradient canaries, q = 1/32, sigma 2, 30 steps, delta 1e-6
+  noise          2,000,000 gradient canaries, q = 1, sigma 3, one step, delta 1e-6, 3,200 guesses: two thirds of the noise are so
+                 near to all of it that only the far tails of very many canaries tell them apart
+  text           1,000 text canaries, q = 1/8, sigma 4, 32 steps, delta 1e-5
+  published      1,000 gradient canaries, LoRA of rank 4, sigma 0.6, batch 128, 100 steps, delta 1e-5, 100 guesses
+"""
+
+import json
+import os
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+
+SRC = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "src")
+sys.path.insert(0, SRC)
+
+import torch
+
+import run_setup  # the product, imported once: a run is a fork of this process
+from cli import Parser, atomic_write, fail, read_lines, run_main
+from privacy.clipping import ClippingRule
+from privacy.noise import NoiseSource
+from privacy.sampling import PoissonSampler
+
+# ------------------------------------------------------------------ faults
+
+
+def nothing() -> None:
+    """The code as it is."""
+
+
+def noise_off() -> None:
+    NoiseSource.add_normal_ = lambda self, buffer, std: None
+
+
+def sigma_at_two_thirds() -> None:
+    add_normal_ = NoiseSource.add_normal_
+    NoiseSource.add_normal_ = lambda self, buffer, std: add_normal_(self, buffer, std * 2 / 3)
+
+
+def participation_fixed() -> None:
+    """The mask of the first step is used again in every later one, as after a generator that starts anew each step."""
+    draw = PoissonSampler.draw
+
+    def draw_once(self: PoissonSampler, step: int) -> torch.Tensor:
+        if not hasattr(self, "mask"):
+            self.mask = draw(self, step)
+        return self.mask
+
+    PoissonSampler.draw = draw_once
+
+
+def q_wrong_by_16() -> None:
+    """As where each of 16 ranks draws from a shard of N / 16 units with the whole job's batch."""
+    init = PoissonSampler.__init__
+    PoissonSampler.__init__ = lambda self, N, q, world, source: init(self, N, min(1.0, 16 * q), world, source)
+
+
+def clipping_off() -> None:
+    ClippingRule.factors = lambda self, norms_sq: (torch.ones_like(norms_sq), torch.isfinite(norms_sq.sum(1)))
+
+
+# ------------------------------------------------------------------ settings and rows
+
+Flags = dict[str, object]
+
+
+def setting(name: str, examples: int) -> Flags:
+    """Flags of src/privacy_audit.py for one setting, where the training data are `examples` examples."""
+    if name == "published":
+        return {"canaries": 1000, "train_batch_size": 128, "noise_multiplier": 0.6, "lora_dim": 4, "lora_alpha": 32,
+                "lr": 0.0004, "max_step": 100, "guesses": 100}
+    if name == "text":
+        return {"canaries": 1000, "canary_kind": "text", "train_batch_size": (examples + 1000) // 8,
+                "noise_multiplier": 4, "lr": 0.002, "max_step": 32}
+    if name == "participation":
+        return {"canaries": 100_000, "train_batch_size": (examples + 100_000) // 32, "noise_multiplier": 2,
+                "max_step": 30, "target_delta": 1e-6}
+    return {"canaries": 2_000_000, "train_batch_size": examples + 2_000_000, "noise_multiplier": 3, "max_step": 1,
+            "target_delta": 1e-6, "guesses": 3200}
+
+
+ROWS: tuple[tuple[str, Callable[[], None], str], ...] = (
+    ("none", nothing, "participation"),
+    ("participation fixed", participation_fixed, "participation"),
+    ("q wrong by the world size (16)", q_wrong_by_16, "participation"),
+    ("noise off", noise_off, "participation"),
+    ("none", nothing, "noise"),
+    ("sigma at two thirds", sigma_at_two_thirds, "noise"),
+    ("clipping off", clipping_off, "noise"),
+    ("none", nothing, "text"),
+    ("noise off", noise_off, "text"),
+    ("none", nothing, "published"),
+    ("noise off", noise_off, "published"),
+)
+
+
+def run(fault: Callable[[], None], flags: Flags, folder: str) -> dict:
+    """src/privacy_audit.py with `flags` in a fork with the fault in it; the content of its audit.json."""
+    work = os.path.join(folder, "run")
+    argv = ["src/privacy_audit.py", "--work_dir", work, "--plot", os.path.join(folder, "audit.png")]
+    for name, value in flags.items():
+        argv += [] if value is None else [f"--{name}", str(value)]
+    child = os.fork()
+    if child == 0:
+        status = 2
+        try:
+            output = os.open(os.path.join(folder, "output.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            fault()
+            sys.argv = argv
+            runpy.run_path(os.path.join(SRC, "privacy_audit.py"), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status not in (0, 1):
+        with open(os.path.join(folder, "output.txt"), encoding="utf-8", errors="replace") as handle:
+            fail(f"the audit in {folder} ended with status {status}: {handle.read()[-400:]}")
+    shutil.move(os.path.join(work, "audit.json"), os.path.join(folder, "audit.json"))
+    shutil.rmtree(work)  # the weights and scores of 2,000,000 canaries are large, and nobody needs them
+    with open(os.path.join(folder, "audit.json"), encoding="utf-8") as handle:
+        return json.load(handle)
+
+
+def line(name: str, where: str, found: dict) -> list[str]:
+    verdict = ("refuted" if name != "none" else "REFUTED, and should not be") if found["refuted"] else (
+        "not refuted" if name == "none" else "NOT SEEN")
+    return [name, where, f"{found['canaries']:,} {found['canary_kind']}", f"{found['delta']:.0e}",
+            f"{found['epsilon_claimed']:.2f}", f"{found['epsilon_lower']:.2f}",
+            f"{found['guesses_right']:,} of {found['guesses_made']:,}", verdict, f"{found['seconds']:.0f}"]
+
+
+def markdown(lines: list[list[str]]) -> str:
+    header = ["fault", "setting", "canaries", "delta", "claimed epsilon", "lower bound (95 %)", "guesses right",
+              "claim", "seconds"]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, ["---"] * len(header), *lines])
+
+
+def main() -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train_data", required=True, help="token file; its first --examples are trained on")
+    parser.add_argument("--examples", type=int, default=500, help="training examples beside the canaries (default 500)")
+    parser.add_argument("--model_card", required=True, help="as for src/privacy_audit.py; 2,000,000 coordinates or more")
+    parser.add_argument("--init_checkpoint", help="as for src/privacy_audit.py")
+    parser.add_argument("--seq_len", type=int, default=512)
+    parser.add_argument("--only", nargs="+", choices=[name for name, *_ in ROWS], help="these faults alone, with the sound rows")
+    parser.add_argument("--settings", nargs="+", choices=list(dict.fromkeys(where for *_, where in ROWS)))
+    parser.add_argument("--output", required=True, help="folder for the table and the runs' results")
+    args = parser.parse_args()
+    if args.examples < 1:
+        fail(f"--examples {args.examples}: expected at least 1")
+    chosen = [row for row in ROWS if (not args.settings or row[2] in args.settings)
+              and (not args.only or row[0] in args.only)]
+    tested = {where for *_, where in chosen}
+    rows = [row for row in ROWS if row in chosen or row[0] == "none" and row[2] in tested]
+    os.makedirs(args.output, exist_ok=True)
+    texts = [text for _, text in read_lines(args.train_data, "--train_data")]
+    examples, short = min(len(texts), args.examples), os.path.join(args.output, "examples.jsonl")
+    with atomic_write(short) as handle:
+        handle.writelines(f"{text}\n" for text in texts[:examples])
+    lines, results, wrong = [], [], False
+    for name, fault, where in rows:
+        folder = os.path.join(args.output, f"{where}-{''.join(c if c.isalnum() else '_' for c in name)}")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder)
+        data = args.train_data if where == "published" else short  # the published q is of all the examples
+        found = run(fault, {"train_data": data, "model_card": args.model_card, "init_checkpoint": args.init_checkpoint,
+                            "seq_len": args.seq_len, **setting(where, examples)}, folder)
+        results.append({"fault": name, "setting": where, **found})
+        lines.append(line(name, where, found))
+        print(markdown(lines[-1:]).splitlines()[-1], flush=True)
+        wrong |= found["refuted"] == (name == "none")
+    os.unlink(short)
+    for name, content in (("table.md", markdown(lines)), ("faults.json", json.dumps(results, indent=1) + "\n")):
+        with atomic_write(os.path.join(args.output, name)) as handle:
+            handle.write(content)
+    print(f"\n{markdown(lines)}\n{args.output}/table.md", end="\n")
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,137 @@
+"""Canaries of a privacy audit: extra units of a training run, each in the data or not by the toss of a coin.
+
+They are units of the run like any other: units 0 .. n-1 are the examples and n .. n+m-1 the canaries, N = n + m and q are public,
+the plan draws every unit alike, and a drawn canary whose coin said no adds nothing. So to flip one coin is to add or remove
+one unit, what the plan's epsilon is about.
+
+  gradient  canary k's gradient is RAW C along a coordinate of its own; the run's clipping rule leaves C of it.
+  text      canary k is an example: random rare tokens as the completion of random rare tokens.
+
+Shapes: m canaries, U canaries of a micro-batch, P trained coordinates, n trained tensors.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_utils import Examples
+from distributed import World
+from losses import MicroBatch, unit_losses
+from model import GPT2LMModel
+from optimizer import FlatParameters
+from privacy.auditing import sampled_gaussian_llr
+from privacy.clipping import BookKeeping, ClippingRule, Lookup
+from privacy.plan import PrivacyPlan
+
+RAW = 10.0  # norm of a gradient canary before clipping, in units of C
+CHUNK = 2**16  # gradient canaries of a micro-batch
+CONTEXT, COMPLETION = 8, 8  # tokens of a text canary
+
+
+def toss_coins(m: int, world: World) -> np.ndarray:
+    """(m,) bool: fair coins from the operating system's entropy, the same on every rank."""
+    coins = torch.from_numpy(np.unpackbits(np.frombuffer(os.urandom(-(-m // 8)), np.uint8))[:m].copy())
+    return world.broadcast(coins).numpy().astype(bool)
+
+
+def text_canaries(m: int, train: Examples, vocabulary: int, world: World) -> Examples:
+    """m examples of CONTEXT + COMPLETION tokens, each drawn from the rare ones: those that `train` never uses, or where they
+    are fewer than a quarter of the vocabulary, that quarter which it uses least. The same on every rank."""
+    counts = np.bincount(train.tokens, minlength=vocabulary)
+    rare = np.argsort(counts, kind="stable")[:max(int((counts == 0).sum()), -(-vocabulary // 4))]
+    length = CONTEXT + COMPLETION
+    drawn = torch.from_numpy(np.random.default_rng().choice(rare, m * length))
+    return Examples(world.broadcast(drawn).numpy().astype(np.int32), np.arange(m + 1) * length, np.full(m, CONTEXT), 0, 0)
+
+
+@dataclass
+class CanaryBatch:
+    """Drawn gradient canaries whose coin said yes, in place of a MicroBatch."""
+
+    canaries: Tensor  # (U,) int64, their numbers
+    tokens: int = 0
+    texts: int = 0
+
+    def to(self, device: torch.device) -> "CanaryBatch":
+        return CanaryBatch(self.canaries.to(device))
+
+
+class CanaryData:
+    """The run's data: `examples`, then the canaries."""
+
+    def __init__(self, examples: Examples, coins: np.ndarray, texts: Examples | None):
+        """coins (m,) bool. texts: the text canaries; None: they are gradient canaries."""
+        self.examples, self.coins, self.texts = examples, torch.from_numpy(coins), texts
+
+    def __len__(self) -> int:
+        return len(self.examples) + len(self.coins)
+
+    def micro_batches(self, units: Tensor, token_budget: int, step: int = 0) -> Iterator[MicroBatch | CanaryBatch]:
+        is_canary = units >= len(self.examples)
+        canaries = units[is_canary] - len(self.examples)
+        canaries = canaries[self.coins[canaries]]
+        yield from self.examples.micro_batches(units[~is_canary], token_budget, step)
+        if self.texts is not None:
+            yield from self.texts.micro_batches(canaries, token_budget, step)
+        elif len(canaries):
+            yield from map(CanaryBatch, canaries.split(CHUNK))
+
+
+class CanaryEngine:
+    """The run's gradient engine, which also takes gradient canaries: through the run's clipping rule, into the same sum."""
+
+    def __init__(self, engine: BookKeeping, flat: FlatParameters, rule: ClippingRule, m: int):
+        self.engine, self.flat, self.rule = engine, flat, rule
+        self.coordinates = torch.arange(m, device=flat.grad.device) * flat.size // m  # distinct, since m <= P
+        ends = torch.tensor([parameter.numel() for _, parameter in flat.named], device=flat.grad.device).cumsum(0)
+        self.columns = torch.searchsorted(ends, self.coordinates, right=True)  # the tensor in which each coordinate lies
+        row = torch.zeros(1, len(flat.named), device=flat.grad.device)
+        row[0, 0] = (RAW * rule.C) ** 2
+        self.size = RAW * rule.factors(row)[0][0, 0].item()  # of a clipped canary, in units of C; per_layer leaves 1/sqrt n
+
+    @torch.no_grad()
+    def accumulate(self, batch: MicroBatch | CanaryBatch) -> Tensor:
+        """Add the clipped gradients of the batch's units to `flat.grad`; return their losses, (U,), 0 for a canary."""
+        if not isinstance(batch, CanaryBatch):
+            with torch.enable_grad():
+                return self.engine.accumulate(batch)
+        where, columns = self.coordinates[batch.canaries], self.columns[batch.canaries][:, None]
+        rows = self.flat.grad.new_full((len(where), 1, 1), RAW * self.rule.C)
+        gradient = Lookup(self.flat.grad[:, None], where[:, None], rows)
+        norms_sq = rows.new_zeros(len(where), len(self.flat.named)).scatter_(1, columns, gradient.norm_sq()[:, None])
+        factors, finite = self.rule.factors(norms_sq)
+        gradient.add(factors.gather(1, columns).squeeze(1), None if bool(finite.all()) else finite)
+        return rows.new_zeros(len(where))
+
+
+class Adversary:
+    """Sees every gradient that the plan releases, and nothing before that; scores the gradient canaries by what they show.
+
+    scores (m,) float64: log-likelihood ratio of "in the data" against "not", for the claimed q and sigma.
+    """
+
+    def __init__(self, plan: PrivacyPlan, engine: CanaryEngine):
+        self.settings, self.engine, self.released = plan.settings, engine, plan.release
+        self.scores = np.zeros(len(engine.coordinates))
+        plan.release = self.release
+
+    def release(self, sums: Tensor, coordinates: int) -> Tensor:
+        grad = self.released(sums, coordinates)
+        settings = self.settings
+        x = grad[self.engine.coordinates].double().cpu().numpy() * (settings.batch / settings.clip)
+        self.scores += sampled_gaussian_llr(x, settings.q, settings.sigma, self.engine.size)
+        return grad
+
+
+@torch.no_grad()
+def text_losses(model: GPT2LMModel, texts: Examples, device: torch.device, token_budget: int) -> np.ndarray:
+    """(m,) float64: the loss of each text canary, nats a token, without label smoothing."""
+    model.eval()
+    losses = [unit_losses(model, batch.to(device)).double().cpu()  # all are of one length, so they keep their order
+              for batch in texts.micro_batches(torch.arange(len(texts)), token_budget)]
+    model.train()
+    return torch.cat(losses).numpy()
