@@ -14,7 +14,7 @@ Settings (canaries; q = expected batch / N):
   noise          2,000,000 gradient canaries, q = 1, sigma 3, one step, delta 1e-6, 3,200 guesses: two thirds of the noise are so
                  near to all of it that only the far tails of very many canaries tell them apart
   text           1,000 text canaries, q = 1/8, sigma 4, 32 steps, delta 1e-5
-  published      1,000 gradient canaries, LoRA of rank 4, sigma 0.6, batch 128, 100 steps, delta 1e-5, 100 guesses
+  published      1,000 gradient canaries, LoRA of rank 4, sigma 0.6, batch 128, 50 steps, delta 1e-5, 40 guesses; all of --train_data
 """
 
 import json
@@ -82,7 +82,7 @@ def setting(name: str, examples: int) -> Flags:
     """Flags of src/privacy_audit.py for one setting, where the training data are `examples` examples."""
     if name == "published":
         return {"canaries": 1000, "train_batch_size": 128, "noise_multiplier": 0.6, "lora_dim": 4, "lora_alpha": 32,
-                "lr": 0.0004, "max_step": 100, "guesses": 100}
+                "lr": 0.0004, "max_step": 50, "guesses": 40}
     if name == "text":
         return {"canaries": 1000, "canary_kind": "text", "train_batch_size": (examples + 1000) // 8,
                 "noise_multiplier": 4, "lr": 0.002, "max_step": 32}
@@ -129,14 +129,15 @@ def run(fault: Callable[[], None], flags: Flags, folder: str) -> dict:
         finally:
             sys.stdout.flush()
             os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    _, status, usage = os.wait4(child, 0)
+    status = os.waitstatus_to_exitcode(status)
     if status not in (0, 1):
         with open(os.path.join(folder, "output.txt"), encoding="utf-8", errors="replace") as handle:
             fail(f"the audit in {folder} ended with status {status}: {handle.read()[-400:]}")
     shutil.move(os.path.join(work, "audit.json"), os.path.join(folder, "audit.json"))
     shutil.rmtree(work)  # the weights and scores of 2,000,000 canaries are large, and nobody needs them
     with open(os.path.join(folder, "audit.json"), encoding="utf-8") as handle:
-        return json.load(handle)
+        return {**json.load(handle), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
 
 
 def line(name: str, where: str, found: dict) -> list[str]:
@@ -144,19 +145,19 @@ def line(name: str, where: str, found: dict) -> list[str]:
         "not refuted" if name == "none" else "NOT SEEN")
     return [name, where, f"{found['canaries']:,} {found['canary_kind']}", f"{found['delta']:.0e}",
             f"{found['epsilon_claimed']:.2f}", f"{found['epsilon_lower']:.2f}",
-            f"{found['guesses_right']:,} of {found['guesses_made']:,}", verdict, f"{found['seconds']:.0f}"]
+            f"{found['guesses_right']:,} of {found['guesses_made']:,}", verdict, f"{found['cpu_seconds']:.0f}"]
 
 
 def markdown(lines: list[list[str]]) -> str:
     header = ["fault", "setting", "canaries", "delta", "claimed epsilon", "lower bound (95 %)", "guesses right",
-              "claim", "seconds"]
+              "claim", "CPU [s]"]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, ["---"] * len(header), *lines])
 
 
 def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_data", required=True, help="token file; its first --examples are trained on")
-    parser.add_argument("--examples", type=int, default=500, help="training examples beside the canaries (default 500)")
+    parser.add_argument("--examples", type=int, default=200, help="training examples beside the canaries (default 200)")
     parser.add_argument("--model_card", required=True, help="as for src/privacy_audit.py; 2,000,000 coordinates or more")
     parser.add_argument("--init_checkpoint", help="as for src/privacy_audit.py")
     parser.add_argument("--seq_len", type=int, default=512)

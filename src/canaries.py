@@ -4,7 +4,8 @@ They are units of the run like any other: units 0 .. n-1 are the examples and n 
 the plan draws every unit alike, and a drawn canary whose coin said no adds nothing. So to flip one coin is to add or remove
 one unit, what the plan's epsilon is about.
 
-  gradient  canary k's gradient is RAW C along a coordinate of its own; the run's clipping rule leaves C of it.
+  gradient  canary k's gradient is RAW C along a coordinate of its own; the run's clipping rule leaves C of it. The coordinates are
+            those that the examples' own gradients move least: the adversary knows everything but the coins.
   text      canary k is an example: random rare tokens as the completion of random rare tokens.
 
 Shapes: m canaries, U canaries of a micro-batch, P trained coordinates, n trained tensors.
@@ -29,6 +30,7 @@ from privacy.plan import PrivacyPlan
 
 RAW = 10.0  # norm of a gradient canary before clipping, in units of C
 CHUNK = 2**16  # gradient canaries of a micro-batch
+PROBE = 512  # examples from whose gradients the quiet coordinates are told
 CONTEXT, COMPLETION = 8, 8  # tokens of a text canary
 
 
@@ -81,12 +83,24 @@ class CanaryData:
             yield from map(CanaryBatch, canaries.split(CHUNK))
 
 
+def quiet_coordinates(engine: BookKeeping, flat: FlatParameters, examples: Examples, m: int, token_budget: int,
+                      world: World) -> Tensor:
+    """(m,) int64, ascending: the coordinates in which the sum of the first PROBE examples' clipped gradients is smallest. The
+    same on every rank; `flat.grad` is left at zero."""
+    flat.sums.zero_()
+    for batch in examples.micro_batches(torch.arange(min(PROBE, len(examples))), token_budget):
+        engine.accumulate(batch.to(world.device))
+    quiet = flat.grad.abs().argsort(stable=True)[:m].sort().values
+    flat.sums.zero_()
+    return world.broadcast(quiet)
+
+
 class CanaryEngine:
     """The run's gradient engine, which also takes gradient canaries: through the run's clipping rule, into the same sum."""
 
-    def __init__(self, engine: BookKeeping, flat: FlatParameters, rule: ClippingRule, m: int):
-        self.engine, self.flat, self.rule = engine, flat, rule
-        self.coordinates = torch.arange(m, device=flat.grad.device) * flat.size // m  # distinct, since m <= P
+    def __init__(self, engine: BookKeeping, flat: FlatParameters, rule: ClippingRule, coordinates: Tensor):
+        """coordinates (m,) int64, distinct: the direction of each canary."""
+        self.engine, self.flat, self.rule, self.coordinates = engine, flat, rule, coordinates
         ends = torch.tensor([parameter.numel() for _, parameter in flat.named], device=flat.grad.device).cumsum(0)
         self.columns = torch.searchsorted(ends, self.coordinates, right=True)  # the tensor in which each coordinate lies
         row = torch.zeros(1, len(flat.named), device=flat.grad.device)

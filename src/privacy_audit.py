@@ -177,7 +177,8 @@ def main() -> int:
     if text:
         before = canaries.text_losses(trainer.model, texts, world.device, budget) if world.is_main else None
     else:
-        trainer.engine = canaries.CanaryEngine(trainer.engine, trainer.flat, plan.clipping_rule, m)
+        quiet = canaries.quiet_coordinates(trainer.engine, trainer.flat, train, m, budget, world)
+        trainer.engine = canaries.CanaryEngine(trainer.engine, trainer.flat, plan.clipping_rule, quiet)
         adversary = canaries.Adversary(plan, trainer.engine)
     say = trainer.display.say
     say(f"audit: {m} {args.canary_kind} canaries, {coins.sum()} of them in the data, among {N} units")

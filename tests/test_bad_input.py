@@ -17,7 +17,7 @@ from small_runs import flags, server, start_ranks, train, write_model, write_tok
 
 TRAIN, ENCODE, FORMAT = "src/gpt2_ft.py", "src/gpt2_encode.py", "src/format_converting_e2e.py"
 DECODE, SCORE, BEAM = "src/gpt2_decode.py", "eval/e2e/measure_scores.py", "src/gpt2_beam.py"
-REPORT, EXPORT = "src/privacy_report.py", "src/export.py"
+REPORT, EXPORT, AUDIT = "src/privacy_report.py", "src/export.py", "src/privacy_audit.py"
 WEBNLG, DART, AUTHORS = "src/format_converting_webnlg.py", "src/format_converting_dart.py", "src/fine-tune-dp.py"
 REDDIT, CORPUS, PLOT = "scripts/prepare_reddit.py", "scripts/make_author_corpus.py", "scripts/plot_run.py"
 DEMO_DATA, DEMO_VOCAB = "scripts/make_demo_data.py", "scripts/make_demo_vocab.py"
@@ -228,6 +228,8 @@ decode = ("--vocab @vocab --sample_file @predict.jsonl --input_file @formatted.j
           "--output_pred_file @new_pred")
 authors = ("--output_dir @new --model_name @tiny --vocab @vocab --noise_multiplier 1 --sequence_len 24 "
            "--cache_dir @folder --train_file ")
+canaries = ("--train_data @train.jsonl --model_card @tiny --init_checkpoint @tiny --seq_len 32 --noise_multiplier 1 "
+            "--max_step 2 --canaries 100 --work_dir @new")
 search = "--data @contexts.jsonl --init_checkpoint @run --work_dir @new --seq_len 40 --eval_len 8 --eos_token_id 5"
 OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for script, line, words in [
     (FORMAT, "@absent @new", ["absent"]), (FORMAT, "@empty @new", ["empty"]),
@@ -236,7 +238,7 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (FORMAT, "@e2e.txt @e2e.txt", ["input itself"]), (FORMAT, "@e2e.txt @folder", ["folder"]),
     (FORMAT, "@e2e.txt @absent/new", ["absent"]),
     *((script, "--no_such_flag", ["--help"]) for script in (
-        FORMAT, ENCODE, DECODE, SCORE, BEAM, REPORT, EXPORT, WEBNLG, DART, AUTHORS, REDDIT, CORPUS, PLOT, DEMO_DATA,
+        FORMAT, ENCODE, DECODE, SCORE, BEAM, REPORT, EXPORT, AUDIT, WEBNLG, DART, AUTHORS, REDDIT, CORPUS, PLOT, DEMO_DATA,
         DEMO_VOCAB, TABLE, TIME_BEAM, TIME_TRAINING)),
     *((script, f"@{name} @new", [f"{name}"]) for script in (WEBNLG, DART)
       for name in ("absent", "folder", "empty", "half.json", "text.jsonl", "latin1.jsonl", "deep.jsonl")),
@@ -263,7 +265,8 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (DEMO_VOCAB, "--train @no_bars.txt --out @folder", ["no_bars.txt:2"]),
     (DEMO_VOCAB, "--train @e2e.txt --out @folder --size 3", ["--size 3"]),
     (PLOT, "@absent", ["absent"]), (PLOT, "@folder/.. --out @new.png", ["metrics.jsonl:2"]),
-    (PLOT, "@run --out @absent/new.png", ["absent"]), (PLOT, "@run --out @new", ["--out", ".png"]), (TABLE, "@folder run", ["scores.json"]),
+    (PLOT, "@run --out @absent/new.png", ["absent"]), (PLOT, "@run --out @new", ["--out", ".png"]),
+    (TABLE, "@folder run", ["scores.json"]),
     (TABLE, "@folder .. --wide", ["--wide"]), (TABLE, "@folder ..", ["scores.json"]),
     (TIME_BEAM, "--init_checkpoint @tiny --data @absent", ["--data", "absent"]),
     (TIME_BEAM, "--init_checkpoint @tiny --data @list.jsonl", ["list.jsonl:2"]),
@@ -346,6 +349,23 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (REPORT, "--plan 100 10 1 --sigma 0 --delta 1e-5", ["--sigma 0"]),
     (REPORT, "--plan 100 10 -1 --sigma 1 --delta 1e-5", ["--plan"]),
     (REPORT, "--plan 100 10 1 --sigma 1 --delta 1e-5 --plot @absent/x.png", ["--plot"]),
+    (AUDIT, canaries.replace("@train.jsonl", "@absent"), ["--train_data", "absent"]),
+    (AUDIT, canaries.replace("@train.jsonl", "@cut.jsonl"), ["cut.jsonl:2"]),
+    (AUDIT, canaries.replace("checkpoint @tiny", "checkpoint @malicious.bin"), ["malicious.bin", "refused"]),
+    (AUDIT, canaries.replace("multiplier 1", "multiplier 0"), ["--noise_multiplier 0", "claims nothing"]),
+    (AUDIT, canaries.replace("--noise_multiplier 1", ""), ["--noise_multiplier", "--target_epsilon"]),
+    (AUDIT, canaries + " --target_epsilon 3", ["--noise_multiplier and --target_epsilon"]),
+    (AUDIT, canaries.replace("--max_step 2", ""), ["--max_epoch", "--max_step"]),
+    (AUDIT, canaries.replace("canaries 100", "canaries 15"), ["--canaries 15", "at least 16"]),
+    (AUDIT, canaries.replace("canaries 100", "canaries 100000"), ["--canaries 100000", "coordinate"]),
+    (AUDIT, canaries + " --guesses 50 101", ["--guesses 101", "100"]), (AUDIT, canaries + " --guesses 0", ["--guesses 0"]),
+    (AUDIT, canaries + " --canary_kind image", ["--canary_kind", "image"]),
+    (AUDIT, canaries.replace("seq_len 32", "seq_len 15") + " --canary_kind text", ["--seq_len 15", "16 tokens"]),
+    (AUDIT, canaries.replace("seq_len 32", "seq_len 49"), ["--seq_len 49", "48 positions"]),
+    (AUDIT, canaries + " --train_batch_size 141", ["141", "larger than the training data (140"]),
+    (AUDIT, canaries + " --plot @absent/x.png", ["--plot"]), (AUDIT, canaries + " --resume", ["--resume: refused"]),
+    (AUDIT, canaries + " --target_delta 1", ["--target_delta 1"]), (AUDIT, canaries + " --lr nan", ["--lr nan"]),
+    (AUDIT, canaries.replace("@new", "@run"), ["--work_dir", "run"]),
 ]}
 
 GROUPS = {"data": DATA, "checkpoint": WEIGHTS, "model card": CARDS, "flags": FLAGS, "other scripts": OTHERS}
@@ -385,6 +405,7 @@ def test_the_sound_files_are_sound(world, tmp_path):
     train(training(work_dir=tmp_path / "b", max_step=1, init_checkpoint="@tiny.bin")(world))
     for script, line in ((FORMAT, f"@e2e.txt {tmp_path}/formatted"), (REPORT, "@run"),
                          (REPORT, "--plan 100 10 1 --sigma 1 --delta 1e-5"),
+                         (AUDIT, canaries.replace("@new", str(tmp_path / "audit"))),
                          (ENCODE, f"--vocab @vocab --input @formatted.jsonl --output {tmp_path}/encoded"),
                          (DECODE, decode.replace("@new", f"{tmp_path}/decoded")),
                          (BEAM, search.replace("@new", str(tmp_path / "beam"))),
