@@ -2,19 +2,20 @@
 
     python scripts/audit_faults.py --train_data data/e2e/train.jsonl --model_card MODEL --init_checkpoint MODEL \
         --output results/audit/faults
-    python scripts/audit_faults.py ... --only "noise off" "sigma at two thirds"     those rows and the sound ones beside them
+    python scripts/audit_faults.py ... --only "noise off" "sigma at two thirds"    those, and the sound rows beside
 
-A fault is put in from outside, in the process of the run, by replacing one method of the product; the audit knows nothing of
-it and goes on claiming what it would without. Each row's setting is one in which its fault can show: a lower bound from a
-single run stays well below epsilon even where the adversary sees all. Writes table.md, faults.json and the runs' audit.json and
-plots into --output. The status is 1 where a sound row is refuted or a fault is not.
+A fault is put in from outside, in the process of the run, by replacing one method of the product; the audit knows
+nothing of it and goes on claiming what it would without. Each row's setting is one in which its fault can show: a
+lower bound from a single run stays well below epsilon even where the adversary sees all. Writes table.md, faults.json
+and the runs' audit.json and plots into --output. The status is 1 where a sound row is refuted or a fault is not.
 
 Settings (canaries; q = expected batch / N):
   participation  100,000 gradient canaries, q = 1/32, sigma 2, 30 steps, delta 1e-6
-  noise          2,000,000 gradient canaries, q = 1, sigma 3, one step, delta 1e-6, 3,200 guesses: two thirds of the noise are so
-                 near to all of it that only the far tails of very many canaries tell them apart
+  noise          2,000,000 gradient canaries, q = 1, sigma 3, one step, delta 1e-6, 3,200 guesses: two thirds of the
+                 noise are so near to all of it that only the far tails of very many canaries tell them apart
   text           1,000 text canaries, q = 1/8, sigma 4, 32 steps, delta 1e-5
-  published      1,000 gradient canaries, LoRA of rank 4, sigma 0.6, batch 128, 50 steps, delta 1e-5, 40 guesses; all of --train_data
+  published      1,000 gradient canaries, LoRA of rank 4, sigma 0.6, batch 128, 50 steps, delta 1e-5, 40 guesses, and
+                 all of --train_data in place of its first --examples
 """
 
 import json
@@ -96,7 +97,7 @@ def setting(name: str, examples: int) -> Flags:
 ROWS: tuple[tuple[str, Callable[[], None], str], ...] = (
     ("none", nothing, "participation"),
     ("participation fixed", participation_fixed, "participation"),
-    ("q wrong by the world size (16)", q_wrong_by_16, "participation"),
+    ("q wrong by 16 ranks", q_wrong_by_16, "participation"),
     ("noise off", noise_off, "participation"),
     ("none", nothing, "noise"),
     ("sigma at two thirds", sigma_at_two_thirds, "noise"),
@@ -158,11 +159,13 @@ def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_data", required=True, help="token file; its first --examples are trained on")
     parser.add_argument("--examples", type=int, default=200, help="training examples beside the canaries (default 200)")
-    parser.add_argument("--model_card", required=True, help="as for src/privacy_audit.py; 2,000,000 coordinates or more")
+    parser.add_argument("--model_card", required=True, help="as for src/privacy_audit.py; of 2,000,000 coordinates")
     parser.add_argument("--init_checkpoint", help="as for src/privacy_audit.py")
     parser.add_argument("--seq_len", type=int, default=512)
-    parser.add_argument("--only", nargs="+", choices=[name for name, *_ in ROWS], help="these faults alone, with the sound rows")
-    parser.add_argument("--settings", nargs="+", choices=list(dict.fromkeys(where for *_, where in ROWS)))
+    parser.add_argument("--only", nargs="+", choices=list(dict.fromkeys(name for name, *_ in ROWS)),
+                        help="these faults alone, with the sound rows of their settings")
+    parser.add_argument("--settings", nargs="+", choices=list(dict.fromkeys(where for *_, where in ROWS)),
+                        help="these settings alone")
     parser.add_argument("--output", required=True, help="folder for the table and the runs' results")
     args = parser.parse_args()
     if args.examples < 1:

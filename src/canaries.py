@@ -1,11 +1,11 @@
 """Canaries of a privacy audit: extra units of a training run, each in the data or not by the toss of a coin.
 
-They are units of the run like any other: units 0 .. n-1 are the examples and n .. n+m-1 the canaries, N = n + m and q are public,
-the plan draws every unit alike, and a drawn canary whose coin said no adds nothing. So to flip one coin is to add or remove
-one unit, what the plan's epsilon is about.
+They are units of the run like any other: units 0 .. n-1 are the examples and n .. n+m-1 the canaries, N = n + m and q
+are public, the plan draws every unit alike, and a drawn canary whose coin said no adds nothing. So to flip one coin
+is to add or remove one unit, what the plan's epsilon is about.
 
-  gradient  canary k's gradient is RAW C along a coordinate of its own; the run's clipping rule leaves C of it. The coordinates are
-            those that the examples' own gradients move least: the adversary knows everything but the coins.
+  gradient  canary k's gradient is RAW C along a coordinate of its own; the run's clipping rule leaves C of it. The
+            coordinates are those that the examples' own gradients move least: the adversary knows all but the coins.
   text      canary k is an example: random rare tokens as the completion of random rare tokens.
 
 Shapes: m canaries, U canaries of a micro-batch, P trained coordinates, n trained tensors.
@@ -41,13 +41,14 @@ def toss_coins(m: int, world: World) -> np.ndarray:
 
 
 def text_canaries(m: int, train: Examples, vocabulary: int, world: World) -> Examples:
-    """m examples of CONTEXT + COMPLETION tokens, each drawn from the rare ones: those that `train` never uses, or where they
-    are fewer than a quarter of the vocabulary, that quarter which it uses least. The same on every rank."""
+    """m examples of CONTEXT + COMPLETION tokens, each drawn from the rare ones: those that `train` never uses, or where
+    they are fewer than a quarter of the vocabulary, that quarter which it uses least. The same on every rank."""
     counts = np.bincount(train.tokens, minlength=vocabulary)
     rare = np.argsort(counts, kind="stable")[:max(int((counts == 0).sum()), -(-vocabulary // 4))]
     length = CONTEXT + COMPLETION
     drawn = torch.from_numpy(np.random.default_rng().choice(rare, m * length))
-    return Examples(world.broadcast(drawn).numpy().astype(np.int32), np.arange(m + 1) * length, np.full(m, CONTEXT), 0, 0)
+    tokens = world.broadcast(drawn).numpy().astype(np.int32)
+    return Examples(tokens, np.arange(m + 1) * length, np.full(m, CONTEXT), 0, 0)
 
 
 @dataclass
@@ -85,8 +86,8 @@ class CanaryData:
 
 def quiet_coordinates(engine: BookKeeping, flat: FlatParameters, examples: Examples, m: int, token_budget: int,
                       world: World) -> Tensor:
-    """(m,) int64, ascending: the coordinates in which the sum of the first PROBE examples' clipped gradients is smallest. The
-    same on every rank; `flat.grad` is left at zero."""
+    """(m,) int64, ascending: the coordinates in which the sum of the first PROBE examples' clipped gradients is
+    smallest. The same on every rank; `flat.grad` is left at zero."""
     flat.sums.zero_()
     for batch in examples.micro_batches(torch.arange(min(PROBE, len(examples))), token_budget):
         engine.accumulate(batch.to(world.device))
@@ -96,16 +97,17 @@ def quiet_coordinates(engine: BookKeeping, flat: FlatParameters, examples: Examp
 
 
 class CanaryEngine:
-    """The run's gradient engine, which also takes gradient canaries: through the run's clipping rule, into the same sum."""
+    """The run's gradient engine, which takes gradient canaries too: through its clipping rule, into the same sum."""
 
     def __init__(self, engine: BookKeeping, flat: FlatParameters, rule: ClippingRule, coordinates: Tensor):
         """coordinates (m,) int64, distinct: the direction of each canary."""
         self.engine, self.flat, self.rule, self.coordinates = engine, flat, rule, coordinates
         ends = torch.tensor([parameter.numel() for _, parameter in flat.named], device=flat.grad.device).cumsum(0)
-        self.columns = torch.searchsorted(ends, self.coordinates, right=True)  # the tensor in which each coordinate lies
+        self.columns = torch.searchsorted(ends, self.coordinates, right=True)  # the tensor of each
         row = torch.zeros(1, len(flat.named), device=flat.grad.device)
         row[0, 0] = (RAW * rule.C) ** 2
-        self.size = RAW * rule.factors(row)[0][0, 0].item()  # of a clipped canary, in units of C; per_layer leaves 1/sqrt n
+        # Of a clipped canary, in units of C: per_layer leaves 1/sqrt n.
+        self.size = RAW * rule.factors(row)[0][0, 0].item()
 
     @torch.no_grad()
     def accumulate(self, batch: MicroBatch | CanaryBatch) -> Tensor:
@@ -123,7 +125,7 @@ class CanaryEngine:
 
 
 class Adversary:
-    """Sees every gradient that the plan releases, and nothing before that; scores the gradient canaries by what they show.
+    """Sees every gradient that the plan releases, and nothing before that; scores the gradient canaries by it.
 
     scores (m,) float64: log-likelihood ratio of "in the data" against "not", for the claimed q and sigma.
     """

@@ -1,19 +1,22 @@
-"""Audit the privacy of training: a lower bound of epsilon from one run with canaries, beside the epsilon that it claims.
+"""Audit the privacy of training: a lower bound of epsilon from one run with canaries, beside the epsilon it claims.
 
     python src/privacy_audit.py --train_data data/e2e/train.jsonl --model_card gpt2.md \
-        --init_checkpoint pretrained_checkpoints/gpt2-medium-pytorch_model.bin --train_batch_size 128 --noise_multiplier 0.6 \
-        --max_grad_norm 1.0 --seq_len 512 --lora_dim 4 --lora_alpha 32 --lr 0.0004 --correct_bias --adam_beta2 0.999 \
-        --max_epoch 1 --canaries 1000 --canary_kind gradient --work_dir audit/e2e
+        --init_checkpoint pretrained_checkpoints/gpt2-medium-pytorch_model.bin --train_batch_size 128 \
+        --noise_multiplier 0.6 --max_grad_norm 1.0 --seq_len 512 --lora_dim 4 --lora_alpha 32 --label_smooth 0.1 \
+        --lr 0.0004 --correct_bias --adam_beta2 0.999 --max_epoch 1 --canaries 1000 --canary_kind gradient \
+        --work_dir trained_models/audit
 Many processes: the same after `torchrun --nproc_per_node=2`, with --train_batch_size 64.
 
-It is the run of src/gpt2_ft.py with --canaries more units, each in the data by the toss of a coin (src/canaries.py); after it the
-coins are guessed, from every released gradient (gradient) or from the last model and the first (text), and the number of right guesses
-gives the bound (src/privacy/auditing.py). The bound holds with 95 % confidence. Above the claim, the claim is refuted: status 1.
-Below it, nothing was found wrong; it does not prove the claim.
+It is the run of src/gpt2_ft.py with --canaries more units, each in the data by the toss of a coin (src/canaries.py);
+after it the coins are guessed, from every released gradient (gradient) or from the last model and the first (text),
+and the number of right guesses gives the bound (src/privacy/auditing.py), which holds with 95 % confidence. Above the
+claim, the claim is refuted: status 1. Below it, nothing was found wrong; it does not prove the claim.
 
-Leaves in --work_dir, beside a run's files: audit.json (bound, claim, guesses), audit_scores.npz (scores, coins) and the plot.
+Leaves in --work_dir, beside a run's files: audit.json (bound, claim, guesses), audit_scores.npz (scores, coins),
+audit.png.
 """
 
+import math
 import os
 import sys
 import time
@@ -39,7 +42,7 @@ DEFAULT_DELTA = 1e-5
 def parse(argv: list[str]) -> Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--canaries", type=int, default=1000, metavar="M", help="canaries, each in the data by a fair coin (default 1000)")
+    add("--canaries", type=int, default=1000, metavar="M", help="each in the data by a fair coin (default 1000)")
     add("--canary_kind", choices=("gradient", "text"), default="gradient",
         help="gradient (default): directions of their own, seen in every released gradient; text: random rare tokens, "
              "seen in the trained model's loss")
@@ -52,7 +55,8 @@ def parse(argv: list[str]) -> Namespace:
     add("--noise_multiplier", type=float, help="sigma; or give --target_epsilon")
     add("--max_grad_norm", type=float, default=1.0, help="C, the norm to which each unit's gradient is clipped")
     add("--seq_len", type=int, default=512, help="longest example in tokens; longer ones are cut")
-    add("--model_card", default="gpt2.md", help=f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout")
+    add("--model_card", default="gpt2.md",
+        help=f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout")
     add("--init_checkpoint", help="weights to start from: a file, or a folder (its newest model.{step}.pt)")
     add("--base_checkpoint", help="the frozen weights under an adapter-only --init_checkpoint, if they were moved")
     add("--platform", default="local", help="local (the launcher's environment, or one process) or k8s (Open MPI's)")
@@ -96,13 +100,13 @@ def check(args: Namespace) -> None:
                         ("random_seed", 0)):
         if getattr(args, name) < least:
             fail(f"--{name} {getattr(args, name)}: expected at least {least}")
-    for name, low, high in (("lr", 0, float("inf")), ("weight_decay", 0, float("inf")), ("adam_epislon", 0, float("inf")),
+    for name, low, high in (("lr", 0, math.inf), ("weight_decay", 0, math.inf), ("adam_epislon", 0, math.inf),
                             ("adam_beta1", 0, 1), ("adam_beta2", 0, 1), ("lora_dropout", 0, 1), ("label_smooth", 0, 1)):
         if not low <= getattr(args, name) < high:
             fail(f"--{name} {getattr(args, name):g}: expected a number from {low} to below {high:g}")
     if args.lora_dim and not args.lora_alpha > 0:
         fail(f"--lora_alpha {args.lora_alpha:g}: expected a number above 0")
-    if args.max_epoch is not None and not 0 < args.max_epoch < float("inf"):
+    if args.max_epoch is not None and not 0 < args.max_epoch < math.inf:
         fail(f"--max_epoch {args.max_epoch:g}: expected a number above 0")
     if args.max_step is None and args.max_epoch is None:
         fail("--max_epoch: give it or --max_step, the run has no end otherwise")
@@ -148,7 +152,7 @@ def main() -> int:
         loaded.model.freeze_for_training()
         trained = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
         if args.canary_kind == "gradient" and args.canaries > trained:
-            fail(f"--canaries {args.canaries}: each gradient canary needs a coordinate of its own and the run trains {trained}")
+            fail(f"--canaries {args.canaries}: each gradient canary needs its own coordinate, the run trains {trained}")
         train = read_examples(args.train_data, "--train_data", config.vocab_size, args.seq_len)
         N, batch = len(train) + args.canaries, args.train_batch_size * args.grad_acc * world.size
         limits = [] if args.max_step is None else [args.max_step]
@@ -192,9 +196,10 @@ def main() -> int:
         with atomic_write(trainer.work.file("audit_scores.npz"), "wb") as handle:
             np.savez_compressed(handle, scores=scores.astype(np.float32), coins=coins)
         trainer.work.write_json("audit.json", {
-            "canaries": m, "canary_kind": args.canary_kind, "included": int(coins.sum()), "confidence": result.confidence,
-            "delta": result.delta, "epsilon_lower": result.epsilon, "epsilon_claimed": finite(claim),
-            "epsilon_claimed_rdp": finite(claim_rdp), "refuted": refuted, "guesses_made": best.made, "guesses_right": best.right,
+            "canaries": m, "canary_kind": args.canary_kind, "included": int(coins.sum()),
+            "confidence": result.confidence, "delta": result.delta, "epsilon_lower": result.epsilon,
+            "epsilon_claimed": finite(claim), "epsilon_claimed_rdp": finite(claim_rdp), "refuted": refuted,
+            "guesses_made": best.made, "guesses_right": best.right,
             "tried": [vars(one) for one in result.tried], "N": N, "q": plan.settings.q, "sigma": plan.settings.sigma,
             "clip": plan.settings.clip, "steps_charged": plan.ledger.state.charged, "world_size": world.size,
             "seconds": round(time.monotonic() - started, 3)})

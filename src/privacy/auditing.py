@@ -1,12 +1,12 @@
 """What one training run with canaries shows about epsilon from below: numbers only, no tensors.
 
-Steinke, Nasr and Jagielski (2023), "Privacy Auditing with One (1) Training Run", arXiv:2305.08846. Each of m canaries was
-put into the data by a fair coin of its own; an adversary that sees what was released guesses the coins of r of them and
-has v right. Were the mechanism (epsilon, delta)-DP for one canary added or removed, that many right guesses would have
-a probability of at most `p_value`; `lower_bound` turns this round.
+Steinke, Nasr and Jagielski (2023), "Privacy Auditing with One (1) Training Run", arXiv:2305.08846. Each of m canaries
+was put into the data by a fair coin of its own; an adversary that sees what was released guesses the coins of r of
+them and has v right. Were the mechanism (epsilon, delta)-DP for one canary added or removed, that many right guesses
+would have a probability of at most `p_value`; `lower_bound` turns this round.
 
-Guarantee: whatever the scores are, the bound of `audit` is above a true epsilon at `delta` in at most 1 - confidence of all
-runs. Bad scores make it low, never wrong.
+Guarantee: whatever the scores are, the bound of `audit` is above a true epsilon at `delta` in at most 1 - confidence of
+all runs. Bad scores make it low, never wrong.
 """
 
 import math
@@ -45,8 +45,8 @@ class Audit:
 def sampled_gaussian_llr(x: np.ndarray, q: float, sigma: float, size: float = 1.0) -> np.ndarray:
     """Log-likelihood ratio of x ~ (1-q) N(0, sigma^2) + q N(size, sigma^2) against N(0, sigma^2), entry by entry.
 
-    x is what a step released along a canary's direction and `size` what the canary adds there when it is drawn, both in units
-    of C. Steps are independent, so a run's score is the sum over them.
+    x is what a step released along a canary's direction and `size` what the canary adds there when it is drawn, both in
+    units of C. Steps are independent, so a run's score is the sum over them.
     """
     exponent = size * (2 * x - size) / (2 * sigma**2)
     with np.errstate(divide="ignore"):
@@ -54,7 +54,7 @@ def sampled_gaussian_llr(x: np.ndarray, q: float, sigma: float, size: float = 1.
 
 
 def p_value(m: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
-    """A bound on the probability of at least `right` right ones among `guesses` about m canaries, under (epsilon, delta)-DP.
+    """Under (epsilon, delta)-DP, a bound on the probability that `right` or more of `guesses` about m canaries are right.
 
     Theorem 5.2 with W ~ Binomial(r, 1 / (1 + exp(-epsilon))), the guesses of randomised response:
         P[W >= v] + 2 m delta max over 1 <= i <= v of P[v - i <= W < v] / i
@@ -72,7 +72,7 @@ def p_value(m: int, guesses: int, right: int, epsilon: float, delta: float) -> f
 
 
 def lower_bound(m: int, guesses: int, right: int, delta: float, level: float) -> float:
-    """The largest epsilon, to TOLERANCE and never above it, that is refuted: whose p-value is at most `level`. 0 if none is."""
+    """The largest epsilon, to TOLERANCE and not above it, whose p-value is at most `level`; 0 where none is refuted."""
     low, high = 0.0, 1.0
     if p_value(m, guesses, right, low, delta) > level:
         return 0.0
@@ -88,7 +88,7 @@ def lower_bound(m: int, guesses: int, right: int, delta: float, level: float) ->
 
 
 def numbers_of_guesses(m: int) -> list[int]:
-    """The numbers of guesses that are tried: m and its quarters, down to FEWEST. They are fixed before any score is seen."""
+    """The numbers of guesses that are tried, fixed before any score is seen: m, m/4, m/16 and so on down to FEWEST."""
     found = []
     while not found or m >= FEWEST:
         found.append(m)
@@ -100,11 +100,11 @@ def audit(scores: np.ndarray, included: np.ndarray, delta: float, two_sided: boo
           counts: Sequence[int] | None = None) -> Audit:
     """The lower bound that guessing by score gives.
 
-    scores (m,) float: higher speaks for inclusion. included (m,) bool, the coins. counts: the numbers of guesses to try,
-    by default numbers_of_guesses(m); each gets an equal share of 1 - confidence (Bonferroni), so the best of them holds.
-    two_sided: half of the guesses are "in" for the highest scores and half "out" for the lowest. Otherwise all are "in":
-    where a unit seldom takes part, not to be seen says little. Ties are broken by the canary's number, which is independent
-    of its coin.
+    scores (m,) float: higher speaks for inclusion. included (m,) bool, the coins. counts: the numbers of guesses to
+    try, by default numbers_of_guesses(m); each gets an equal share of 1 - confidence (Bonferroni), so the best of
+    them holds. two_sided: half of the guesses are "in" for the highest scores and half "out" for the lowest.
+    Otherwise all are "in": where a unit seldom takes part, not to be seen says little. Ties are broken by the
+    canary's number, which is independent of its coin.
     """
     m = len(scores)
     if not 0 < delta < 1:
