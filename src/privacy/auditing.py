@@ -54,7 +54,7 @@ def sampled_gaussian_llr(x: np.ndarray, q: float, sigma: float, size: float = 1.
 
 
 def p_value(m: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
-    """Under (epsilon, delta)-DP, a bound on the probability that `right` or more of `guesses` about m canaries are right.
+    """Under (epsilon, delta)-DP, a bound on the chance that `right` or more of `guesses` about m canaries are right.
 
     Theorem 5.2 with W ~ Binomial(r, 1 / (1 + exp(-epsilon))), the guesses of randomised response:
         P[W >= v] + 2 m delta max over 1 <= i <= v of P[v - i <= W < v] / i
