@@ -35,6 +35,8 @@ def untie(model: GPT2LMModel) -> None:
     head.weight.data = model.lm_head.weight.data.clone()
     head.requires_grad_(model.lm_head.weight.requires_grad)
     model.lm_head = head
+    # its rule for embeddings views the ids as one column, which the expanded positions do not allow
+    model.transformer.wpe.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
 
 
 def dense_targets(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,8 @@ WEBNLG, DART, AUTHORS = "src/format_converting_webnlg.py", "src/format_convertin
 REDDIT, CORPUS, PLOT = "scripts/prepare_reddit.py", "scripts/make_author_corpus.py", "scripts/plot_run.py"
 DEMO_DATA, DEMO_VOCAB = "scripts/make_demo_data.py", "scripts/make_demo_vocab.py"
 TABLE, TIME_BEAM = "scripts/quickstart_table.py", "scripts/benchmark_beam.py"
-TIME_TRAINING = "scripts/benchmark_training.py"
+TIME_TRAINING, FAULTS = "scripts/benchmark_training.py", "scripts/audit_faults.py"
+ROW, TABLES, SCALING = "scripts/table_row.py", "scripts/results_tables.py", "scripts/project_scaling.py"
 GOOD = '{"context": [1, 2], "completion": [3]}\n'
 
 
@@ -230,6 +231,7 @@ authors = ("--output_dir @new --model_name @tiny --vocab @vocab --noise_multipli
            "--cache_dir @folder --train_file ")
 canaries = ("--train_data @train.jsonl --model_card @tiny --init_checkpoint @tiny --seq_len 32 --noise_multiplier 1 "
             "--max_step 2 --canaries 100 --work_dir @new")
+row = "--task e2e --run @folder --model tiny --method lora --epsilon 8 --seed 1 --processes 1 --out @new"
 search = "--data @contexts.jsonl --init_checkpoint @run --work_dir @new --seq_len 40 --eval_len 8 --eos_token_id 5"
 OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for script, line, words in [
     (FORMAT, "@absent @new", ["absent"]), (FORMAT, "@empty @new", ["empty"]),
@@ -239,7 +241,7 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (FORMAT, "@e2e.txt @absent/new", ["absent"]),
     *((script, "--no_such_flag", ["--help"]) for script in (
         FORMAT, ENCODE, DECODE, SCORE, BEAM, REPORT, EXPORT, AUDIT, WEBNLG, DART, AUTHORS, REDDIT, CORPUS, PLOT, DEMO_DATA,
-        DEMO_VOCAB, TABLE, TIME_BEAM, TIME_TRAINING)),
+        DEMO_VOCAB, TABLE, TIME_BEAM, TIME_TRAINING, FAULTS, ROW, TABLES, SCALING)),
     *((script, f"@{name} @new", [f"{name}"]) for script in (WEBNLG, DART)
       for name in ("absent", "folder", "empty", "half.json", "text.jsonl", "latin1.jsonl", "deep.jsonl")),
     (WEBNLG, "@a_list/config.json @new", ["entries"]), (DART, "@a_list/config.json @new", ["holds no example"]),
@@ -274,6 +276,13 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (TIME_BEAM, "--init_checkpoint @tiny --slots 0", ["--slots 0"]),
     (TIME_TRAINING, "--repeats 0", ["--repeats 0"]), (TIME_TRAINING, "--tasks dance", ["dance"]),
     (TIME_TRAINING, "--seq_len 2000", ["--seq_len 2000"]),
+    (FAULTS, "--train_data @train.jsonl --model_card @tiny --output @new --examples 0", ["--examples 0"]),
+    (FAULTS, "--train_data @train.jsonl --model_card @tiny --output @new --only none --settings sea", ["sea"]),
+    (ROW, row, ["folder/privacy.json"]), (ROW, row.replace("--seed 1", "--seed x"), ["--seed"]),
+    (ROW, row.replace("@folder", "@a_list"), ["a_list/privacy.json"]),
+    (TABLES, "", ["--readme"]), (TABLES, "--check", ["--readme"]), (TABLES, "@folder", ["folder", "rows/*.json"]),
+    (TABLES, "--readme @absent", ["absent"]),
+    (SCALING, "--gpus 0", ["--gpus"]), (SCALING, "--N 0", ["--N 0"]), (SCALING, "--reached nan", ["--reached"]),
     (SCORE, "@ref.txt @sys.txt --compare @absent", ["absent"]),
     (SCORE, "@ref.txt @sys.txt --compare @three.txt", ["three"]),
     (SCORE, "@ref.txt @sys.txt --compare @sys.txt --bootstrap_samples 0", ["--bootstrap_samples 0"]),
