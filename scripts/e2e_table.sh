@@ -5,7 +5,7 @@
 #   bash scripts/e2e_table.sh [OPTIONS] [MODEL...] [-- FLAGS OF src/gpt2_ft.py]
 #
 #   MODEL          gpt2.sm gpt2.md gpt2.lg gpt2.xl (default: all four), or a folder in Hugging Face's layout
-#   --epsilon E    one or more of: published (default: noise multiplier 0.6, epsilon 5.42), a number (the noise is
+#   --epsilon E    one or more of: published (default: noise multiplier 0.6, epsilon 5.43), a number (the noise is
 #                  chosen for it), inf (no privacy), 0 (the model as it is, untrained)
 #   --method M     lora (default), full, or both
 #   --seeds S      one or more (default 110)
