@@ -40,6 +40,14 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(a, b, bias)
 
 
+def add_product(target: Tensor, p: Tensor, q: Tensor) -> None:
+    """target (P, Q) += p' q for p (n, P), q (n, Q): in one pass over `target` where BLAS does it."""
+    if applies(p, q):
+        target.add_(product(p.T, q.T))
+    else:
+        target.addmm_(p.T, q)
+
+
 class OneDNNLinear(torch.autograd.Function):
     """F.linear(x, weight, bias) for x (n, I), weight (O, I)."""
 

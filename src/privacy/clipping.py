@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loralib as lora
-from fast_linear import product
+from fast_linear import add_product
 from losses import MicroBatch, unit_losses
 from model import Conv1D, GPT2LMModel, TiedHead
 from optimizer import FlatParameters
@@ -171,11 +171,6 @@ def zero_rows(tensor: Tensor, finite: Tensor | None) -> Tensor:
     if finite is None:
         return tensor
     return tensor.masked_fill(~finite.view(-1, *[1] * (tensor.dim() - 1)), 0)
-
-
-def add_product(target: Tensor, p: Tensor, q: Tensor) -> None:
-    """target (P, Q) += p' q for p (s, P), q (s, Q)."""
-    target.add_(product(p.T, q.T))
 
 
 # ------------------------------------------------------------------ what each layer contributes
