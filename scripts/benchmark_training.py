@@ -295,10 +295,10 @@ def draw_scaling(rows: list[dict], path: str) -> None:
     for axes, task, x, label in ((batches, "e2e_lora", "tokens", "real tokens of the logical batch"),
                                  (lengths, "author_full", "length", "tokens of a text, 4,096 in all")):
         cells = [row for row in rows if row["task"] == task]
-        axes.plot([row[x] for row in cells], [statistics.median(row["seconds"]) for row in cells], marker="o")
-        axes.set(xlabel=label, ylabel="seconds a step", title=task, xscale="log", ylim=(0, None))
+        seconds = [statistics.median(row["seconds"]) for row in cells]
+        axes.plot([row[x] for row in cells], seconds, marker="o")
+        axes.set(xlabel=label, ylabel="seconds a step", title=task, xlim=(0, None), ylim=(0, 1.1 * max(seconds)))
         axes.grid(alpha=0.3)
-    batches.set(yscale="log", ylim=(None, None))
     with atomic_write(path, "wb") as handle:
         figure.savefig(handle, format="png", dpi=110)
 
@@ -344,7 +344,9 @@ def main() -> None:
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with atomic_write(path) as handle:
         json.dump({"device": name, "torch": torch.__version__, "matmul_multiply_adds_per_s": rate,
-                   "options": vars(options), "rows": rows}, handle, indent=1)
+                   "options": {name: value for name, value in vars(options).items() if name != "output"},
+                   "rows": rows}, handle, indent=1)
+        handle.write("\n")
     print(f"wrote {os.path.relpath(path)}")
     if options.scaling:
         draw_scaling(rows, os.path.splitext(path)[0] + ".png")
