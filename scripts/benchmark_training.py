@@ -106,7 +106,7 @@ def synchronise(device: torch.device) -> None:
 
 @dataclass
 class Step:
-    """One logical step of a variant, in two parts: the gradients of `units` of the logical batch, then noise and AdamW."""
+    """One logical step of a variant: the gradients of `units` of the logical batch, then noise and AdamW."""
 
     gradients: Callable[[list[MicroBatch]], None]
     update: Callable[[], None]
@@ -158,7 +158,8 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
     optimizer = AdamW(flat, (0.9, 0.999), 1e-6, 0.01, True)
     examples = make_examples(task, logical, options.length, 50257)
     by_length = np.argsort(examples.lengths, kind="stable")
-    drawn = torch.from_numpy(by_length[logical // units // 2::logical // units][:units])  # a part has the whole's lengths
+    every = logical // units  # a part has the lengths of the whole
+    drawn = torch.from_numpy(by_length[every // 2::every][:units])
     batches = list(examples.micro_batches(drawn, tokens))
     if variant in ("padded", "published"):
         batches = [pad_to(batch, options.seq_len if TASKS[task][1] else options.length) for batch in batches]
@@ -184,7 +185,7 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
 
 
 def worker(pipe, variant: str, task: str, options: argparse.Namespace) -> None:
-    """Builds a variant, warms up on one micro-batch, then makes a step for each message: (seconds, peak bytes so far)."""
+    """Builds a variant, warms up on one micro-batch, then makes a step a message: (seconds, peak bytes so far)."""
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     step = build(variant, task, options, device)
@@ -213,7 +214,8 @@ class Worker:
             return self.pipe.recv()
         except EOFError:
             self.process.join()
-            fail(f"--variants {self.variant}: its process ended with status {self.process.exitcode} (-9: out of memory?)")
+            status = self.process.exitcode
+            fail(f"--variants {self.variant}: its process ended with status {status} (-9: out of memory?)")
 
     def step(self) -> None:
         self.pipe.send(True)

@@ -1,4 +1,4 @@
-"""The other ways to train that benchmark_training.py times: Opacus's ghost clipping, the published code's way, a plain loop.
+"""The other ways to train that benchmark_training.py times: Opacus's ghost clipping, the published way, a plain loop.
 
 Each is an engine as privacy.clipping.BookKeeping is: accumulate(batch) adds the units' gradients to the flat buffer.
 
@@ -130,7 +130,7 @@ class GhostClipping:
 
 
 class PlainLoop:
-    """Hugging Face's GPT-2 (with peft's adapters on the fused projection), its loss over the padded batch, backward()."""
+    """Hugging Face's GPT-2 (with peft's adapters on the fused projection), the loss of a padded batch, backward()."""
 
     def __init__(self, card: str, lora: bool):
         from transformers import GPT2Config, GPT2LMHeadModel

@@ -14,8 +14,8 @@ from torch import Tensor
 from cli import fail, read_lines
 from losses import MicroBatch
 
-# What a micro-batch costs beside its tokens, as a share of the token budget: on 2 cores GPT-2 small takes 0.35 s more for
-# each of them, the time of about 100 tokens of 2,048 (LoRA, measured over budgets 512 to 4,096).
+# What a micro-batch costs beside its tokens, as a share of the token budget: on 2 cores GPT-2 small takes 0.35 s more
+# for each of them, the time of about 100 tokens of 2,048 (LoRA, measured over budgets 512 to 4,096).
 START_COST = 0.05
 WANTED = 'wanted {"context": [token ids], "completion": [token ids]}, as src/gpt2_encode.py writes it'
 
@@ -85,8 +85,8 @@ def groups_within(lengths: np.ndarray, token_budget: int) -> list[slice]:
     """Cut an ascending `lengths` into slices whose longest times their number stays within the budget, or of one.
 
     Of all such cuts the cheapest: padded tokens, and for every slice what starting one costs. Dynamic programming over
-    where the last slice begins: at E2E's lengths and a logical batch of 128, 7 % of 2,048 tokens' slices are padding where
-    filling every slice leaves 14 %; at 1,024, 1.5 %.
+    where the last slice begins: at E2E's lengths, a logical batch of 128 and a budget of 2,048, 7 % are padding where
+    filling every slice leaves 14 %; at a batch of 1,024, 1.5 %.
     """
     start_cost = token_budget * START_COST
     cost, begin = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=np.int64)
