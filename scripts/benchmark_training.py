@@ -45,6 +45,7 @@ import torch
 import fast_linear
 from benchmark_variants import GhostClipping, PlainLoop, PublishedWay, pad_to, untie
 from cli import Parser, atomic_write, fail, run_main
+from cpu_memory import keep_memory
 from data_utils import Examples
 from losses import MicroBatch
 from model import MODEL_CARDS, GPT2LMModel, LoRAConfig
@@ -188,6 +189,8 @@ def worker(pipe, variant: str, task: str, options: argparse.Namespace) -> None:
     """Builds a variant, warms up on one micro-batch, then makes a step a message: (seconds, peak bytes so far)."""
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_memory()  # every variant gets what our scripts have
     step = build(variant, task, options, device)
     step.seconds(device, step.batches[-1:])
     pipe.send((step.logical, step.tokens, step.multiply_adds))

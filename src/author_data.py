@@ -401,7 +401,7 @@ class AuthorTexts:
         for K in np.unique(counts):
             alike = np.flatnonzero(counts == K)
             alike = alike[np.argsort(longest[alike], kind="stable")]
-            for group in groups_within(longest[alike], token_budget // K):
+            for group in groups_within(longest[alike] - 1, token_budget // K):
                 rows = texts[(begins[alike[group]][:, None] + np.arange(K)).ravel()]
                 first_scored = np.ones(len(rows), dtype=np.int64)  # a text's first token is predicted from nothing
                 yield collate(self.tokens, self.starts[rows], self.lengths[rows], first_scored, int(K))

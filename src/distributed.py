@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cli import UserError, fail
+from cpu_memory import keep_memory
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 UNSET = "start with torchrun, or unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT"
@@ -228,6 +229,7 @@ def start(platform: str = "local", local_rank_flag: int | None = None, timeout_s
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
+        keep_memory()
     if size == 1:
         return World(device=device)
     # torchrun's agent holds its own store on the port and lets the workers share it
