@@ -74,8 +74,8 @@ def make_examples(task: str, units: int, length: int, vocab_size: int) -> Exampl
 
 
 def multiply_adds(examples: Examples, config, lora: bool) -> float:
-    """What the real tokens need: forward and state gradients everywhere, weight gradients of what trains (biases, norms,
-    attention scores and adapters left out: well under 2 %)."""
+    """What the real tokens need: forward and state gradients everywhere, weight gradients of what trains (biases,
+    norms, attention scores and adapters left out: well under 2 %)."""
     per_token = config.n_layer * (4 * config.n_embd ** 2 + 2 * config.n_embd * config.inner)
     states = (examples.lengths - 1).sum()
     scored = (examples.lengths - examples.first_scored).sum()
@@ -255,8 +255,8 @@ def compare(task: str, variant: str, options: argparse.Namespace, rate: float) -
 
 def comparisons(options: argparse.Namespace, rate: float) -> list[dict]:
     """Ours against every asked variant in every asked task; prints a row each."""
-    print("| task | against | ours/other (min-max) | ours units/s | other units/s | ours tokens/s | ours of matmul rate | "
-          "other of matmul rate | ours peak GB | other peak GB |")
+    print("| task | against | ours/other (min-max) | ours units/s | other units/s | ours tokens/s | "
+          "ours of matmul rate | other of matmul rate | ours peak GB | other peak GB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     rows = []
     for task in options.tasks:

@@ -179,9 +179,9 @@ def same_shape(a: GPT2Config, b: GPT2Config) -> bool:
     return dataclasses.replace(a, n_inner=a.inner) == dataclasses.replace(b, n_inner=b.inner)
 
 
-def resolve_card(card: str, flag: str = "--model_card") -> GPT2Config:
+def resolve_card(card: str) -> GPT2Config:
     """The shape that --model_card names: a card, or a folder or file in Hugging Face's layout."""
-    return MODEL_CARDS[card] if card in MODEL_CARDS else read_config(card, flag)
+    return MODEL_CARDS[card] if card in MODEL_CARDS else read_config(card, "--model_card")
 
 
 def fingerprint(weights: dict[str, Tensor]) -> str:

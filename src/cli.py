@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from typing import IO, NoReturn
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The text is one line: the flag or file:line, what it got, what it wanted, the cure."""
+    """A mistake that the user can mend. Its text is one line: flag or file:line, what was got and wanted, the cure."""
 
     on_every_rank = False  # every rank of the job has this very error, so rank 0 alone prints it
 
@@ -29,6 +30,28 @@ class Parser(argparse.ArgumentParser):
         mistake = UserError(f"{message}; see --help")
         mistake.on_every_rank = True
         raise mistake
+
+
+def check_least(flags: object, **least: int) -> None:
+    """Raise UserError for a flag, an attribute of `flags`, below its least value. None, not given, passes; so below."""
+    for name, bound in least.items():
+        if (value := getattr(flags, name)) is not None and value < bound:
+            fail(f"--{name} {value}: expected at least {bound}")
+
+
+def check_range(flags: object, **bounds: tuple[float, float]) -> None:
+    """Raise UserError for a flag that is not in its [low, high)."""
+    for name, (low, high) in bounds.items():
+        if (value := getattr(flags, name)) is not None and not low <= value < high:
+            fail(f"--{name} {value:g}: expected a number from {low} to below {high:g}")
+
+
+def check_positive(flags: object, **most: float) -> None:
+    """Raise UserError for a flag that is not above 0, or above its most (math.inf: it may be any finite number)."""
+    for name, bound in most.items():
+        if (value := getattr(flags, name)) is not None and not (0 < value <= bound and value < math.inf):
+            limit = f", at most {bound:g}" if bound < math.inf else ""
+            fail(f"--{name} {value:g}: expected a number above 0{limit}")
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -82,8 +82,8 @@ def collate(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, first_s
 
 
 def groups_within(lengths: np.ndarray, token_budget: int) -> list[slice]:
-    """Cut `lengths` (of the texts' inputs, ascending) into slices whose longest times their number is within the budget,
-    or of one text.
+    """Cut `lengths` (of the texts' inputs, ascending) into slices whose longest times their number is within the
+    budget, or of one text.
 
     Of all such cuts the cheapest: padded tokens, and for every slice what starting one costs. Dynamic programming over
     where the last slice begins: at E2E's lengths, a logical batch of 128 and a budget of 2,048, 7 % are padding where
@@ -123,7 +123,7 @@ def read_examples(path: str, flag: str, vocab_size: int, seq_len: int, objective
         if not isinstance(context, list) or not completion:
             fail(f"{where}: the completion is empty; {WANTED}")
         if not context and objective == "clm":
-            fail(f"{where}: the context is empty, nothing predicts the first token; encode with --add_bos or use --obj jlm")
+            fail(f"{where}: the context is empty, nothing predicts the first token; encode with --add_bos")
         if ids.ndim != 1 or ids.dtype.kind != "i":
             fail(f"{where}: token ids must be whole numbers; {WANTED}")
         if ids.min() < 0 or ids.max() >= vocab_size:

@@ -219,6 +219,8 @@ def start(platform: str = "local", local_rank_flag: int | None = None, timeout_s
     join_seconds: how long to wait for the other ranks to appear
     Raises UserError for a stale or contradictory environment, a busy port, ranks that do not appear.
     """
+    if not 0 < timeout_seconds < 1e9:
+        fail(f"--collective_timeout {timeout_seconds:g}: expected seconds above 0 and below 1e+09")
     if platform not in ("local", "k8s"):
         fail(f"--platform {platform}: expected local or k8s (Azure's and Philly's launchers are not supported)")
     rank, size, local_rank = environment_world(platform, local_rank_flag)

@@ -33,7 +33,8 @@ def hugging_face_config(config: GPT2Config, end_of_text: int) -> dict:
         "vocab_size": config.vocab_size, "n_positions": config.n_positions, "n_ctx": config.n_positions,
         "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": config.n_inner,
         "layer_norm_epsilon": config.layer_norm_epsilon, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
-        "initializer_range": 0.02, "tie_word_embeddings": True, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
+        "initializer_range": 0.02, "tie_word_embeddings": True,
+        "bos_token_id": end_of_text, "eos_token_id": end_of_text,
     }
 
 

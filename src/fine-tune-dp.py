@@ -27,9 +27,8 @@ import distributed
 import run_setup
 from author_data import AuthorTexts, Corpus, Source
 from checkpoint import Loaded, latest_resumable, load_model, model_path
-from cli import Parser, UserError, fail, run_main
+from cli import Parser, UserError, check_least, check_positive, check_range, fail, run_main
 from distributed import World
-from model import LoRAConfig
 from optimizer import schedule
 from run_setup import SWITCH
 from training import Trainer
@@ -45,7 +44,7 @@ WITHOUT_EFFECT = ("remove_unused_columns", "label_names", "prediction_loss_only"
                   "per_device_eval_batch_size", "dataloader_num_workers")
 FLAGS = run_setup.FlagNames(
     batch="--per_device_train_batch_size x --gradient_accumulation_steps x processes", steps="--max_steps",
-    clip="--per_sample_max_grad_norm", folder="--output_dir")
+    folder="--output_dir")
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -126,26 +125,19 @@ def check(args: Namespace) -> None:
     run_setup.check_shared_flags(args)
     if not args.disable_dp and (args.noise_multiplier is None) == (args.target_epsilon is None):
         fail("--noise_multiplier and --target_epsilon: give exactly one of them, or --disable_dp")
-    for name, least in (("per_device_train_batch_size", 1), ("gradient_accumulation_steps", 1), ("sequence_len", 2),
-                        ("samples_per_author", 1), ("warmup_steps", 0), ("logging_steps", 1), ("eval_steps", 1),
-                        ("save_steps", 1), ("lora_dim", 0), ("seed", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            fail(f"--{name} {getattr(args, name)}: expected at least {least}")
-    for name, low, high in (("learning_rate", 0, math.inf), ("weight_decay", 0, math.inf),
-                            ("adam_epsilon", 0, math.inf), ("adam_beta1", 0, 1), ("adam_beta2", 0, 1),
-                            ("lora_dropout", 0, 1), ("max_grad_norm", 0, math.inf), ("eval_fraction", 0, 1)):
-        if getattr(args, name) is not None and not low <= getattr(args, name) < high:
-            fail(f"--{name} {getattr(args, name):g}: expected a number from {low} to below {high:g}")
+    check_least(args, per_device_train_batch_size=1, gradient_accumulation_steps=1, sequence_len=2,
+                samples_per_author=1, warmup_steps=0, logging_steps=1, eval_steps=1, save_steps=1, lora_dim=0, seed=0)
+    check_range(args, learning_rate=(0, math.inf), weight_decay=(0, math.inf), adam_epsilon=(0, math.inf),
+                adam_beta1=(0, 1), adam_beta2=(0, 1), lora_dropout=(0, 1), max_grad_norm=(0, math.inf),
+                eval_fraction=(0, 1))
+    check_positive(args, per_sample_max_grad_norm=math.inf, lora_alpha=math.inf,
+                   num_train_epochs=run_setup.MOST_EPOCHS)
     if args.eval_file is not None and args.eval_fraction is not None:
         fail("--eval_fraction: means nothing with --eval_file, which holds all held-out texts")
     if args.enable_lora and args.lora_dim == 0:
         fail("--enable_lora: --lora_dim is 0, expected a rank of at least 1, such as --lora_dim 4")
     if args.lora_dim and not args.enable_lora:
         fail(f"--lora_dim {args.lora_dim}: trains adapters only with --enable_lora; give it, or leave --lora_dim out")
-    if args.enable_lora and not args.lora_alpha > 0:
-        fail(f"--lora_alpha {args.lora_alpha:g}: expected a number above 0")
-    if not 0 < args.num_train_epochs < math.inf:
-        fail(f"--num_train_epochs {args.num_train_epochs:g}: expected a number above 0")
     if args.max_steps == 0 or args.max_steps < -1:
         fail(f"--max_steps {args.max_steps}: expected at least one step, or -1 for --num_train_epochs")
     if args.eval_steps is not None and args.eval_strategy != "steps":
@@ -184,10 +176,8 @@ def resolve_model(name: str) -> tuple[str, str | None]:
 
 
 def load(args: Namespace) -> Loaded:
-    lora_config = LoRAConfig(args.lora_dim, args.lora_alpha, args.lora_dropout,
-                             tuple(slot in args.lora_target for slot in run_setup.SLOTS))
     path, card = resolve_model(args.model_name)
-    loaded = load_model(path, card, lora_config, args.base_checkpoint, flag="--model_name")
+    loaded = load_model(path, card, run_setup.lora_config(args), args.base_checkpoint, flag="--model_name")
     if args.sequence_len > loaded.model.config.n_positions:
         fail(f"--sequence_len {args.sequence_len}: the model has {loaded.model.config.n_positions} positions")
     return loaded
@@ -206,7 +196,13 @@ def open_corpus(path: str, flag: str, args: Namespace, world: World) -> Corpus:
     folders = [folder for folder in world.gather(folder) if folder]
     if len({os.path.basename(folder) for folder in folders}) > 1:
         fail(f"{flag} {path}: the machines of this job hold different files, or different vocabularies in {args.vocab}")
-    return author_data.open_cache(folder or folders[0])
+    error = opened = None
+    try:
+        opened = author_data.open_cache(folder or folders[0])
+    except UserError as mistake:
+        error = mistake
+    world.agree(error)
+    return opened
 
 
 def split(args: Namespace, corpus: Corpus, evaluation: Corpus | None) -> tuple[AuthorTexts, AuthorTexts | None, dict]:
@@ -245,8 +241,8 @@ def learning_rate(args: Namespace, steps: int) -> Callable[[int], float]:
 
 def make_request(args: Namespace, N: int, world: World) -> run_setup.Request:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world.size
-    steps = args.max_steps if args.max_steps > 0 else max(1, round(args.num_train_epochs * N / batch))
-    every = {"no": 0, "steps": args.eval_steps or args.logging_steps, "epoch": max(1, round(N / batch))}
+    steps = args.max_steps if args.max_steps > 0 else run_setup.epochs_to_steps(args.num_train_epochs, N, batch)
+    every = {"no": 0, "steps": args.eval_steps or args.logging_steps, "epoch": run_setup.epochs_to_steps(1, N, batch)}
     log_interval, eval_interval = (1, 1) if args.dry_run else (args.logging_steps, every[args.eval_strategy])
     return run_setup.Request(
         unit="author", N=N, batch=batch, steps=steps, clip=args.per_sample_max_grad_norm,
@@ -347,7 +343,7 @@ def main() -> int:
     trainer = run_setup.build_trainer(request, args, world, loaded, train, valid, args.output_dir, disclosed, recorded)
     trainer.facts["held_out"] = held_out
     describe(trainer, args, corpus, held_out)
-    run_setup.announce(trainer.plan, trainer)
+    run_setup.announce(trainer)
     resumed = trainer.done > 0
     status = trainer.run()
     if status == 0:

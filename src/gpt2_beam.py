@@ -28,13 +28,13 @@ from tqdm import tqdm
 
 import loralib as lora
 from beam_search import SearchSettings, beam_search
-from checkpoint import Loaded, fingerprint, load_model
-from cli import Parser, atomic_write, fail, read_lines, run_main
+from checkpoint import Loaded, fingerprint, load_model, slots
+from cli import Parser, atomic_write, check_least, check_positive, fail, read_lines, run_main
 from distributed import World, start
 from kv_cache import TreeDecoder
-from model import GPT2LMModel, LoRAConfig
+from model import SLOTS, GPT2LMModel, LoRAConfig
 
-END_OF_TEXT = 50256  # GPT-2's <|endoftext|>
+END_OF_TEXT_ID = 50256  # GPT-2's <|endoftext|>
 WAIT_SECONDS = 24 * 3600  # how long a rank that is done waits for the others
 
 
@@ -55,6 +55,7 @@ class Flags:
     local_rank: int | None
     lora_dim: int | None
     lora_alpha: float | None
+    lora_target: list[str] | None
     beam: int
     length_penalty: float
     no_repeat_ngram_size: int
@@ -80,7 +81,7 @@ class Flags:
                      f"give ids from 0 to {vocab_size - 1}, or leave it out")
         if self.beam > vocab_size:
             fail(f"--beam {self.beam}: more than the vocabulary's {vocab_size} tokens; choose at most that many")
-        eos_ids = sorted({min(END_OF_TEXT, vocab_size - 1), *self.eos_token_id})
+        eos_ids = sorted({min(END_OF_TEXT_ID, vocab_size - 1), *self.eos_token_id})
         return SearchSettings(self.beam, self.eval_len, tuple(eos_ids), self.length_penalty, self.no_repeat_ngram_size,
                               self.repetition_penalty, self.min_length)
 
@@ -104,6 +105,8 @@ def parse_flags() -> Flags:
     add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
     add("--lora_dim", type=int, help="adapter's rank; default: the checkpoint's, with which it must agree")
     add("--lora_alpha", type=float, help="adapter's alpha; default: the checkpoint's, with which it must agree")
+    add("--lora_target", nargs="+", choices=SLOTS, help="parts of the fused projection that have an adapter; default: "
+        "the checkpoint's, with which it must agree, or query value where it does not say")
     add("--beam", type=int, default=1, help="beams of each context")
     add("--length_penalty", type=float, default=1.0, help="a finished beam scores total / length**length_penalty")
     add("--no_repeat_ngram_size", type=int, default=4, help="forbid generating an n-gram twice; 0 allows it")
@@ -125,19 +128,13 @@ def check(flags: Flags) -> None:
     """Raise UserError for what can be known to be wrong before any file is read."""
     if flags.fp16:
         fail("--fp16: refused, GPT-2's activations overflow float16 and spoil the search; use --bf16")
-    for name, least in (("batch_size", 1), ("token_budget", 0), ("eval_len", 1), ("min_length", 0), ("beam", 1),
-                        ("no_repeat_ngram_size", 0), ("lora_dim", 0)):
-        value = getattr(flags, name)
-        if value is not None and value < least:
-            fail(f"--{name} {value}: expected at least {least}")
+    check_least(flags, batch_size=1, token_budget=0, eval_len=1, min_length=0, beam=1, no_repeat_ngram_size=0,
+                lora_dim=0)
+    check_positive(flags, lora_alpha=math.inf, repetition_penalty=math.inf)
     if flags.eval_len >= flags.seq_len:
         fail(f"--eval_len {flags.eval_len}: leaves no room for a context in --seq_len {flags.seq_len}; expected less")
-    if not (math.isfinite(flags.repetition_penalty) and flags.repetition_penalty > 0):
-        fail(f"--repetition_penalty {flags.repetition_penalty}: expected a number greater than 0 (1 is none)")
     if not abs(flags.length_penalty) <= 10:
         fail(f"--length_penalty {flags.length_penalty}: expected a number from -10 to 10")
-    if flags.lora_alpha is not None and not (math.isfinite(flags.lora_alpha) and flags.lora_alpha > 0):
-        fail(f"--lora_alpha {flags.lora_alpha}: expected a number greater than 0")
     if flags.hyperparam and not os.path.isdir(flags.init_checkpoint):
         fail(f"--hyperparam: wants a folder as --init_checkpoint, got {flags.init_checkpoint}; leave --hyperparam out")
     if not flags.output_file or os.path.isdir(flags.output):
@@ -175,9 +172,11 @@ def read_contexts(flags: Flags, vocab_size: int) -> tuple[list[list[int]], list[
 
 def load(flags: Flags) -> Loaded:
     """The model, on the CPU in float32; what the flags say of it must hold."""
-    adapter = None
+    adapter, enable = None, LoRAConfig().enable
+    if flags.lora_target is not None:
+        enable = tuple(slot in flags.lora_target for slot in SLOTS)
     if flags.lora_dim is not None and flags.lora_alpha is not None:
-        adapter = LoRAConfig(flags.lora_dim, flags.lora_alpha)
+        adapter = LoRAConfig(flags.lora_dim, flags.lora_alpha, enable=enable)
     loaded = load_model(flags.init_checkpoint, flags.model_card, adapter, flags.base_checkpoint)
     found = loaded.model.lora_config
     whole = loaded.base is not None and loaded.base["absolute"] == os.path.abspath(loaded.path)
@@ -187,6 +186,9 @@ def load(flags: Flags) -> Loaded:
         fail(f"--lora_dim {flags.lora_dim}: {loaded.path} has rank {found.dim}; leave the flag out")
     if flags.lora_alpha is not None and found.dim and flags.lora_alpha != found.alpha:
         fail(f"--lora_alpha {flags.lora_alpha:g}: {loaded.path} was trained with {found.alpha:g}; leave the flag out")
+    if flags.lora_target is not None and found.dim and enable != found.enable:
+        fail(f"--lora_target {' '.join(flags.lora_target)}: {loaded.path} was trained with {slots(found)}; leave the "
+             "flag out")
     positions = loaded.model.config.n_positions
     if flags.seq_len > positions:
         fail(f"--seq_len {flags.seq_len}: more than the model's {positions} positions; choose at most {positions}")

@@ -20,12 +20,12 @@ import torch
 import distributed
 import run_setup
 from checkpoint import load_model
-from cli import Parser, UserError, fail, run_main
+from cli import Parser, UserError, check_least, check_positive, check_range, fail, run_main
 from data_utils import read_examples
-from model import MODEL_CARDS, LoRAConfig
+from model import MODEL_CARDS
 from optimizer import SCHEDULES, schedule
 
-DEFAULT_SIGMA, DEFAULT_DELTA = 0.5, 1e-5
+DEFAULT_SIGMA = 0.5
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -34,13 +34,14 @@ def parse(argv: list[str]) -> Namespace:
     add("--train_data", required=True, help="token file of the training examples")
     add("--valid_data", required=True, help="token file of the validation examples")
     add("--train_batch_size", type=int, default=8, help="expected examples of a process in one accumulation step")
-    add("--valid_batch_size", type=int, default=4, help="accepted; validation batches are bounded by --micro_batch_tokens")
+    add("--valid_batch_size", type=int, help="accepted; validation batches are bounded by --micro_batch_tokens")
     add("--grad_acc", type=int, default=1, help="accumulation steps of a logical batch")
     add("--noise_multiplier", type=float, help=f"sigma (default {DEFAULT_SIGMA}); 0 trains without privacy")
     add("--max_grad_norm", type=float, default=1.0, help="C, the norm to which each example's gradient is clipped")
     add("--clip", type=float, default=0.0, help="bound on the norm of the released gradient; 0 = none")
     add("--seq_len", type=int, default=512, help="longest example in tokens; longer ones are cut")
-    add("--model_card", default="gpt2.md", help=f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout")
+    add("--model_card", default="gpt2.md",
+        help=f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout")
     add("--init_checkpoint",
         help="weights to start from: a file, or a folder (its newest model.{step}.pt, PEFT's or Hugging Face's file)")
     add("--base_checkpoint", help="the frozen weights under an adapter-only --init_checkpoint, if not where it says")
@@ -82,20 +83,14 @@ def check(args: Namespace) -> None:
         fail("--fp16: refused, its loss scaling may skip a step, which privacy accounting cannot allow; use --bf16")
     if args.noise_multiplier is not None and args.target_epsilon is not None:
         fail("--noise_multiplier and --target_epsilon: give one of them, the other follows")
-    for name, least in (("train_batch_size", 1), ("valid_batch_size", 1), ("grad_acc", 1), ("seq_len", 2), ("warmup_step", 0),
-                        ("log_interval", 1), ("eval_interval", 1), ("save_interval", 1), ("lora_dim", 0), ("random_seed", 0)):
-        if getattr(args, name) < least:
-            fail(f"--{name} {getattr(args, name)}: expected at least {least}")
-    for name, low, high in (("lr", 0, math.inf), ("weight_decay", 0, math.inf), ("adam_epislon", 0, math.inf),
-                            ("adam_beta1", 0, 1), ("adam_beta2", 0, 1), ("lora_dropout", 0, 1), ("label_smooth", 0, 1),
-                            ("clip", 0, math.inf)):
-        if not low <= getattr(args, name) < high:
-            fail(f"--{name} {getattr(args, name):g}: expected a number from {low} to below {high:g}")
-    if args.lora_dim and not args.lora_alpha > 0:
-        fail(f"--lora_alpha {args.lora_alpha:g}: expected a number above 0")
-    if args.max_epoch is not None and not 0 < args.max_epoch < math.inf:
-        fail(f"--max_epoch {args.max_epoch:g}: expected a number above 0")
-    if args.max_step is None and args.max_epoch is None and args.scheduler != "cycle":
+    check_least(args, train_batch_size=1, valid_batch_size=1, grad_acc=1, seq_len=2, max_step=1, warmup_step=0,
+                log_interval=1, eval_interval=1, save_interval=1, lora_dim=0, random_seed=0)
+    check_range(args, lr=(0, math.inf), weight_decay=(0, math.inf), adam_epislon=(0, math.inf), adam_beta1=(0, 1),
+                adam_beta2=(0, 1), lora_dropout=(0, 1), label_smooth=(0, 1), clip=(0, math.inf))
+    check_positive(args, max_grad_norm=math.inf, lora_alpha=math.inf, max_epoch=run_setup.MOST_EPOCHS)
+    if args.scheduler == "cycle":
+        cycle_points(args)
+    elif args.max_step is None and args.max_epoch is None:
         fail("--max_epoch: give it or --max_step, the run has no end otherwise")
 
 
@@ -106,15 +101,17 @@ def cycle_points(args: Namespace) -> list[tuple[int, float]]:
     except ValueError:
         fail(f"--i_steps {args.i_steps} --i_lrs {args.i_lrs}: expected numbers separated by commas")
     if len(steps) != len(rates) or steps != sorted(set(steps)) or min(rates) < 0 or steps[-1] < 1:
-        fail(f"--i_steps {args.i_steps} --i_lrs {args.i_lrs}: expected as many rates as steps, the steps growing to above 0")
+        fail(f"--i_steps {args.i_steps} --i_lrs {args.i_lrs}: expected as many rates as steps, "
+             "the steps growing to above 0")
     return list(zip(steps, rates))
 
 
 def count_steps(args: Namespace, N: int, batch: int) -> int:
-    """Logical steps of the run: max_step, or max_epoch passes over N examples, whichever is less; cycle ends at its last point."""
+    """Logical steps of the run: the lesser of max_step and max_epoch passes over N examples; cycle ends at its last
+    point."""
     limits = [] if args.max_step is None else [args.max_step]
     if args.max_epoch is not None:
-        limits.append(max(1, round(args.max_epoch * N / batch)))
+        limits.append(run_setup.epochs_to_steps(args.max_epoch, N, batch))
     return min(limits) if limits else cycle_points(args)[-1][0]
 
 
@@ -125,9 +122,7 @@ def main() -> int:
     try:
         check(args)
         torch.manual_seed(args.random_seed)
-        lora_config = LoRAConfig(args.lora_dim, args.lora_alpha, args.lora_dropout,
-                                 tuple(slot in args.lora_target for slot in run_setup.SLOTS))
-        loaded = load_model(args.init_checkpoint, args.model_card, lora_config, args.base_checkpoint)
+        loaded = load_model(args.init_checkpoint, args.model_card, run_setup.lora_config(args), args.base_checkpoint)
         config = loaded.model.config
         if args.seq_len > config.n_positions:
             fail(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
@@ -141,10 +136,10 @@ def main() -> int:
         points = cycle_points(args) if args.scheduler == "cycle" else ()
         request = run_setup.Request(
             unit="example", N=len(train), batch=batch, steps=steps, clip=args.max_grad_norm, sigma=sigma,
-            delta=DEFAULT_DELTA if args.target_delta is None else args.target_delta, target_epsilon=args.target_epsilon,
-            betas=(args.adam_beta1, args.adam_beta2), adam_eps=args.adam_epislon, weight_decay=args.weight_decay,
-            correct_bias=args.correct_bias, no_decay_bias=args.no_decay_bias, smoothing=args.label_smooth,
-            grad_clip=args.clip, random_seed=args.random_seed,
+            delta=run_setup.DEFAULT_DELTA if args.target_delta is None else args.target_delta,
+            target_epsilon=args.target_epsilon, betas=(args.adam_beta1, args.adam_beta2), adam_eps=args.adam_epislon,
+            weight_decay=args.weight_decay, correct_bias=args.correct_bias, no_decay_bias=args.no_decay_bias,
+            smoothing=args.label_smooth, grad_clip=args.clip, random_seed=args.random_seed,
             lr=schedule(args.scheduler, args.lr, steps, args.warmup_step, points), log_interval=args.log_interval,
             eval_interval=args.eval_interval, save_interval=args.save_interval)
         run_setup.check_request(request)
@@ -163,11 +158,13 @@ def main() -> int:
     if train.cut:
         say(f"{train.cut} training examples were longer than --seq_len {args.seq_len} and were cut"
             + (f"; {train.unscored} of them have no scored token left" if train.unscored else ""))
+    if args.valid_batch_size is not None:
+        say("--valid_batch_size has no effect: validation batches are bounded by --micro_batch_tokens")
     if args.eval_epoch is not None:
         say("--eval_epoch has no effect, as in the published code: --eval_interval says when to evaluate")
     if args.scheduler == "dev_perf":
         say("--scheduler dev_perf: a constant learning rate, as in the published code")
-    run_setup.announce(trainer.plan, trainer)
+    run_setup.announce(trainer)
     status = trainer.run()
     world.close()
     return status

@@ -1,7 +1,7 @@
 """The loss of a unit, and the vocabulary projection that never computes more than is scored.
 
-The loss of one text is the mean over its scored tokens of (1-s) NLL + s mean_v(-log p_v), s = label smoothing; the loss of a
-unit with several texts is the mean over them. It depends on no other unit.
+The loss of one text is the mean over its scored tokens of (1-s) NLL + s mean_v(-log p_v), s = label smoothing; the loss
+of a unit with several texts is the mean over them. It depends on no other unit.
 
 Shapes: U units, M rows (= texts), T tokens, D width, V vocabulary, n scored positions.
 """
@@ -51,8 +51,9 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
             return self
-        moved = [tensor.to(device, non_blocking=True) for tensor in (self.ids, self.positions, self.targets, self.weights)]
-        return MicroBatch(*moved, self.counts, self.rows_per_unit, self.tokens)
+        tensors = self.ids, self.positions, self.targets, self.weights
+        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.counts,
+                          self.rows_per_unit, self.tokens)
 
 
 class LogitsLoss(torch.autograd.Function):
@@ -106,15 +107,16 @@ class FrozenHeadLoss(torch.autograd.Function):
 
     Walks the vocabulary in blocks. Beside the running maximum m and normaliser Z it keeps the running sum of
     exp(l_v - m) W_v, rescaled when m grows (the online softmax of Milakov & Gimelshein, 2018): the gradient
-    d loss/d h = E_p[W] - (1-s) W[target] - s mean_v W_v is then known in the forward pass, and nothing is computed twice.
+    d loss/d h = E_p[W] - (1-s) W[target] - s mean_v W_v is then known in the forward pass, nothing is computed twice.
     """
 
     @staticmethod
     def forward(ctx, states: Tensor, head: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         n, D = states.shape
         V = len(head)
-        block = max(256, (CPU_BLOCK if states.device.type == "cpu" else GPU_BLOCK) // max(1, n))
-        low = torch.get_autocast_dtype(states.device.type) if torch.is_autocast_enabled(states.device.type) else states.dtype
+        kind = states.device.type
+        block = max(256, (CPU_BLOCK if kind == "cpu" else GPU_BLOCK) // max(1, n))
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
         h = states.to(low)
         top = torch.full((n, 1), float("-inf"), device=states.device, dtype=states.dtype)
         Z = torch.zeros((n, 1), device=states.device, dtype=states.dtype)
@@ -133,7 +135,8 @@ class FrozenHeadLoss(torch.autograd.Function):
                 total += W.sum(0, dtype=states.dtype)
             top = new_top
         true_rows, mean_row = head[targets].to(states.dtype), total / V
-        losses = (top + Z.log()).squeeze(1) - (1 - smoothing) * (states * true_rows).sum(1) - smoothing * (states @ mean_row)
+        true, mean = (states * true_rows).sum(1), states @ mean_row
+        losses = (top + Z.log()).squeeze(1) - (1 - smoothing) * true - smoothing * mean
         if expected is not None:
             ctx.save_for_backward(expected.div_(Z).sub_(true_rows, alpha=1 - smoothing).sub_(mean_row, alpha=smoothing))
         return losses
@@ -145,7 +148,8 @@ class FrozenHeadLoss(torch.autograd.Function):
         return d_states * grad[:, None], None, None, None
 
 
-def token_losses(model: GPT2LMModel, batch: MicroBatch, smoothing: float, head_trains: bool, all_positions: bool) -> Tensor:
+def token_losses(model: GPT2LMModel, batch: MicroBatch, smoothing: float, head_trains: bool,
+                 all_positions: bool) -> Tensor:
     """The loss of each scored token, (n,).
 
     head_trains: the head needs a gradient, so the logits of what is scored are held for it.

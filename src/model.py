@@ -119,7 +119,8 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) int64 -> states (B, T, D). Padding belongs on the right: attention is causal."""
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)  # one row a unit, for per-unit gradients
+        # one row a unit, for per-unit gradients
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         x = self.wte(ids) + self.wpe(positions)
         for block in self.h:
             x = block(x)

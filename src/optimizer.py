@@ -15,9 +15,9 @@ CACHE_CHUNK = 1 << 17
 
 
 class FlatParameters:
-    """A model's trainable parameters, moved into one buffer `data` (P,) of which they become views; those that decay come
-    first. `grad` (P,) is the front of `sums` (P + extra,), so that one all-reduce carries both. Everything is float32
-    (or float64, where a test compares with an oracle); other types are refused.
+    """A model's trainable parameters, moved into one buffer `data` (P,) of which they become views; those that decay
+    come first. `grad` (P,) is the front of `sums` (P + extra,), so that one all-reduce carries both. Everything is
+    float32 (or float64, where a test compares with an oracle); other types are refused.
     """
 
     def __init__(self, model: nn.Module, extra: int = 0, no_decay_bias: bool = False):

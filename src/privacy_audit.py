@@ -29,14 +29,13 @@ import canaries
 import distributed
 import run_setup
 from checkpoint import load_model
-from cli import Parser, UserError, atomic_write, fail, run_main
+from cli import (Parser, UserError, atomic_write, check_least, check_positive, check_range, fail,
+                 run_main)
 from data_utils import read_examples
-from model import MODEL_CARDS, LoRAConfig
+from model import MODEL_CARDS
 from optimizer import schedule
 from privacy.auditing import FEWEST, Audit, audit
-from training import finite
-
-DEFAULT_DELTA = 1e-5
+from privacy.plan import finite_or_text
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -57,8 +56,9 @@ def parse(argv: list[str]) -> Namespace:
     add("--seq_len", type=int, default=512, help="longest example in tokens; longer ones are cut")
     add("--model_card", default="gpt2.md",
         help=f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout")
-    add("--init_checkpoint", help="weights to start from: a file, or a folder (its newest model.{step}.pt)")
-    add("--base_checkpoint", help="the frozen weights under an adapter-only --init_checkpoint, if they were moved")
+    add("--init_checkpoint",
+        help="weights to start from: a file, or a folder (its newest model.{step}.pt, PEFT's or Hugging Face's file)")
+    add("--base_checkpoint", help="the frozen weights under an adapter-only --init_checkpoint, if not where it says")
     add("--platform", default="local", help="local (the launcher's environment, or one process) or k8s (Open MPI's)")
     add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
     add("--random_seed", type=int, default=10, help="seeds initialisation")
@@ -89,25 +89,16 @@ def check(args: Namespace) -> None:
         fail("--noise_multiplier and --target_epsilon: give one of them, an audit needs a claim to compare with")
     if args.noise_multiplier == 0:
         fail("--noise_multiplier 0: such a run claims nothing that could be audited; expected a number above 0")
-    if args.canaries < FEWEST:
-        fail(f"--canaries {args.canaries}: expected at least {FEWEST}")
+    check_least(args, canaries=FEWEST)
     for made in args.guesses or ():
         if not 1 <= made <= args.canaries:
             fail(f"--guesses {made}: expected a number from 1 to --canaries {args.canaries}")
     if args.plot and not os.path.isdir(os.path.dirname(args.plot) or "."):
         fail(f"--plot {args.plot}: the folder does not exist")
-    for name, least in (("train_batch_size", 1), ("grad_acc", 1), ("seq_len", 2), ("log_interval", 1), ("lora_dim", 0),
-                        ("random_seed", 0)):
-        if getattr(args, name) < least:
-            fail(f"--{name} {getattr(args, name)}: expected at least {least}")
-    for name, low, high in (("lr", 0, math.inf), ("weight_decay", 0, math.inf), ("adam_epislon", 0, math.inf),
-                            ("adam_beta1", 0, 1), ("adam_beta2", 0, 1), ("lora_dropout", 0, 1), ("label_smooth", 0, 1)):
-        if not low <= getattr(args, name) < high:
-            fail(f"--{name} {getattr(args, name):g}: expected a number from {low} to below {high:g}")
-    if args.lora_dim and not args.lora_alpha > 0:
-        fail(f"--lora_alpha {args.lora_alpha:g}: expected a number above 0")
-    if args.max_epoch is not None and not 0 < args.max_epoch < math.inf:
-        fail(f"--max_epoch {args.max_epoch:g}: expected a number above 0")
+    check_least(args, train_batch_size=1, grad_acc=1, seq_len=2, max_step=1, log_interval=1, lora_dim=0, random_seed=0)
+    check_range(args, lr=(0, math.inf), weight_decay=(0, math.inf), adam_epislon=(0, math.inf), adam_beta1=(0, 1),
+                adam_beta2=(0, 1), lora_dropout=(0, 1), label_smooth=(0, 1))
+    check_positive(args, max_grad_norm=math.inf, lora_alpha=math.inf, max_epoch=run_setup.MOST_EPOCHS)
     if args.max_step is None and args.max_epoch is None:
         fail("--max_epoch: give it or --max_step, the run has no end otherwise")
     if args.canary_kind == "text" and args.seq_len < canaries.CONTEXT + canaries.COMPLETION:
@@ -143,9 +134,7 @@ def main() -> int:
     try:
         check(args)
         torch.manual_seed(args.random_seed)
-        lora_config = LoRAConfig(args.lora_dim, args.lora_alpha, args.lora_dropout,
-                                 tuple(slot in args.lora_target for slot in run_setup.SLOTS))
-        loaded = load_model(args.init_checkpoint, args.model_card, lora_config, args.base_checkpoint)
+        loaded = load_model(args.init_checkpoint, args.model_card, run_setup.lora_config(args), args.base_checkpoint)
         config = loaded.model.config
         if args.seq_len > config.n_positions:
             fail(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
@@ -157,14 +146,15 @@ def main() -> int:
         N, batch = len(train) + args.canaries, args.train_batch_size * args.grad_acc * world.size
         limits = [] if args.max_step is None else [args.max_step]
         if args.max_epoch is not None:
-            limits.append(max(1, round(args.max_epoch * N / batch)))
+            limits.append(run_setup.epochs_to_steps(args.max_epoch, N, batch))
         request = run_setup.Request(
             unit="example", N=N, batch=batch, steps=min(limits), clip=args.max_grad_norm, sigma=args.noise_multiplier,
-            delta=DEFAULT_DELTA if args.target_delta is None else args.target_delta, target_epsilon=args.target_epsilon,
-            betas=(args.adam_beta1, args.adam_beta2), adam_eps=args.adam_epislon, weight_decay=args.weight_decay,
-            correct_bias=args.correct_bias, no_decay_bias=False, smoothing=args.label_smooth, grad_clip=0.0,
-            random_seed=args.random_seed, lr=schedule("constant", args.lr, min(limits)), log_interval=args.log_interval,
-            eval_interval=0, save_interval=min(limits))
+            delta=run_setup.DEFAULT_DELTA if args.target_delta is None else args.target_delta,
+            target_epsilon=args.target_epsilon, betas=(args.adam_beta1, args.adam_beta2), adam_eps=args.adam_epislon,
+            weight_decay=args.weight_decay, correct_bias=args.correct_bias, no_decay_bias=False,
+            smoothing=args.label_smooth, grad_clip=0.0, random_seed=args.random_seed,
+            lr=schedule("constant", args.lr, min(limits)), log_interval=args.log_interval,
+            eval_interval=0, save_interval=min(limits), resumable=False)
         run_setup.check_request(request)
     except UserError as mistake:
         error = mistake
@@ -186,7 +176,7 @@ def main() -> int:
         adversary = canaries.Adversary(plan, trainer.engine)
     say = trainer.display.say
     say(f"audit: {m} {args.canary_kind} canaries, {coins.sum()} of them in the data, among {N} units")
-    run_setup.announce(plan, trainer)
+    run_setup.announce(trainer)
     status = trainer.run()
     if status == 0 and world.is_main:
         scores = before - canaries.text_losses(trainer.model, texts, world.device, budget) if text else adversary.scores
@@ -198,7 +188,8 @@ def main() -> int:
         trainer.work.write_json("audit.json", {
             "canaries": m, "canary_kind": args.canary_kind, "included": int(coins.sum()),
             "confidence": result.confidence, "delta": result.delta, "epsilon_lower": result.epsilon,
-            "epsilon_claimed": finite(claim), "epsilon_claimed_rdp": finite(claim_rdp), "refuted": refuted,
+            "epsilon_claimed": finite_or_text(claim), "epsilon_claimed_rdp": finite_or_text(claim_rdp),
+            "refuted": refuted,
             "guesses_made": best.made, "guesses_right": best.right,
             "tried": [vars(one) for one in result.tried], "N": N, "q": plan.settings.q, "sigma": plan.settings.sigma,
             "clip": plan.settings.clip, "steps_charged": plan.ledger.state.charged, "world_size": world.size,

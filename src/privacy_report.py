@@ -28,7 +28,7 @@ from privacy.ledger import FILE_NAME, LedgerState, epsilons, noise_sources, part
 from privacy.plan import RELATIONS, SEEDED_WARNING, choose_sigma, finite_or_text, relation
 
 REPORT_NAME = "privacy.json"
-SETTINGS = ("unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta")  # what a resumed run may have changed
+SETTINGS = ("unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta")  # what runs can differ in
 TARGETS = (1.0, 2.0, 3.0, 8.0)  # epsilons that a plan prices beside its own
 FACTORS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of its sigma, likewise
 METHODS = {
@@ -314,6 +314,8 @@ def main() -> int:
     N, batch, epochs = args.plan
     if not all(math.isfinite(value) and value > 0 for value in args.plan):
         fail(f"--plan {N:g} {batch:g} {epochs:g}: wanted three numbers above 0")
+    if epochs * N / batch > 1e9:
+        fail(f"--plan {N:g} {batch:g} {epochs:g}: more than 1e+09 steps; lower EPOCHS")
     if N != int(N) or batch != int(batch):
         fail(f"--plan {N:g} {batch:g} {epochs:g}: N and BATCH count units, wanted whole numbers")
     if batch > N:

@@ -1,4 +1,4 @@
-"""What both training scripts do before their first step: the flags that they share, and the way from flags to a Trainer."""
+"""What the training scripts do before their first step: the flags that they share, and the way from flags to a run."""
 
 import argparse
 import hashlib
@@ -15,9 +15,9 @@ import torch
 import checkpoint
 import distributed
 import training
-from cli import UserError, fail
+from cli import UserError, check_least, check_positive, check_range, fail
 from distributed import World
-from model import SLOTS
+from model import SLOTS, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, Ordinary
 from privacy.ledger import FILE_NAME, Ledger, read_ledger
@@ -27,13 +27,19 @@ from run_log import WorkDir
 # Padded tokens of a micro-batch where --micro_batch_tokens is not given; measured in scripts/benchmark_training.py.
 DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Settings that change how a run goes about its work, not what it computes: a resumed run may differ in them.
-FREE = ("resume", "resume_changed", "job", "log_interval", "eval_interval", "save_interval", "valid_batch_size",
-        "grad_engine", "micro_batch_tokens", "collective_timeout", "local_rank", "work_dir", "platform", "tensorboard",
-        # of fine-tune-dp.py; its data and vocabulary are compared by their digests, wherever the files lie
-        "resume_from_checkpoint", "logging_steps", "eval_strategy", "eval_steps", "save_steps", "log_level", "disable_tqdm",
-        "dry_run", "output_dir", "cache_dir", "train_file", "eval_file", "vocab", "without_effect", "remove_unused_columns",
-        "label_names", "prediction_loss_only", "eval_accumulation_steps", "per_device_eval_batch_size",
-        "dataloader_num_workers")
+# Data and vocabulary are compared by their digests, wherever the files lie.
+FREE = ("resume", "resume_changed", "job", "grad_engine", "micro_batch_tokens", "collective_timeout", "local_rank",
+        "tensorboard",
+        # of gpt2_ft.py
+        "train_data", "valid_data", "log_interval", "eval_interval", "eval_epoch", "save_interval", "valid_batch_size",
+        "work_dir", "platform",
+        # of fine-tune-dp.py
+        "resume_from_checkpoint", "logging_steps", "eval_strategy", "eval_steps", "save_steps", "log_level",
+        "disable_tqdm", "dry_run", "output_dir", "cache_dir", "train_file", "eval_file", "vocab", "without_effect",
+        "remove_unused_columns", "label_names", "prediction_loss_only", "eval_accumulation_steps",
+        "per_device_eval_batch_size", "dataloader_num_workers")
+DEFAULT_DELTA = 1e-5  # of an epsilon for examples
+MOST_EPOCHS = 1e6  # more is a slip of the finger, and no number of steps
 
 # What every run shows beside the model, as privacy.json lists it. Nothing here has noise.
 DISCLOSED = (
@@ -55,11 +61,12 @@ SWITCH = {"type": boolean, "nargs": "?", "const": True, "default": False, "metav
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("privacy and execution")
-    group.add_argument("--target_epsilon", type=float, help="budget: noise is chosen, and training ends, so that it is kept")
+    group.add_argument("--target_epsilon", type=float,
+                       help="budget: noise is chosen, and training ends, so that it is kept")
     group.add_argument("--target_delta", type=float, help="delta of the reported epsilon, a public constant")
     group.add_argument("--sampling", choices=("poisson", "shuffle"),
-                       help="poisson (default with noise): what the accountants price; shuffle (default without): every unit "
-                            "once an epoch, reported without amplification")
+                       help="poisson (default with noise): what the accountants price; shuffle (default without): "
+                            "every unit once an epoch, reported without amplification")
     group.add_argument("--clipping", choices=("flat", "per_layer", "automatic"), default="flat",
                        help="how a unit's gradient is bounded by C (default flat)")
     group.add_argument("--noise_source", choices=("os", "secure", "seeded"), default="os",
@@ -71,7 +78,8 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bf16", **SWITCH, help="matrix products in bfloat16; norms, sums and noise stay float32")
     group.add_argument("--micro_batch_tokens", type=int, help="padded tokens of a physical batch; changes nothing but "
                        f"speed and memory (default {DEFAULT_TOKENS['cpu']} on CPU, {DEFAULT_TOKENS['cuda']} on a GPU)")
-    group.add_argument("--resume", action="store_true", help="continue the run in the work folder from its last checkpoint")
+    group.add_argument("--resume", action="store_true",
+                       help="continue the run in the work folder from its last checkpoint")
     group.add_argument("--resume_changed", nargs="+", default=(), metavar="NAME",
                        help="settings in which the resumed run may differ from the folder's (world_size, lr, ...)")
     group.add_argument("--lora_target", nargs="+", choices=SLOTS, default=("query", "value"),
@@ -88,7 +96,6 @@ class FlagNames:
 
     batch: str = "--train_batch_size x --grad_acc x processes"
     steps: str = "--max_step"
-    clip: str = "--max_grad_norm"
     folder: str = "--work_dir"
 
 
@@ -120,6 +127,7 @@ class Request:
     last_step: int | None = None  # end there, of the `steps` that are planned
     show_bar: bool = True
     show_progress: bool = True
+    resumable: bool = True
     flags: FlagNames = FlagNames()
 
 
@@ -129,19 +137,31 @@ def digest_file(path: str) -> str:
 
 
 def check_shared_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for shared flags that contradict each other or mean nothing."""
+    """Raise UserError for shared flags that are out of range, contradict each other or mean nothing."""
+    check_least(args, micro_batch_tokens=1)
+    check_positive(args, target_epsilon=math.inf)
+    check_range(args, noise_multiplier=(0, math.inf))
+    if args.target_delta is not None and not 0 < args.target_delta < 1:
+        fail(f"--target_delta {args.target_delta:g}: expected a number between 0 and 1")
     if args.noise_source == "seeded" and args.noise_seed is None:
         fail("--noise_source seeded: needs --noise_seed")
     if args.noise_seed is not None and args.noise_source != "seeded":
         fail(f"--noise_seed {args.noise_seed}: means nothing with --noise_source {args.noise_source}")
-    if args.micro_batch_tokens is not None and args.micro_batch_tokens < 1:
-        fail(f"--micro_batch_tokens {args.micro_batch_tokens}: expected at least 1")
-    if not 0 < args.collective_timeout < math.inf:
-        fail(f"--collective_timeout {args.collective_timeout:g}: expected seconds above 0")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         fail("--tensorboard: the package tensorboard is not installed; pip install tensorboard, or leave the flag out")
     if args.resume_changed and not args.resume:
         fail("--resume_changed: means nothing without --resume")
+
+
+def lora_config(args: argparse.Namespace) -> LoRAConfig:
+    """The adapter that the flags ask for."""
+    return LoRAConfig(args.lora_dim, args.lora_alpha, args.lora_dropout,
+                      tuple(slot in args.lora_target for slot in SLOTS))
+
+
+def epochs_to_steps(epochs: float, N: int, batch: int) -> int:
+    """Logical steps of `epochs` expected uses of every unit, one at least."""
+    return max(1, round(epochs * N / batch))
 
 
 def plan_settings(request: Request, args: argparse.Namespace, world: World) -> PlanSettings:
@@ -152,32 +172,25 @@ def plan_settings(request: Request, args: argparse.Namespace, world: World) -> P
         sigma.fill_(request.sigma)
     elif world.is_main:
         try:
-            sigma.fill_(choose_sigma(request.target_epsilon, request.delta, request.N, request.batch, request.steps, sampling))
+            sigma.fill_(choose_sigma(request.target_epsilon, request.delta, request.N, request.batch, request.steps,
+                                     sampling))
         except UserError as failure:
             error = UserError(f"--target_epsilon: {failure}")
     world.agree(error)
     return PlanSettings(
         unit=request.unit, N=request.N, batch=request.batch, steps=request.steps, clip=request.clip,
-        sigma=world.broadcast(sigma).item(), delta=request.delta, target_epsilon=request.target_epsilon, sampling=sampling,
-        clipping=args.clipping, noise_source=args.noise_source, seed=args.noise_seed)
+        sigma=world.broadcast(sigma).item(), delta=request.delta, target_epsilon=request.target_epsilon,
+        sampling=sampling, clipping=args.clipping, noise_source=args.noise_source, seed=args.noise_seed)
 
 
 def check_request(request: Request) -> None:
-    """Raise UserError for a value that no plan can have."""
-    flags, sigma, target_epsilon = request.flags, request.sigma, request.target_epsilon
+    """Raise UserError for what only the data's size shows to be wrong."""
+    flags = request.flags
     if request.batch > request.N:
         fail(f"{flags.batch} = {request.batch} is larger than the training data ({request.N} {request.unit}s): "
              "lower one of them")
     if request.steps < 1:
         fail(f"{flags.steps} {request.steps}: expected at least one step")
-    if not 0 < request.clip < math.inf:
-        fail(f"{flags.clip} {request.clip:g}: expected a number above 0")
-    if sigma is not None and not 0 <= sigma < math.inf:
-        fail(f"--noise_multiplier {sigma:g}: expected a number >= 0")
-    if not 0 < request.delta < 1:
-        fail(f"--target_delta {request.delta:g}: expected a number between 0 and 1")
-    if target_epsilon is not None and not 0 < target_epsilon < math.inf:
-        fail(f"--target_epsilon {target_epsilon:g}: expected a number above 0")
 
 
 def open_folder(work: WorkDir, settings: PlanSettings, world: World, recorded: dict, args: argparse.Namespace,
@@ -194,7 +207,8 @@ def open_folder(work: WorkDir, settings: PlanSettings, world: World, recorded: d
     recorded = json.loads(json.dumps(recorded))
     if args.resume and ledger.state.charged:  # a run that was killed before its first step has nothing to agree with
         before = work.read_json("args.json")
-        named = set(args.resume_changed) | set(FREE) | {"versions", "sigma", "world_size"}  # the ledger compares the last two
+        # the ledger compares the last two
+        named = set(args.resume_changed) | set(FREE) | {"versions", "sigma", "world_size"}
         differing = [key for key in sorted({*before, *recorded} - named) if before.get(key) != recorded.get(key)]
         if differing:
             what = ", ".join(f"{key} {before.get(key)!r} there, {recorded.get(key)!r} here" for key in differing[:4])
@@ -254,25 +268,30 @@ def earlier_run(weights: str | None, work_dir: str) -> list[str]:
             "saw the same data, its epsilon adds to this one's"] if charged else []
 
 
-def build_trainer(request: Request, args: argparse.Namespace, world: World, loaded: checkpoint.Loaded, data, valid,
-                  work_dir: str, disclosed: list[str], recorded: dict) -> training.Trainer:
+def build_trainer(request: Request, args: argparse.Namespace, world: World, loaded: checkpoint.Loaded,
+                  data: training.Data, valid: training.Data | None, work_dir: str, disclosed: list[str],
+                  recorded: dict) -> training.Trainer:
     """From a checked request to a Trainer. Collective: every rank calls it; an error on one rank ends all.
 
-    A run that torchrun restarts continues as by --resume (is_restarted).
+    A run that torchrun restarts continues as by --resume (is_restarted), or is refused where it cannot.
     """
     check_ranks_agree(world, recorded)
     # TF32, which some machines switch on by an environment variable, would round the norms to 10 bits.
     torch.set_float32_matmul_precision("highest")
     restarted = world.gather(world.is_main and not args.resume and is_restarted(work_dir))[0]
+    if restarted and not request.resumable:
+        mistake = UserError(f"{request.flags.folder} {work_dir}: begun by this job, {distributed.job_name()}, and "
+                            "started again, which cannot continue; start it in another folder")
+        mistake.on_every_rank = True
+        raise mistake
     if restarted:
         args = argparse.Namespace(**{**vars(args), "resume": True})
     settings = plan_settings(request, args, world)
     model = loaded.model.to(world.device)
     model.freeze_for_training()
     flat = FlatParameters(model, extra=training.EXTRA, no_decay_bias=request.no_decay_bias)
-    if world.size > 1:
-        from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
-        DifferentiallyPrivateDistributedDataParallel(model)  # every rank starts from rank 0's parameters
+    for parameter in model.parameters():  # every rank starts from rank 0's
+        parameter.data.copy_(world.broadcast(parameter.data))
     optimizer = AdamW(flat, request.betas, request.adam_eps, request.weight_decay, request.correct_bias,
                       request.torch_eps)
 
@@ -281,9 +300,9 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
     try:
         if world.is_main:
             work = WorkDir(work_dir, must_exist=args.resume, flag=request.flags.folder)
-            recorded = {**recorded, "sigma": settings.sigma, "delta": settings.delta, "N": settings.N, "steps": settings.steps,
-                        "expected_batch": settings.batch, "sampling": settings.sampling, "world_size": world.size,
-                        "job": distributed.job_name(),
+            recorded = {**recorded, "sigma": settings.sigma, "delta": settings.delta, "N": settings.N,
+                        "steps": settings.steps, "expected_batch": settings.batch, "sampling": settings.sampling,
+                        "world_size": world.size, "job": distributed.job_name(),
                         "versions": {"python": platform.python_version(), "torch": torch.__version__}}
             ledger = open_folder(work, settings, world, recorded, args, request.flags.folder)
         if args.resume:
@@ -306,8 +325,8 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
 
     budget = args.micro_batch_tokens or DEFAULT_TOKENS[world.device.type]
     options = training.LoopOptions(
-        steps=request.steps, steps_per_epoch=request.N / request.batch, lr=request.lr, clip=request.grad_clip, bf16=args.bf16,
-        token_budget=budget, log_interval=request.log_interval, eval_interval=request.eval_interval,
+        steps=request.steps, steps_per_epoch=request.N / request.batch, lr=request.lr, grad_clip=request.grad_clip,
+        bf16=args.bf16, token_budget=budget, log_interval=request.log_interval, eval_interval=request.eval_interval,
         save_interval=request.save_interval, random_seed=request.random_seed, last_step=request.last_step,
         show_bar=request.show_bar, show_progress=request.show_progress)
     trainer = training.Trainer(world, loaded, flat, engine, optimizer, plan, data, valid, work, options, disclosed,
@@ -318,7 +337,8 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
     return trainer
 
 
-def build_engine(name: str, model, flat: FlatParameters, plan: PrivacyPlan, smoothing: float) -> training.Engine:
+def build_engine(name: str, model: GPT2LMModel, flat: FlatParameters, plan: PrivacyPlan,
+                 smoothing: float) -> training.Engine:
     """The gradient engine; the clipping norm comes from the plan."""
     if not plan.settings.private:
         return Ordinary(model, flat, smoothing)
@@ -328,22 +348,25 @@ def build_engine(name: str, model, flat: FlatParameters, plan: PrivacyPlan, smoo
     return BookKeeping(model, flat, plan.clipping_rule, smoothing)
 
 
-def announce(plan: PrivacyPlan, trainer: training.Trainer) -> None:
+def announce(trainer: training.Trainer) -> None:
     """Say once, before the first step, what the run will spend."""
-    settings, say = plan.settings, trainer.display.say
-    say(f"{settings.N} {settings.unit}s, expected batch {settings.batch} (q = {settings.q:.6g}), {settings.steps} steps, "
-        f"{trainer.flat.size} trained parameters, {trainer.world.size} process(es) on {trainer.world.device.type}")
-    if trainer.done or (plan.ledger and plan.ledger.state.charged):
-        say(f"resumed after step {trainer.done}; {plan.ledger.state.charged if plan.ledger else 0} steps charged so far")
+    plan, settings, say = trainer.plan, trainer.plan.settings, trainer.display.say
+    say(f"{settings.N} {settings.unit}s, expected batch {settings.batch} (q = {settings.q:.6g}), "
+        f"{settings.steps} steps, {trainer.flat.size} trained parameters, {trainer.world.size} process(es) on "
+        f"{trainer.world.device.type}")
+    charged = plan.ledger.state.charged if plan.ledger else 0
+    if trainer.done or charged:
+        say(f"resumed after step {trainer.done}; {charged} steps charged so far")
     if not settings.private:
         say("noise multiplier 0: ordinary training without clipping or noise; epsilon = inf", important=True)
         return
-    say(f"noise multiplier {settings.sigma:.6g}, clipping {settings.clipping} to {settings.clip:g}, {settings.sampling} "
-        f"sampling, noise from {settings.noise_source}, delta {settings.delta:.3g}")
+    say(f"noise multiplier {settings.sigma:.6g}, clipping {settings.clipping} to {settings.clip:g}, "
+        f"{settings.sampling} sampling, noise from {settings.noise_source}, delta {settings.delta:.3g}")
     for words in trainer.disclosed:
         if words.startswith("initial weights"):
             say(f"WARNING: {words}", important=True)
     if settings.noise_source == "seeded":
-        say("WARNING: --noise_source seeded: anyone who knows the seed can subtract the noise. For tests only.", important=True)
+        say("WARNING: --noise_source seeded: anyone who knows the seed can subtract the noise. For tests only.",
+            important=True)
     if settings.sampling == "shuffle":
         say("shuffled batches: epsilon is reported without amplification by sampling", important=True)

@@ -1,7 +1,7 @@
 """The step loop of both training scripts: draw, sum clipped gradients, release, update; log, evaluate, save, stop.
 
-What differs between the scripts (the unit, the data, the flags) comes in from outside: `data.micro_batches(units, budget,
-step)` cuts drawn units, `plan` draws and releases, `engine.accumulate(batch)` adds to the flat buffer.
+What differs between the scripts (the unit, the data, the flags) comes in from outside: `data.micro_batches(units,
+budget, step)` cuts drawn units, `plan` draws and releases, `engine.accumulate(batch)` adds to the flat buffer.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from distributed import World
 from losses import MicroBatch, token_losses
 from model import GPT2LMModel
 from optimizer import AdamW, FlatParameters, norm
-from privacy.plan import PrivacyPlan
+from privacy.plan import PrivacyPlan, finite_or_text
 from run_log import Display, Meter, WorkDir
 
 # What a step sums over the ranks beside the gradient: sum of losses, units, real tokens, texts, ranks asked to stop.
@@ -42,12 +42,13 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How the loop goes about its steps; none of it changes what a step computes, but lr, clip and bf16."""
+    """How the loop goes about its steps. What a step computes depends on lr, grad_clip, bf16 and random_seed (dropout
+    without privacy) alone."""
 
     steps: int
     steps_per_epoch: float
     lr: Callable[[int], float]
-    clip: float  # bound on the norm of the released gradient; 0 = none
+    grad_clip: float  # bound on the norm of the released gradient; 0 = none
     bf16: bool
     token_budget: int  # padded tokens of a micro-batch
     log_interval: int
@@ -62,8 +63,8 @@ class LoopOptions:
 class StopRequest:
     """Remembers a SIGTERM or SIGINT, so that the step under way can be finished; a later one ends the process at once.
 
-    A scheduler signals every process of a job and torchrun hands its own signal on, so a rank gets the same request twice:
-    what comes within ECHO seconds of the first is not a later one.
+    A scheduler signals every process of a job and torchrun hands its own signal on, so a rank gets the same request
+    twice: what comes within ECHO seconds of the first is not a later one.
     """
 
     ECHO = 5.0
@@ -87,7 +88,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()[:7], "big")
 
 
-def autocast(device: torch.device, bf16: bool):
+def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
@@ -106,7 +107,8 @@ def evaluate(model: GPT2LMModel, data: Data, world: World, token_budget: int, bf
         for batch in data.micro_batches(own, token_budget):
             batch = batch.to(world.device)
             losses = token_losses(model, batch, smoothing=0.0, head_trains=False, all_positions=False)
-            total += torch.stack([losses.sum(dtype=torch.float64), torch.tensor(float(len(losses)), device=world.device)])
+            total[0] += losses.sum(dtype=torch.float64)
+            total[1] += len(losses)
             bar.update(batch.units)
     model.train()
     nll, count = world.all_reduce(total).tolist()
@@ -151,7 +153,8 @@ class Trainer:
                 self.display.advance()
                 self.after_step(stopped)
             if exhausted:
-                self.display.say(f"the privacy budget permits no step after {self.done}: the run ends here", important=True)
+                self.display.say(f"the privacy budget permits no step after {self.done}: the run ends here",
+                                 important=True)
             if not stopped:
                 self.finish()
             if self.saved != self.done:
@@ -162,7 +165,8 @@ class Trainer:
         if stopped:
             number = self.world.gather(self.stop.signal)
             number = next(value for value in number if value is not None)
-            self.display.say(f"{signal.Signals(number).name}: stopped after step {self.done}; continue with --resume", important=True)
+            self.display.say(f"{signal.Signals(number).name}: stopped after step {self.done}; continue with --resume",
+                             important=True)
             return 128 + number
         return 0
 
@@ -188,8 +192,8 @@ class Trainer:
         flat.extra[0] = loss
         grad = self.plan.release(flat.sums, flat.size)
         lr, grad_norm = options.lr(self.done), norm(grad)
-        if options.clip > 0:
-            grad.mul_((options.clip / grad_norm).clamp(max=1.0))
+        if options.grad_clip > 0:
+            grad.mul_((options.grad_clip / grad_norm).clamp(max=1.0))
         self.optimizer.step(grad, lr)
         self.done += 1
         total, units, tokens, texts, asked = flat.extra.tolist()
@@ -228,17 +232,19 @@ class Trainer:
         reading = self.meter.read(self.plan.settings.unit)
         prv, rdp = self.plan.epsilon()
         # The norm is of what was released and costs no privacy; one of units, or of their sum before the noise, would.
-        record = {**self.head(), **reading, "noise_norm": self.plan.noise_norm(self.flat.size), "epsilon": finite(prv),
-                  "epsilon_rdp": finite(rdp)}
+        record = {**self.head(), **reading, "noise_norm": self.plan.noise_norm(self.flat.size),
+                  "epsilon": finite_or_text(prv), "epsilon_rdp": finite_or_text(rdp)}
         self.work.append_metrics(record)
         loss = reading["loss"]
-        shown = {"loss": "-" if loss is None else f"{loss:.4f}", "ppl": "-" if loss is None else f"{math.exp(min(loss, 700)):.2f}",
+        shown = {"loss": "-" if loss is None else f"{loss:.4f}",
+                 "ppl": "-" if loss is None else f"{math.exp(min(loss, 700)):.2f}",
                  "tok/s": f"{reading['tokens_per_s']:.0f}", "eps": f"{prv:.3f}"}
         self.display.status(**shown)
         self.display.say(
             f"| epoch {record['epoch']:7.2f} step {self.done:>7d} of {self.options.steps} | lr {record['lr']:.3g} | "
-            f"loss {shown['loss']} | ppl {shown['ppl']} | {reading['texts_per_s']:.1f} texts/s {shown['tok/s']} tokens/s | "
-            f"epsilon {prv:.4f} (PRV) {rdp:.4f} (RDP) at delta {self.plan.settings.delta:.3g}")
+            f"loss {shown['loss']} | ppl {shown['ppl']} | {reading['texts_per_s']:.1f} texts/s "
+            f"{shown['tok/s']} tokens/s | epsilon {prv:.4f} (PRV) {rdp:.4f} (RDP) at delta "
+            f"{self.plan.settings.delta:.3g}")
 
     def evaluate(self) -> None:
         if self.valid is None:
@@ -248,9 +254,10 @@ class Trainer:
                              show_bar=self.display.bar is not None)
         self.valid_loss = loss
         if self.work is not None:
-            self.work.append_metrics({**self.head(), "valid_loss": finite(loss), "valid_ppl": finite(ppl)})
-            self.display.say(f"| evaluation at step {self.done} | {time.monotonic() - start:.1f} s | valid loss {loss:.4f} | "
-                             f"valid ppl {ppl:.3f}")
+            self.work.append_metrics({**self.head(), "valid_loss": finite_or_text(loss),
+                                      "valid_ppl": finite_or_text(ppl)})
+            self.display.say(f"| evaluation at step {self.done} | {time.monotonic() - start:.1f} s | "
+                             f"valid loss {loss:.4f} | valid ppl {ppl:.3f}")
         self.meter.start += time.monotonic() - start  # rates are of training alone
 
     def save(self) -> None:
@@ -285,8 +292,8 @@ class Trainer:
         seconds, the most memory that a rank used (World.peak_memory)."""
         prv, rdp = self.plan.epsilon()
         return {"train_loss": self.total_loss / self.total_units if self.total_units else None,
-                "eval_loss": None if self.valid_loss is None else finite(self.valid_loss),
-                "final_epsilon_prv": finite(prv), "final_epsilon_rdp": finite(rdp),
+                "eval_loss": None if self.valid_loss is None else finite_or_text(self.valid_loss),
+                "final_epsilon_prv": finite_or_text(prv), "final_epsilon_rdp": finite_or_text(rdp),
                 "train_runtime": round(time.monotonic() - self.started, 3), "peak_memory_bytes": self.peak_memory}
 
     def write_report(self) -> dict:
@@ -311,16 +318,12 @@ class Trainer:
             f"{report['relation']}; {report['steps_charged']} steps charged", important=True)
 
 
-def finite(value: float) -> float | str:
-    """JSON has no infinity and no NaN."""
-    return value if math.isfinite(value) else str(value)
-
-
 def resume(work_dir: str, model: GPT2LMModel, optimizer: AdamW) -> tuple[int, dict | None]:
-    """Bring parameters and optimizer to the newest checkpoint of `work_dir`; returns its step, 0 where there is none, and
-    the run's progress() there.
+    """Bring parameters and optimizer to the newest checkpoint of `work_dir`; returns its step, 0 where there is none,
+    and the run's progress() there.
 
-    A run that was killed before its first checkpoint starts again from its initial weights; its ledger keeps what it spent.
+    A run that was killed before its first checkpoint starts again from its initial weights; its ledger keeps what it
+    spent.
     """
     step = checkpoint.latest_resumable(work_dir)
     if step is None:

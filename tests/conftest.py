@@ -20,7 +20,8 @@ def shared() -> pathlib.Path:
     return SHARED
 
 
-def run_script(*arguments: object, cwd: pathlib.Path = ROOT, timeout: float = 300, **options) -> subprocess.CompletedProcess:
+def run_script(*arguments: object, cwd: pathlib.Path = ROOT, timeout: float = 300,
+               **options) -> subprocess.CompletedProcess:
     """Run `python ARGUMENTS` and return the finished process with its text output."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True, **options)

@@ -240,8 +240,8 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (FORMAT, "@e2e.txt @e2e.txt", ["input itself"]), (FORMAT, "@e2e.txt @folder", ["folder"]),
     (FORMAT, "@e2e.txt @absent/new", ["absent"]),
     *((script, "--no_such_flag", ["--help"]) for script in (
-        FORMAT, ENCODE, DECODE, SCORE, BEAM, REPORT, EXPORT, AUDIT, WEBNLG, DART, AUTHORS, REDDIT, CORPUS, PLOT, DEMO_DATA,
-        DEMO_VOCAB, TABLE, TIME_BEAM, TIME_TRAINING, FAULTS, ROW, TABLES, SCALING)),
+        FORMAT, ENCODE, DECODE, SCORE, BEAM, REPORT, EXPORT, AUDIT, WEBNLG, DART, AUTHORS, REDDIT, CORPUS, PLOT,
+        DEMO_DATA, DEMO_VOCAB, TABLE, TIME_BEAM, TIME_TRAINING, FAULTS, ROW, TABLES, SCALING)),
     *((script, f"@{name} @new", [f"{name}"]) for script in (WEBNLG, DART)
       for name in ("absent", "folder", "empty", "half.json", "text.jsonl", "latin1.jsonl", "deep.jsonl")),
     (WEBNLG, "@a_list/config.json @new", ["entries"]), (DART, "@a_list/config.json @new", ["holds no example"]),

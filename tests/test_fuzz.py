@@ -94,11 +94,11 @@ def fuzz(world: pathlib.Path, folder: pathlib.Path, seconds: float, seed: int) -
              "predictions": world / "predict.jsonl",
              "ledger": world / "run/privacy_ledger.jsonl", "safetensors": world / "tiny/model.safetensors",
              "bin": world / "tiny.bin",
-             "ours": world / "run/model.2.pt", "config": world / "tiny/config.json", "scores": world / "ref.txt", "authors": folder / "sound.authors",
-             "webnlg": folder / "sound.webnlg"}
+             "ours": world / "run/model.2.pt", "config": world / "tiny/config.json", "scores": world / "ref.txt",
+             "authors": folder / "sound.authors", "webnlg": folder / "sound.webnlg"}
     sound["authors"].write_text('{"author": "a", "content": "one two"}\n{"author": "b", "content": "x \\u00e9"}\n')
-    sound["webnlg"].write_text('{"entries": [{"1": {"category": "Food", "lexicalisations": [{"lex": "a", "comment": "good"'
-                               '}], "modifiedtripleset": [{"subject": "a", "property": "b", "object": "c"}]}}]}')
+    sound["webnlg"].write_text('{"entries": [{"1": {"category": "Food", "lexicalisations": [{"lex": "a", "comment": '
+                               '"good"}], "modifiedtripleset": [{"subject": "a", "property": "b", "object": "c"}]}}]}')
     names = {"config": "config.json", "safetensors": "x.safetensors", "bin": "x.bin", "ours": "model.2.pt"}
     count, refused = dict.fromkeys(sound, 0), dict.fromkeys(sound, 0)
 

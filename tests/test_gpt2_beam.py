@@ -199,6 +199,8 @@ def test_killed_search_is_resumed(project, tmp_path, monkeypatch):
     (["--lora_dim", 8], ["--lora_dim 8", "rank 4"]),
     (["--lora_dim", 8, "--lora_alpha", 32], ["--lora_dim 8", "rank 4"]),
     (["--lora_alpha", 16], ["--lora_alpha 16", "32"]),
+    (["--lora_target", "key"], ["--lora_target key", "query value"]),
+    (["--lora_target", "key", "--lora_dim", 4, "--lora_alpha", 32], ["key", "query value"]),
     (["--model_card", "gpt2.sm"], ["--model_card gpt2.sm"]),
     (["--init_checkpoint", "/nowhere"], ["--init_checkpoint /nowhere"]),
     (["--hyperparam", "--init_checkpoint", "/nowhere/model.pt"], ["--hyperparam", "folder"]),
@@ -238,6 +240,23 @@ def test_mistakes_in_data(project, tmp_path, monkeypatch, lines, words):
     for word in words:
         assert word in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_other_parts(project, tmp_path, monkeypatch):
+    """With --lora_target, or with no word about the adapter, a checkpoint of key alone is searched alike."""
+    torch.manual_seed(1)
+    model = GPT2LMModel(CONFIG, LoRAConfig(4, 32.0, enable=(False, True, False)))
+    loaded = load_model(str(project / "base"))
+    (tmp_path / "key").mkdir()
+    save_checkpoint(str(tmp_path / "key"), 1, model, loaded.base, {})
+    found = []
+    for more in ((), ("--lora_dim", 4, "--lora_alpha", 32, "--lora_target", "key")):
+        run_here(monkeypatch, flags(project, tmp_path, "--init_checkpoint", tmp_path / "key", *more))
+        found.append(read_predictions(tmp_path / "predict.jsonl"))
+    assert found[0] == found[1]
+    with pytest.raises(UserError, match="--lora_target"):
+        run_here(monkeypatch, flags(project, tmp_path, "--init_checkpoint", tmp_path / "key", "--lora_dim", 4,
+                                    "--lora_alpha", 32))
 
 
 def test_a_base_model_has_no_adapter(project, tmp_path, monkeypatch):

@@ -349,6 +349,20 @@ def test_two_ranks_toss_the_same_coins(material, tmp_path):
     assert (tmp_path / "elsewhere.png").exists() and not (work / "audit.png").exists()
 
 
+def test_an_audit_that_torchrun_starts_again_is_refused(material, tmp_path):
+    """Its coins and scores died with the first start, whose steps the ledger charges."""
+    work = tmp_path / "run"
+    job = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+           "TORCHELASTIC_RUN_ID": "mine"}
+    few = {"canaries": 20, "guesses": 10, "train_batch_size": 8, "max_step": 2}
+    first = start(material, work, env=job, **few)
+    assert first.wait() == 0, first.stderr
+    before = (work / "privacy_ledger.jsonl").read_bytes()
+    again = start(material, work, env=job, **few)
+    assert again.wait() == 2 and "begun by this job, mine" in again.error
+    assert (work / "privacy_ledger.jsonl").read_bytes() == before
+
+
 def test_the_readme_names_commands_that_are_there():
     text = (ROOT / "README.md").read_text()
     for script in (SCRIPT, "scripts/audit_faults.py"):

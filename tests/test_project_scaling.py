@@ -53,7 +53,8 @@ def project(monkeypatch, capsys):
 
 def test_the_columns_by_hand(project):
     out = project("--model_card", "gpt2.sm", "--gpus", 1, 16, "--rate", 1e12, "--reached", 0.5,
-                  "--memory_bandwidth", 1e11, "--link_bandwidth", 1e10, "--node_bandwidth", 5e9, "--batch", 128, "--N", 1280, "--epochs", 2,
+                  "--memory_bandwidth", 1e11, "--link_bandwidth", 1e10, "--node_bandwidth", 5e9,
+                   "--batch", 128, "--N", 1280, "--epochs", 2,
                   "--tokens", 50, "--scored", 20)
     alone, many = lines_of(out)
     P = 124_439_808

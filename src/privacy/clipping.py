@@ -1,9 +1,10 @@
-"""The clipped sum of the units' gradients, exactly, from one backward pass (book-keeping: Bu et al., 2023, arXiv:2210.00038).
+"""The clipped sum of the units' gradients, exactly, from one backward pass.
 
-During the backward pass every layer notes its input and the gradient at its output; autograd computes no weight gradient.
-From these notes come the norms, then the clip factors c, then every weight gradient once, as the sum over units of c_u g_u.
-A layer's per-unit gradient is one of three kinds: a sum of outer products (linear layers, adapters), a sum of rows (biases,
-layer norms), or rows sent to a table (embeddings). For an outer product the cheaper of two ways to the norm is taken:
+Book-keeping (Bu et al., 2023, arXiv:2210.00038): during the backward pass every layer notes its input and the gradient
+at its output; autograd computes no weight gradient. From these notes come the norms, then the clip factors c, then
+every weight gradient once, as the sum over units of c_u g_u. A layer's per-unit gradient is one of three kinds: a sum
+of outer products (linear layers, adapters), a sum of rows (biases, layer norms), or rows sent to a table (embeddings).
+For an outer product the cheaper of two ways to the norm is taken:
   ghost        |sum_s p_s q_s'|^2 = sum_{s,t} <p_s,p_t> <q_s,q_t>          S^2 (P+Q) multiply-adds   (Goodfellow, 2015)
   materialise  form the (P, Q) gradient of every unit and keep it          S P Q, and memory traffic of P Q
 This file knows layers and units, not privacy: what C means is the plan's business.
@@ -12,7 +13,7 @@ Shapes: U units, S positions of a unit (rows_per_unit x T), P x Q a weight, n sc
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ from model import Conv1D, GPT2LMModel, TiedHead
 from optimizer import FlatParameters
 
 # Writing, squaring and summing one entry of a materialised gradient costs about as much as this many multiply-adds of a
-# matrix product (measured on 2 cores: 90 GMAC/s against 4 GB/s a pass of three); see scripts/benchmark_training.py.
+# matrix product (measured on 2 cores: 90 GMAC/s against 4 GB/s a pass of three).
 TRAFFIC_COST = 75
 # Units in the last place by which rounding may shrink a squared norm whose terms cancel, see gram_norm_sq().
 ROUNDING = 8
@@ -130,7 +131,7 @@ class Ragged:
     def __init__(self, target: Tensor, b: Tensor, h: Tensor, counts: list[int]):
         self.target, self.b, self.h, self.counts = target, b, wide(h), counts
 
-    def by_unit(self):
+    def by_unit(self) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(self.b.split(self.counts), self.h.split(self.counts))
 
     def norm_sq(self) -> Tensor:
@@ -138,8 +139,8 @@ class Ragged:
 
     def cross(self, table: Lookup) -> Tensor:
         """<this gradient, that of the same table's lookups>: sum_{s,t} b_t[x_s] <h_t, e_s>, for each unit."""
-        terms = [(wide(b[:, ids]) * (h @ rows.T)).sum() for (b, h), ids, rows in zip(self.by_unit(), table.ids, table.rows)]
-        return torch.stack(terms)
+        units = zip(self.by_unit(), table.ids, table.rows)
+        return torch.stack([(wide(b[:, ids]) * (h @ rows.T)).sum() for (b, h), ids, rows in units])
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
         counts = torch.tensor(self.counts, device=self.h.device)
@@ -257,19 +258,22 @@ class BookKeeping:
             if not own:
                 continue
             if type(module) not in RULES and not isinstance(module, TiedHead):
-                raise ValueError(f"{name} ({type(module).__name__}) has trainable parameters and no per-unit gradient rule")
+                raise ValueError(f"{name} ({type(module).__name__}) has trainable parameters and no per-unit gradient "
+                                 "rule")
             if isinstance(module, nn.LayerNorm) and len(own) != 2:
                 raise ValueError(f"{name}: a layer norm is trained with both weight and bias, or not at all")
             if isinstance(module, nn.Embedding) and (module.padding_idx is not None or module.max_norm is not None
                                                      or module.scale_grad_by_freq):
-                raise ValueError(f"{name}: an embedding with padding_idx, max_norm or scale_grad_by_freq has no per-unit rule")
+                raise ValueError(f"{name}: an embedding with padding_idx, max_norm or scale_grad_by_freq has no "
+                                 "per-unit rule")
             found.append(module)
             for parameter in own:
                 owners.setdefault(id(parameter), []).append((name, module))
         for places in owners.values():
             kinds = sorted(type(module).__name__ for _, module in places)
             if len(places) > 1 and kinds != ["Embedding", "TiedHead"]:
-                raise ValueError(f"{' and '.join(name for name, _ in places)} share a parameter: no per-unit rule for that")
+                raise ValueError(f"{' and '.join(name for name, _ in places)} share a parameter: no per-unit rule for "
+                                 "that")
         if len(owners) != len(self.column):
             raise ValueError("a trainable parameter belongs to no module")
         return found
@@ -281,7 +285,8 @@ class BookKeeping:
         if self.batch is None:
             return
         if module in self.waiting:
-            raise RuntimeError(f"a {type(module).__name__} ran twice in one micro-batch: its norm would miss cross terms")
+            raise RuntimeError(f"a {type(module).__name__} ran twice in one micro-batch: its norm would miss cross "
+                               "terms")
         self.waiting.add(module)
         if not output.requires_grad:
             output.requires_grad_()  # nothing trained lies below: the graph begins here
@@ -338,7 +343,7 @@ class BookKeeping:
 
 
 class Ordinary:
-    """Ordinary training with the same model and loss: adds the plain sum of the units' gradients, no norms, no clipping."""
+    """Ordinary training with the same model and loss: adds the plain sum of the units' gradients, without clipping."""
 
     def __init__(self, model: GPT2LMModel, flat: FlatParameters, smoothing: float = 0.0):
         self.model, self.flat, self.smoothing = model, flat, smoothing

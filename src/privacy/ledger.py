@@ -1,8 +1,8 @@
 """The ledger: a record for every step that was ever drawn, on disk before the step's mask is.
 
-`privacy_ledger.jsonl` is append-only. Each line stands alone (unit, N, q, sigma, clip, sampling, delta ...), so epsilon can be
-recomputed from this one file, and carries a checksum over itself and the line before, so a line that was changed, dropped or
-moved shows. A last line cut short by a kill counts as one step; damage anywhere else is refused.
+`privacy_ledger.jsonl` is append-only. Each line stands alone (unit, N, q, sigma, clip, sampling, delta ...), so epsilon
+can be recomputed from this one file, and carries a checksum over itself and the line before, so a line that was
+changed, dropped or moved shows. A last line cut short by a kill counts as one step; damage anywhere else is refused.
 
 Guarantee: at any moment the ledger holds at least every noisy sum that ever reached a parameter, a file or the screen.
 """
@@ -111,7 +111,8 @@ class Ledger:
             fail(f"{flag} {work_dir}: holds {FILE_NAME} of an earlier run; continue it with --resume, "
                  "or choose another folder (deleting it would forget privacy already spent)")
         if resume and not exists:
-            fail(f"--resume: {self.path} is missing: nobody knows what the run has spent; restore it or start in a new folder")
+            fail(f"--resume: {self.path} is missing: nobody knows what the run has spent; restore it or start in a new "
+                 "folder")
         self.state = read_ledger(self.path) if exists else LedgerState()
         if self.state.records:
             self.compare(self.state.records[-1], changed)
@@ -132,8 +133,8 @@ class Ledger:
                  f"if that is meant, say so with --resume_changed {' '.join(differing)}")
 
     def mend(self) -> None:
-        """Write a whole record over a torn last line, so that lines may follow it. The torn step stays charged, with the
-        settings of the line before it."""
+        """Write a whole record over a torn last line, so that lines may follow it. The torn step stays charged, with
+        the settings of the line before it."""
         last = self.state.records[-1] if self.state.records else self.settings
         self.write({**last, "step": last.get("step", 0) + 1, "attempt": max(1, self.state.attempts)})
         self.state.torn = False
@@ -159,7 +160,8 @@ class Ledger:
         except OSError as error:
             with contextlib.suppress(OSError):  # failing here too leaves a record too many, never one too few
                 os.ftruncate(self.handle, before)  # a torn line that could not be mended stays torn: it counts
-            raise UserError(f"{self.path}: {error.strerror}: step {record['step']} was not drawn; make room and --resume")
+            raise UserError(f"{self.path}: {error.strerror}: step {record['step']} was not drawn; make room and "
+                            "--resume")
         self.state.records.append(record)
         self.state.size += len(line)
 

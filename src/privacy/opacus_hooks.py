@@ -1,4 +1,4 @@
-"""The clipped sum through Opacus's own hooks (GradSampleModule): every per-text gradient is held. For comparison and trust.
+"""The clipped sum through Opacus's own hooks (GradSampleModule), which hold every per-text gradient: to compare with.
 
 Shapes: M texts, U units, V vocabulary.
 """

@@ -2,8 +2,8 @@
 
 Guarantees, for the unit and relation that it reports (add or remove one unit):
   - every unit is included in a step independently with probability q (Poisson sampling);
-  - the released gradient of a step is (sum of the included units' gradients, each of norm <= C, + N(0, sigma^2 C^2 I)) / B,
-    B = the expected batch size, a public constant; an empty draw is released like any other;
+  - the released gradient of a step is (sum of the included units' gradients, each of norm <= C, + N(0, sigma^2 C^2 I))
+    / B, B = the expected batch size, a public constant; an empty draw is released like any other;
   - the step's record is on disk before its mask is drawn, and a step is drawn only while the budget permits it.
 Nothing else may sample, scale or count: a step is open_step(), sums from the clipping engine, release().
 """
@@ -146,7 +146,8 @@ class PrivacyPlan:
 
         Masks are drawn for a whole micro-batch, so one more unit gives the others other masks: with masks that anyone
         could draw again from a public seed, the sum would move by more than C. While they are secret, each unit's mask
-        has one law with and without the other units, the step is a mixture over masks, and C bounds it for each of them.
+        has one law with and without the other units, the step is a mixture over masks, and C bounds it for each of
+        them.
         """
         assert self.open is not None, "seed_dropout() without open_step()"
         self.dropout.begin_step(self.open)
@@ -159,7 +160,8 @@ class PrivacyPlan:
         summed over the ranks and nothing more. Returns the gradient, sum/B, a view of `sums`.
 
         Each coordinate gets its noise from one rank alone (the ranks share them out), before the one all-reduce: every
-        coordinate of the sum carries N(0, sigma^2 C^2) once, whatever the world size, and every rank holds the same bits.
+        coordinate of the sum carries N(0, sigma^2 C^2) once, whatever the world size, and every rank holds the same
+        bits.
         """
         assert self.open is not None, "release() without open_step()"
         assert sums.dtype == torch.float32
@@ -207,5 +209,5 @@ class PrivacyPlan:
 
 
 def finite_or_text(value: float) -> float | str:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else "inf"
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else str(value)

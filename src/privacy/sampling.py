@@ -27,7 +27,8 @@ class PoissonSampler:
 
 
 class ShuffleSampler:
-    """Every unit once an epoch, in a fresh order; the last batch of an epoch is what remains. No amplification is claimed.
+    """Every unit once an epoch, in a fresh order; the last batch of an epoch is what remains. No amplification is
+    claimed.
 
     Rank 0 draws the order and hands it to the others; each takes its share of the step's batch.
     """
