@@ -3,6 +3,7 @@
     python scripts/benchmark_training.py                              # every task, every variant, on this machine
     python scripts/benchmark_training.py --tasks e2e_lora --variants ordinary published --repeats 5
     python scripts/benchmark_training.py --scaling                    # ours: seconds a step against batch and length
+    python scripts/benchmark_training.py --show results/2026-11-25_benchmark_training/*.json
 
 Every variant lives in a process of its own, so that its peak memory is its own; a variant and ours then take turns,
 one logical step each (A B A B ...), and what is printed are medians of the pairwise ratios. A step is all of a step:
@@ -186,13 +187,13 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
 
 
 def worker(pipe, variant: str, task: str, options: argparse.Namespace) -> None:
-    """Builds a variant, warms up on one micro-batch, then makes a step a message: (seconds, peak bytes so far)."""
+    """Builds a variant, warms up with a step, then makes one a message: (seconds, peak bytes so far)."""
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_memory()  # every variant gets what our scripts have
     step = build(variant, task, options, device)
-    step.seconds(device, step.batches[-1:])
+    step.seconds(device, step.batches)
     pipe.send((step.logical, step.tokens, step.multiply_adds))
     while pipe.recv():
         seconds = step.seconds(device, step.batches)
@@ -253,21 +254,46 @@ def compare(task: str, variant: str, options: argparse.Namespace, rate: float) -
             "ratio_max": max(ratios), "ours": summary(ours), "other": summary(other)}
 
 
+HEAD = ("task", "against", "ours/other", "min", "max", "ours units/s", "other units/s", "ours tokens/s",
+        "ours of matmul rate", "other of matmul rate", "ours peak GB", "other peak GB")
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    """A comparison under HEAD."""
+    ours, other = row["ours"], row["other"]
+    return (row["task"], row["variant"], *(f"{row[f'ratio_{name}']:.2f}" for name in ("median", "min", "max")),
+            f"{ours['units_per_s']:.2f}", f"{other['units_per_s']:.2f}", f"{ours['tokens_per_s']:.0f}",
+            *(f"{one[name]:.2f}" for name in ("share_of_matmul_rate", "peak_gb") for one in (ours, other)))
+
+
+def print_line(*words: str) -> None:
+    print("| " + " | ".join(words) + " |", flush=True)
+
+
+def show(paths: list[str]) -> None:
+    """The comparisons of JSON files as one table, each with its file."""
+    rows = []
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as handle:
+                rows += [(*cells(row), os.path.basename(path)) for row in json.load(handle)["rows"] if "variant" in row]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"--show {path}: no JSON of this benchmark ({error})")
+    print_line(*HEAD, "file")
+    print_line(*["---"] * (len(HEAD) + 1))
+    for row in sorted(rows, key=lambda row: (list(TASKS).index(row[0]), VARIANTS.index(row[1]))):
+        print_line(*row)
+
+
 def comparisons(options: argparse.Namespace, rate: float) -> list[dict]:
     """Ours against every asked variant in every asked task; prints a row each."""
-    print("| task | against | ours/other (min-max) | ours units/s | other units/s | ours tokens/s | "
-          "ours of matmul rate | other of matmul rate | ours peak GB | other peak GB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print_line(*HEAD)
+    print_line(*["---"] * len(HEAD))
     rows = []
     for task in options.tasks:
         for variant in options.variants:
-            row = compare(task, variant, options, rate)
-            rows.append(row)
-            ours, other = row["ours"], row["other"]
-            print(f"| {task} | {variant} | {row['ratio_median']:.2f} ({row['ratio_min']:.2f}-{row['ratio_max']:.2f}) | "
-                  f"{ours['units_per_s']:.2f} | {other['units_per_s']:.2f} | {ours['tokens_per_s']:.0f} | "
-                  f"{ours['share_of_matmul_rate']:.2f} | {other['share_of_matmul_rate']:.2f} | {ours['peak_gb']:.2f} | "
-                  f"{other['peak_gb']:.2f} |", flush=True)
+            rows.append(compare(task, variant, options, rate))
+            print_line(*cells(rows[-1]))
     return rows
 
 
@@ -330,8 +356,11 @@ def main() -> None:
     parser.add_argument("--units", type=int, help="logical batch, in place of the task's own")
     parser.add_argument("--scaling", action="store_true", help="time ours alone over batches and lengths")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--show", nargs="+", metavar="JSON", help="time nothing; print what earlier calls wrote")
     parser.add_argument("--output", help="JSON file (default results/DATE_benchmark_training[_scaling].json)")
     options = parser.parse_args()
+    if options.show:
+        return show(options.show)
     for flag in ("repeats", "threads", "units", "micro_batch_tokens"):
         if (value := getattr(options, flag)) is not None and value < 1:
             fail(f"--{flag} {value}: expected at least 1")

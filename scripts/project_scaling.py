@@ -40,14 +40,16 @@ import torch.distributed as dist
 import torch.multiprocessing
 from scipy.stats import poisson
 
-from cli import Parser, fail, run_main
+from cli import Parser, check_positive, fail, run_main
+from cpu_memory import keep_memory
 from losses import MicroBatch
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, Ordinary
 from privacy.noise import NoiseSource
+from run_setup import DEFAULT_TOKENS, MOST_EPOCHS
+from training import EXTRA
 
-EXTRA = 5  # sums beside the gradient, see src/training.py
 # Data sheets: bfloat16 multiply-adds/s (half of the dense FLOP/s: 312 and 989 TFLOPS), bytes/s of memory, of NVLink one
 # way (600 and 900 GB/s both ways), of a machine's network (DGX: eight adapters of 200 and 400 Gb/s). NVIDIA A100 80GB
 # SXM and H100 SXM data sheets; DGX A100 and DGX H100 user guides.
@@ -130,6 +132,8 @@ def best(call, repeats: int, device: torch.device) -> float:
 def measure_compute(device: torch.device, config: GPT2Config, bf16: bool) -> dict:
     """Rate of matrix products; share of it that ordinary and private steps reach; seconds a coordinate of noise and
     AdamW."""
+    if device.type == "cpu":
+        keep_memory()
     rows, tokens, first = (8, 53, 28) if device.type == "cpu" else (128, 53, 28)
     dtype = torch.bfloat16 if bf16 else torch.float32
     size = 8192 if device.type == "cuda" else 2048
@@ -218,21 +222,20 @@ def main() -> None:
     add("--memory_bandwidth", type=float, help="bytes/s of a GPU's memory")
     add("--link_bandwidth", type=float, help="bytes/s between GPUs of a machine, one way")
     add("--node_bandwidth", type=float, help="bytes/s between machines, one way, of a whole machine")
-    add("--micro_batch_tokens", type=int, default=16384, help="of a training on GPUs (default 16384)")
+    add("--micro_batch_tokens", type=int, default=DEFAULT_TOKENS["cuda"],
+        help=f"of a training on GPUs (default {DEFAULT_TOKENS['cuda']})")
     add("--reached", type=float, default=0.4,
         help="share of the rate that a private step reaches (default 0.4, an assumption)")
     add("--measure", action="store_true", help="measure on this machine what can be, and print it as JSON")
     args = parser.parse_args()
-    for name in ("gpus_per_machine", "N", "batch", "epochs", "tokens", "micro_batch_tokens", "reached"):
-        if not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name} {getattr(args, name):g}: expected a number above 0")
+    rates = ("rate", "memory_bandwidth", "link_bandwidth", "node_bandwidth")
+    check_positive(args, epochs=MOST_EPOCHS, **dict.fromkeys(
+        ("gpus_per_machine", "N", "batch", "tokens", "micro_batch_tokens", "reached", *rates), math.inf))
     if min(args.gpus) < 1 or args.lora_dim < 0 or not 0 <= args.scored <= args.tokens:
         fail("--gpus, --lora_dim, --scored: expected at least 1 GPU, none below 0, no more scored than --tokens")
-    for name, value in zip(("rate", "memory_bandwidth", "link_bandwidth", "node_bandwidth"), DEVICES[args.device]):
+    for name, value in zip(rates, DEVICES[args.device]):
         if getattr(args, name) is None:
             setattr(args, name, value)
-        elif not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name} {getattr(args, name):g}: expected a number above 0")
     config = MODEL_CARDS[args.model_card]
     if args.measure:
         print(json.dumps(measure(args, config), indent=1))
