@@ -13,7 +13,7 @@
 #   --batch B      logical batch (default 128); accumulation keeps it, whatever the number of processes
 #   --seq_len T    longest example in tokens (default 512)
 #   --data DIR     folder of {train,valid,test}.txt (default: data/e2e, fetched where it is missing)
-#   --vocab DIR    folder of encoder.json and vocab.bpe (default: vocab)
+#   --vocab DIR    with --data: folder of encoder.json and vocab.bpe to encode it with (default: vocab)
 #   --mirror DIR   where to copy data, vocabulary and checkpoints from, in place of downloading them
 #   --name NAME    of the table (default e2e); --results DIR: where results go (default results);
 #                  --runs DIR: where trainings go (default trained_models/table_NAME)
@@ -25,7 +25,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/table.sh"
 EPSILONS=(published) METHODS=(lora) SEEDS=(110) BATCH=128 NAME=e2e
-DATA="" VOCAB=vocab SEQ_LEN=512 MIRROR=""
+DATA="" VOCAB="" SEQ_LEN=512 MIRROR=""
 
 own_option() {
     case "$1" in
@@ -46,7 +46,14 @@ for index in "${!MODELS[@]}"; do
                "gpt2.md, gpt2.lg, gpt2.xl or a folder in Hugging Face's layout" ;;
     esac
 done
-[ -z "$DATA" ] || [ -d "$DATA" ] || die "--data $DATA: no such folder"
+[ -n "$DATA" ] || [ -z "$VOCAB" ] ||
+    die "--vocab $VOCAB: wanted --data beside it; the tokens of data/e2e are of GPT-2's vocabulary"
+VOCAB="${VOCAB:-vocab}"
+SOURCES=("$DATA"/{train,valid,test}.txt "$VOCAB"/{encoder.json,vocab.bpe})
+[ -z "$DATA" ] || for file in "${SOURCES[@]}"; do
+    [ -f "$file" ] || die "--data $DATA, --vocab $VOCAB: there is no $file; wanted {train,valid,test}.txt, and" \
+        "encoder.json and vocab.bpe (GPT-2's: bash scripts/download_vocab.sh)"
+done
 refuse_extra "this script sets it; use --epsilon, --seeds, --batch, --seq_len, --data, --method or MODEL" \
     --train_batch_size --grad_acc --noise_multiplier --target_epsilon --random_seed --seq_len --train_data \
     --valid_data --model_card --init_checkpoint --work_dir --resume
@@ -71,9 +78,12 @@ prepare() {
         DATA=data/e2e TOKENS=data/e2e
     else
         TOKENS="$RUNS/data"
-        [ -n "$DRY" ] || mkdir -p "$TOKENS"
+        if [ -z "$DRY" ]; then
+            [ -f "$TOKENS/made_of.txt" ] || rm -f "$TOKENS"/*.jsonl  # of which nobody knows what they are made of
+            keep "$TOKENS/made_of.txt" "$(sha256sum "${SOURCES[@]}")"
+        fi
         for part in train valid test; do
-            [ ! "$TOKENS/$part.jsonl" -nt "$DATA/$part.txt" ] || continue
+            [ ! -f "$TOKENS/$part.jsonl" ] || continue
             start python src/format_converting_e2e.py "$DATA/$part.txt" "$TOKENS/${part}_formatted.jsonl"
             start python src/gpt2_encode.py --vocab "$VOCAB" --add_bos --add_eos \
                 --input "$TOKENS/${part}_formatted.jsonl" --output "$TOKENS/$part.jsonl"
@@ -87,7 +97,8 @@ prepare() {
     # two line feeds end a text, as published: token 628 of GPT-2's vocabulary
     END=628
     [ "$VOCAB" = vocab ] || END="$("$PYTHON" -c 'import json, sys
-print(json.load(open(sys.argv[1], encoding="utf-8")).get("\u010a\u010a", ""))' "$VOCAB/encoder.json")"
+print(json.load(open(sys.argv[1], encoding="utf-8")).get("\u010a\u010a", ""))' "$VOCAB/encoder.json" 2> /dev/null)" ||
+        die "$VOCAB/encoder.json: wanted a JSON object of tokens and their numbers; make the vocabulary anew"
 }
 
 # make_run MODEL METHOD EPSILON SEED

@@ -149,15 +149,21 @@ train() {
     start "$@"
 }
 
+# keep FILE LINES...: what FILE's folder is made of; refused where an earlier call made it of something else.
+keep() {
+    if [ -f "$1" ] && ! printf '%s\n' "${@:2}" | cmp -s - "$1"; then
+        printf '%s\n' "${@:2}" | diff "$1" - >&2 || true
+        die "$(dirname "$1"): was begun with other data or commands, see above; choose another --name"
+    fi
+    mkdir -p "$(dirname "$1")"
+    printf '%s\n' "${@:2}" > "$1"
+}
+
 # begin COMMANDS...: whether there is anything to do for $RUN, which the lines COMMANDS make.
 begin() {
     [ -z "$DRY" ] || return 0
-    mkdir -p "$RUN" "$TABLE/rows"
-    if [ -f "$RUN/commands.txt" ] && ! printf '%s\n' "$@" | cmp -s - "$RUN/commands.txt"; then
-        printf '%s\n' "$@" | diff "$RUN/commands.txt" - >&2 || true
-        die "$RUN: was begun by other commands, see above; choose another --name"
-    fi
-    printf '%s\n' "$@" > "$RUN/commands.txt"
+    mkdir -p "$TABLE/rows"
+    keep "$RUN/commands.txt" "$@"
     [ ! -f "$TABLE/rows/${RUN##*/}.json" ] || {
         echo "$TABLE/rows/${RUN##*/}.json: already there (another --name would run it anew)"; return 1; }
 }

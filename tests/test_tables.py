@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -121,7 +122,9 @@ def test_every_combination_is_a_run():
     (E2E, ["--epsilon", "low"], ["--epsilon low"]), (E2E, ["--method", "half"], ["--method half"]),
     (E2E, ["--seeds", "a"], ["--seeds a"]), (E2E, ["--batch"], ["--batch: wants a value"]),
     (E2E, ["--colour", "red"], ["--colour: unknown flag"]), (E2E, ["gpt3"], ["gpt3: no such model"]),
-    (E2E, ["--data", "/no/such"], ["--data", "no such folder"]), (E2E, ["--name", "a/b"], ["--name a/b"]),
+    (E2E, ["--data", "/no/such"], ["--data /no/such", "there is no /no/such/train.txt"]),
+    (E2E, ["--name", "a/b"], ["--name a/b"]), (E2E, ["--vocab", "vocab/demo"], ["--vocab vocab/demo", "--data"]),
+    (E2E, ["--data", "data/demo", "--vocab", "nosuch"], ["--vocab nosuch", "there is no nosuch/encoder.json"]),
     (E2E, ["gpt2.sm", "--", "--train_batch_size", "4"], ["--train_batch_size after --", "--batch"]),
     (E2E, ["gpt2.sm", "--", "--noise_multiplier=1"], ["--noise_multiplier after --", "--epsilon"]),
     (AUTHORS, ["--epsilon", "published"], ["--epsilon published"]), (AUTHORS, ["--nproc", "48"], ["does not divide"]),
@@ -196,7 +199,35 @@ def test_a_table_that_is_stopped_goes_on(tmp_path, small):
     once_more = run(E2E, *arguments)  # nothing is left to do
     assert once_more.returncode == 0 and "already there" in once_more.stdout
     assert "src/gpt2_ft.py" not in once_more.stdout and (folder / "table.md").read_text() in once_more.stdout
-    assert_user_error(run(E2E, *arguments, "--weight_decay", "0.5"), RUN, "begun by other commands")
+    assert_user_error(run(E2E, *arguments, "--weight_decay", "0.5"), RUN, "other data or commands")
+
+
+def test_tokens_are_of_the_data_and_the_vocabulary_that_are_named(tmp_path, small):
+    """Tokens are kept for as long as the files that they are made of stay the same; unknown tokens are made anew."""
+    data, tokens = small[1], tmp_path / "runs/data"
+    vocabulary = tmp_path / "vocab"
+    shutil.copytree(ROOT / "vocab/demo", vocabulary)
+    arguments = ["--epsilon", 0, *places(tmp_path), "--data", data, "--vocab", vocabulary, "--name", "small", small[-1]]
+    path = programs(tmp_path / "bin", python=f"""
+        [ "$1" = -c ] && exec {sys.executable} "$@"
+        case "$1" in src/format* | src/gpt2_encode.py) exec {sys.executable} "$@" ;; *) exit 7 ;; esac""")
+    options = {"PATH": path, "PYTHON": "python"}  # nothing beyond the tokens is made
+    tokens.mkdir(parents=True)
+    (tokens / "train.jsonl").write_text("of nobody knows what")
+    assert run(E2E, *arguments, **options).returncode == 7
+    made = {part: (tokens / f"{part}.jsonl").read_bytes() for part in ("train", "valid", "test")}
+    assert len(made["train"].splitlines()) == 64
+    (tokens / "valid.jsonl").unlink()  # as if stopped
+    again = run(E2E, *arguments, **options)
+    assert again.returncode == 7 and again.stdout.count("src/gpt2_encode.py") == 1
+    assert made == {part: (tokens / f"{part}.jsonl").read_bytes() for part in made}
+
+    with (vocabulary / "vocab.bpe").open("a") as merges:
+        merges.write("\n")
+    assert_user_error(run(E2E, *arguments, **options), "runs/data", "other data or commands", "another --name")
+    assert_user_error(run(E2E, *arguments, "--vocab", "vocab/demo", **options), "runs/data", "other data or commands")
+    (vocabulary / "encoder.json").write_text("[]")
+    assert_user_error(run(E2E, "--dry-run", *arguments), "encoder.json", "a JSON object")
 
 
 @pytest.mark.slow
@@ -227,8 +258,8 @@ def test_killed_anywhere_the_table_is_the_same(tmp_path, small):
 def test_an_author_table(tmp_path):
     folder = author_material()
     done = run(AUTHORS, "--train_file", folder / "train.jsonl", "--vocab", "vocab/demo", "--epsilon", "0 8",
-               "--nproc", 2, "--batch", 8, "--seeds", "1 2", "--name", "authors", *places(tmp_path), folder / "tiny", "--",
-               "--sequence_len", 24, "--eval_fraction", 0.16, "--cache_dir", tmp_path / "cache")
+               "--nproc", 2, "--batch", 8, "--seeds", "1 2", "--name", "authors", *places(tmp_path), folder / "tiny",
+               "--", "--sequence_len", 24, "--eval_fraction", 0.16, "--cache_dir", tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("results/*_authors/rows/*.json"))]
     assert sorted((row["method"], row["epsilon"], row["seed"]) for row in rows) == sorted(
@@ -321,7 +352,8 @@ def synthetic(folder: pathlib.Path, **changed: object) -> dict:
            "scores": {"BLEU": 0.5, "NIST": 6.0, "METEOR": 0.4, "ROUGE_L": 0.6, "CIDEr": 2.0},
            "privacy": {"epsilon_prv": 7.96, "delta": 1e-5, "train_runtime": 100.0, "peak_memory_bytes": 2_500_000_000},
            "settings": {"train_sha256": "other"}, "commands": [], "commit": {"hash": "a" * 40, "modified": False},
-           "hardware": {"machines": 2, "device": "A100", "gpus": 4, "cores": 32}, "versions": {"torch": "2.13.0"}, **changed}
+           "hardware": {"machines": 2, "device": "A100", "gpus": 4, "cores": 32}, "versions": {"torch": "2.13.0"},
+           **changed}
     rows = folder / "rows"
     rows.mkdir(parents=True, exist_ok=True)
     (rows / f"{len(list(rows.iterdir()))}.json").write_text(json.dumps(row))
