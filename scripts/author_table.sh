@@ -6,7 +6,7 @@
 #
 #   MODEL            gpt2 (default), gpt2-medium, gpt2-large, gpt2-xl, or a folder in Hugging Face's layout
 #   --epsilon E      one or more of: a number (default 8), inf (no privacy), 0 (the model as it is, untrained)
-#   --method M       full, lora, or both (default)
+#   --method M       one or both of: full, lora (default: both)
 #   --seeds S        one or more (default 42); a seed chooses the held-out authors too
 #   --nproc N        processes (default: the GPUs, or the cores where there is none)
 #   --batch B        expected authors a step (default 1024); accumulation keeps it, whatever the number of processes

@@ -7,7 +7,7 @@
 #   MODEL          gpt2.sm gpt2.md gpt2.lg gpt2.xl (default: all four), or a folder in Hugging Face's layout
 #   --epsilon E    one or more of: published (default: noise multiplier 0.6, epsilon 5.43), a number (the noise is
 #                  chosen for it), inf (no privacy), 0 (the model as it is, untrained)
-#   --method M     lora (default), full, or both
+#   --method M     one or both of: lora (default), full
 #   --seeds S      one or more (default 110)
 #   --nproc N      processes (default: the GPUs, or the cores where there is none)
 #   --batch B      logical batch (default 128); accumulation keeps it, whatever the number of processes
