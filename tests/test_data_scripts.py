@@ -327,3 +327,36 @@ def test_an_unpinned_checkpoint_is_checked_against_the_hub_s_pointer(tmp_path):
         path.write_text(text.replace("https://huggingface.co/openai-community", address))
         assert_user_error(bash(path, "gpt2-medium"), "did not send a Git LFS pointer")
     assert os.listdir(third / "pretrained_checkpoints") == []
+
+
+# ----------------------------------------------- checkpoints that are made here
+
+
+def test_a_checkpoint_is_made_where_the_user_is_and_never_over_another(tmp_path):
+    """From a folder of the user's, in a copy whose programs say their words; a second call goes on with the run."""
+    copy, user = fresh_copy(tmp_path), tmp_path / "user"
+    python = copy / ".venv/bin/python"
+    for folder in (python.parent, user / "corpus", user / "taken", copy / "trained_models/webnlg_pretraining/run"):
+        folder.mkdir(parents=True)
+    python.write_text('#!/bin/bash\necho "$@"\n')
+    python.chmod(0o755)
+    (copy / "scripts/download_vocab.sh").write_text("")
+    shutil.copy(ROOT / "requirements.txt", copy)
+
+    def make(*arguments):
+        return bash(copy / "scripts/make_checkpoint.sh", *arguments, cwd=user)
+
+    assert_user_error(make("webnlg", "corpus"), "corpus", "train.json")
+    for part in ("train", "dev"):
+        (user / f"corpus/{part}.json").touch()
+    assert_user_error(make("webnlg", "corpus", "taken"), "taken: is there already")
+    assert_user_error(make("demo", "taken"), "taken: is there already")
+    assert make("wiki").returncode == make("demo", "new", "more").returncode == 2
+
+    first = make("webnlg", "corpus", "new")
+    assert first.returncode == 0, first.stderr
+    for word in (f"format_converting_webnlg.py {user}/corpus/dev.json", f"--output {user}/new"):
+        assert word in first.stdout
+    assert "--resume" not in first.stdout
+    (copy / "trained_models/webnlg_pretraining/run/privacy_ledger.jsonl").write_text("a step")
+    assert "--resume" in make("webnlg", "corpus", "new").stdout
