@@ -23,6 +23,8 @@ from cli import Parser, atomic_write, fail, open_text, run_main
 
 SCORES = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 KEYS = {"task", "model", "method", "epsilon", "seed", "processes", "commit", "hardware", "versions"}
+PARTS = {"hardware": {"machines", "gpus", "cores", "device"}, "scores": set(SCORES),
+         "privacy": {"epsilon_prv", "delta", "relation", "sampling"}}
 METHODS = {"lora": "LoRA", "full": "full", "none": "untrained"}
 # BLEU without privacy on E2E's test set, as LoRA's authors report it (Hu et al., 2021, table 3). Other published
 # figures are of private runs whose epsilon is not what they say, or of other held-out data: nothing stands beside
@@ -36,6 +38,14 @@ Rows = list[dict]
 Cell = Callable[[Rows], str]
 
 
+def is_row(row: dict) -> bool:
+    """Whether a row has what its table shows: scores of E2E; privacy where anything was trained, and of authors."""
+    parts = {"hardware", "scores" if row["task"] == "e2e" else "privacy"}
+    if row["epsilon"] != "0":
+        parts.add("privacy")
+    return KEYS <= row.keys() and row["method"] in METHODS and all(PARTS[part] <= row[part].keys() for part in parts)
+
+
 def read_rows(folder: str) -> Rows:
     """The rows of results/DATE_NAME."""
     rows = []
@@ -43,7 +53,7 @@ def read_rows(folder: str) -> Rows:
         with open_text(path) as handle:
             try:
                 row = json.load(handle)
-                if not (KEYS <= row.keys() and {"machines", "gpus", "cores", "device"} <= row["hardware"].keys()):
+                if not is_row(row):
                     raise ValueError
                 rows.append({**row, "order": (row["model"], budget_order(row), row["method"], row["seed"])})
             except (ValueError, KeyError, TypeError, AttributeError):
@@ -122,9 +132,9 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def provenance(folder: str, rows: Rows) -> str:
-    """One line: on what, at which commit, and where everything else stands."""
-    def all_of(value: Callable[[dict], str]) -> str:
-        return ", ".join(dict.fromkeys(map(value, rows)))
+    """One line: what epsilon is of, on what, at which commit, and where everything else stands."""
+    def all_of(value: Callable[[dict], str], of: Rows = rows) -> str:
+        return ", ".join(dict.fromkeys(map(value, of)))
 
     def on(row: dict) -> str:
         found = row["hardware"]
@@ -138,7 +148,10 @@ def provenance(folder: str, rows: Rows) -> str:
     place = os.path.basename(os.path.normpath(folder)) if place.startswith("..") else place
     versions = all_of(lambda row: "torch " + row["versions"]["torch"])
     several = any(len(group) > 1 for group in groups(rows))
-    return (("± is the standard deviation over seeds. " if several else "")
+    private = [row for row in rows if row["epsilon"] not in ("0", "inf")]
+    meaning = all_of(lambda row: f"{row['privacy']['relation']}; {row['privacy']['sampling']} sampling", private)
+    return ((f"Epsilon (PRV upper bound): {meaning}. " if private else "")
+            + ("± is the standard deviation over seeds. " if several else "")
             + f"{machine}; commit {code}; {versions}. Commands, seeds and every figure: `{place}/`.\n")
 
 

@@ -350,7 +350,8 @@ def synthetic(folder: pathlib.Path, **changed: object) -> dict:
     """A row in folder/rows, as table_row.py writes it."""
     row = {"task": "e2e", "model": "gpt2.md", "method": "lora", "epsilon": "8", "seed": 1, "processes": 4,
            "scores": {"BLEU": 0.5, "NIST": 6.0, "METEOR": 0.4, "ROUGE_L": 0.6, "CIDEr": 2.0},
-           "privacy": {"epsilon_prv": 7.96, "delta": 1e-5, "train_runtime": 100.0, "peak_memory_bytes": 2_500_000_000},
+           "privacy": {"epsilon_prv": 7.96, "delta": 1e-5, "train_runtime": 100.0, "peak_memory_bytes": 2_500_000_000,
+                       "relation": "add or remove one example", "sampling": "poisson"},
            "settings": {"train_sha256": "other"}, "commands": [], "commit": {"hash": "a" * 40, "modified": False},
            "hardware": {"machines": 2, "device": "A100", "gpus": 4, "cores": 32}, "versions": {"torch": "2.13.0"},
            **changed}
@@ -372,7 +373,8 @@ def test_the_table_of_rows(tmp_path):
     for seed, score in enumerate(scores):
         synthetic(folder, seed=seed, scores={"BLEU": score, "NIST": 6, "METEOR": 0.4, "ROUGE_L": 0.6, "CIDEr": 2})
     e2e = {"train_sha256": "dbc41b098ac523651894eabb7fe140f272445efe3bb4654d4666f2a1976c86b2"}
-    free = {"epsilon_prv": "inf", "delta": 1e-5, "train_runtime": 9.0, "peak_memory_bytes": 10**9}
+    free = {"epsilon_prv": "inf", "delta": 1e-5, "train_runtime": 9.0, "peak_memory_bytes": 10**9,
+            "relation": "add or remove one example", "sampling": "shuffle"}
     synthetic(folder, epsilon="inf", privacy=free, settings=e2e)
     synthetic(folder, epsilon="inf", privacy=free, settings=e2e, method="full")
     synthetic(folder, epsilon="inf", privacy=free, settings=e2e, model="gpt2.sm")
@@ -390,6 +392,7 @@ def test_the_table_of_rows(tmp_path):
     known = {key: line["published BLEU"] for key, line in table.items() if line["published BLEU"]}
     assert known == {("gpt2.md", "LoRA", "inf"): "0.704", ("gpt2.md", "full", "inf"): "0.682"}
     assert "4 processes on 2 machines of 4 x A100; commit aaaaaaaa; torch 2.13.0" in done.stdout
+    assert "Epsilon (PRV upper bound): add or remove one example; poisson sampling. ±" in done.stdout
 
 
 def test_the_readme_s_tables(tmp_path):
@@ -411,7 +414,10 @@ def test_the_readme_s_tables(tmp_path):
     readme.write_text("<!-- table e2e -->\n")
     assert_user_error(run_script(*command), "has no <!-- end -->")
     assert_user_error(run_script("scripts/results_tables.py", tmp_path), "holds no rows")
-    for damage in ("{", "[]", '{"task": "e2e"}'):
+    sound = synthetic(tmp_path / "sound")
+    damaged = [{name: sound[name] for name in sound if name != part} for part in ("scores", "privacy", "commit")]
+    damaged += [{**sound, "task": "author", "epsilon": "0", "privacy": {}}, {**sound, "scores": {"BLEU": 1.0}}]
+    for damage in ("{", "[]", '{"task": "e2e"}', *map(json.dumps, damaged)):
         (tmp_path / "results/2026-02-01_e2e/rows/0.json").write_text(damage)
         assert_user_error(run_script("scripts/results_tables.py", tmp_path / "results/2026-02-01_e2e"), "rows/0.json")
 
