@@ -21,8 +21,8 @@ REPORT, EXPORT, AUDIT = "src/privacy_report.py", "src/export.py", "src/privacy_a
 WEBNLG, DART, AUTHORS = "src/format_converting_webnlg.py", "src/format_converting_dart.py", "src/fine-tune-dp.py"
 REDDIT, CORPUS, PLOT = "scripts/prepare_reddit.py", "scripts/make_author_corpus.py", "scripts/plot_run.py"
 DEMO_DATA, DEMO_VOCAB = "scripts/make_demo_data.py", "scripts/make_demo_vocab.py"
-TABLE, TIME_BEAM = "scripts/quickstart_table.py", "scripts/benchmark_beam.py"
-TIME_TRAINING, FAULTS = "scripts/benchmark_training.py", "scripts/audit_faults.py"
+TIME_BEAM, TIME_TRAINING = "scripts/benchmark_beam.py", "scripts/benchmark_training.py"
+FAULTS = "scripts/audit_faults.py"
 ROW, TABLES, SCALING = "scripts/table_row.py", "scripts/results_tables.py", "scripts/project_scaling.py"
 GOOD = '{"context": [1, 2], "completion": [3]}\n'
 
@@ -241,7 +241,7 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (FORMAT, "@e2e.txt @absent/new", ["absent"]),
     *((script, "--no_such_flag", ["--help"]) for script in (
         FORMAT, ENCODE, DECODE, SCORE, BEAM, REPORT, EXPORT, AUDIT, WEBNLG, DART, AUTHORS, REDDIT, CORPUS, PLOT,
-        DEMO_DATA, DEMO_VOCAB, TABLE, TIME_BEAM, TIME_TRAINING, FAULTS, ROW, TABLES, SCALING)),
+        DEMO_DATA, DEMO_VOCAB, TIME_BEAM, TIME_TRAINING, FAULTS, ROW, TABLES, SCALING)),
     *((script, f"@{name} @new", [f"{name}"]) for script in (WEBNLG, DART)
       for name in ("absent", "folder", "empty", "half.json", "text.jsonl", "latin1.jsonl", "deep.jsonl")),
     (WEBNLG, "@a_list/config.json @new", ["entries"]), (DART, "@a_list/config.json @new", ["holds no example"]),
@@ -268,8 +268,6 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (DEMO_VOCAB, "--train @e2e.txt --out @folder --size 3", ["--size 3"]),
     (PLOT, "@absent", ["absent"]), (PLOT, "@folder/.. --out @new.png", ["metrics.jsonl:2"]),
     (PLOT, "@run --out @absent/new.png", ["absent"]), (PLOT, "@run --out @new", ["--out", ".png"]),
-    (TABLE, "@folder run", ["scores.json"]),
-    (TABLE, "@folder .. --wide", ["--wide"]), (TABLE, "@folder ..", ["scores.json"]),
     (TIME_BEAM, "--init_checkpoint @tiny --data @absent", ["--data", "absent"]),
     (TIME_BEAM, "--init_checkpoint @tiny --data @list.jsonl", ["list.jsonl:2"]),
     (TIME_BEAM, "--init_checkpoint @tiny --data @contexts.jsonl --contexts 3", ["2 different contexts"]),
