@@ -16,21 +16,11 @@
 # and saves, and the job is put back into the queue, to go on from there; so does a job that Slurm itself preempts. All
 # nodes must see the same folder. Fetch data and checkpoints first, where compute nodes have no network.
 set -euo pipefail
-die() {
-    printf 'error: %s\n' "$*" >&2
-    exit 2
-}
-
 cd "${SLURM_SUBMIT_DIR:-.}"
-[ -f scripts/e2e_table.sh ] || die "$PWD: not the repository's root; run sbatch there"
-for name in SLURM_JOB_ID SLURM_JOB_NUM_NODES SLURM_JOB_NODELIST; do
-    [ -n "${!name:-}" ] || die "$name is not set; start with sbatch scripts/slurm_e2e.sh"
-done
-gpus="${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-}}" # "8" or "a100:8"
-[[ "${gpus##*:}" =~ ^[1-9][0-9]*$ ]] || die "--gpus-per-node: the job has no GPU on its nodes; ask for some"
+[ -f scripts/e2e_table.sh ] || { echo "error: $PWD: not the repository's root; run sbatch there" >&2; exit 2; }
 
-export LAUNCHER="bash scripts/slurm_launch.sh"
-bash scripts/e2e_table.sh --nproc "$((SLURM_JOB_NUM_NODES * ${gpus##*:}))" "$@" &
+gpus="$(bash scripts/slurm_launch.sh --count)"
+LAUNCHER="bash scripts/slurm_launch.sh" bash scripts/e2e_table.sh --nproc "$gpus" "$@" &
 table=$!
 
 requeue() {

@@ -343,6 +343,16 @@ def test_slurm_mistakes(changed, words):
     assert_user_error(run(SLURM, "gpt2.xl", **{**JOB, **changed}), *words)
 
 
+@pytest.mark.parametrize("changed, arguments, words", [
+    ({"SLURM_JOB_NODELIST": ""}, ["src/gpt2_ft.py"], ["SLURM_JOB_NODELIST is not set", "sbatch"]),
+    ({"SLURM_GPUS_ON_NODE": ""}, ["src/gpt2_ft.py"], ["--gpus-per-node"]), ({}, [], ["SCRIPT is missing"]),
+    ({}, ["src/gpt2_ft.py"], ["scontrol: no such program"]),
+])
+def test_slurm_launch_mistakes(tmp_path, changed, arguments, words):
+    (tmp_path / "bash").symlink_to(shutil.which("bash"))
+    assert_user_error(run("scripts/slurm_launch.sh", *arguments, **{**JOB, "PATH": tmp_path, **changed}), *words)
+
+
 # ------------------------------------------------------------------ markdown
 
 
