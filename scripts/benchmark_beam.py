@@ -1,11 +1,13 @@
 """Time beam search: this project's, Hugging Face transformers' at its best batch size, and the arithmetic floor.
 
-    python scripts/benchmark_beam.py --data data/e2e/test.jsonl --init_checkpoint ../shared/reference/beam
+    python scripts/benchmark_beam.py --init_checkpoint pretrained_checkpoints/demo \
+        --data quickstart_runs/data/test.jsonl
 
-Everything runs in one process, one after the other, on the same contexts, taken evenly from the different ones of
---data. The floor is the time of the products alone, for the hypotheses that the search ran, at the speed that this
-machine reaches on the largest of them (the vocabulary's), and of reading the logits once, at the speed of a maximum.
-transformers runs without its n-gram ban, a Python loop that would slow it down.
+These --data are what scripts/quickstart.sh leaves; their tokens must be of the model's vocabulary. Everything runs in
+one process, one after the other, on the same contexts, taken evenly from the different ones of --data. The floor is the
+time of the products alone, for the hypotheses that the search ran, at the speed that this machine reaches on the
+largest of them (the vocabulary's), and of reading the logits once, at the speed of a maximum. transformers runs without
+its n-gram ban, a Python loop that would slow it down.
 Needs transformers (requirements-dev.txt).
 """
 
@@ -27,9 +29,6 @@ from cli import Parser, fail, read_lines, run_main
 from kv_cache import TreeDecoder
 from model import GPT2Config
 from vocabulary import CPU_BLOCK, PackedLinear
-
-ORIGINAL_SECONDS = 1.7  # a context, the original's search with this model and these settings on two cores
-SETTINGS = SearchSettings(beam=10, eval_len=64, eos_ids=(628, 50256), length_penalty=0.8, no_repeat_ngram_size=4)
 
 
 def best_of(repeats: int, work: Callable[[], object]) -> float:
@@ -89,30 +88,26 @@ def floor_seconds(decoder: CountingDecoder, config: GPT2Config) -> float:
     return (head * decoder.rows + body * decoder.tokens) * per_product + decoder.rows * config.vocab_size * per_logit
 
 
-def transformers_seconds(folder: str, contexts: list[list[int]], batch: int) -> tuple[float, list[list[int]]]:
-    """Seconds of generate() with the same beams, penalty, bans and ends over all contexts, and what it returned."""
+def transformers_seconds(folder: str, contexts: list[list[int]], settings: SearchSettings, batch: int) -> float:
+    """Seconds of generate() with the same beams, penalty and ends over all contexts."""
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(folder).eval()
-    ends = list(SETTINGS.eos_ids)
+    ends = list(settings.eos_ids)
     ordered = sorted(contexts, key=len)
-    found = []
 
     def work() -> None:
-        found.clear()
         for start in range(0, len(ordered), batch):
             part = ordered[start:start + batch]
             longest = max(map(len, part))
             ids = torch.tensor([[ends[-1]] * (longest - len(context)) + context for context in part])
             mask = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in part])
-            out = model.generate(ids, attention_mask=mask, num_beams=SETTINGS.beam, do_sample=False,
-                                 early_stopping=False, max_new_tokens=SETTINGS.eval_len,
-                                 length_penalty=SETTINGS.length_penalty, no_repeat_ngram_size=0,
-                                 eos_token_id=ends, pad_token_id=ends[-1])
-            found.extend(row[longest:].tolist() for row in out)
+            model.generate(ids, attention_mask=mask, num_beams=settings.beam, do_sample=False, early_stopping=False,
+                           max_new_tokens=settings.eval_len, length_penalty=settings.length_penalty,
+                           no_repeat_ngram_size=0, eos_token_id=ends, pad_token_id=ends[-1])
 
     with torch.inference_mode():
-        return best_of(1, work), found
+        return best_of(1, work)
 
 
 def main() -> None:
@@ -135,21 +130,23 @@ def main() -> None:
 
     loaded = load_model(args.init_checkpoint)
     config = loaded.model.config
-    decoder = TreeDecoder(loaded.model, args.slots, SETTINGS.beam)
-    search(decoder, replace(SETTINGS, eval_len=2))  # first calls allocate
-    ours = best_of(3, lambda: search(decoder, SETTINGS)) / len(contexts)
+    # a text ends with the vocabulary's last token, and GPT-2's with two line feeds too: token 628
+    ends = (628, 50256) if config.vocab_size == 50257 else (config.vocab_size - 1,)
+    settings = SearchSettings(beam=10, eval_len=64, eos_ids=ends, length_penalty=0.8, no_repeat_ngram_size=4)
+    decoder = TreeDecoder(loaded.model, args.slots, settings.beam)
+    search(decoder, replace(settings, eval_len=2))  # first calls allocate
+    ours = best_of(3, lambda: search(decoder, settings)) / len(contexts)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    counting = CountingDecoder(loaded.model, args.slots, SETTINGS.beam)
-    search(counting, SETTINGS)
-    print(f"{len(contexts)} contexts, beam {SETTINGS.beam}, {torch.get_num_threads()} threads, "
+    counting = CountingDecoder(loaded.model, args.slots, settings.beam)
+    search(counting, settings)
+    print(f"{len(contexts)} contexts, beam {settings.beam}, {torch.get_num_threads()} threads, "
           f"load {os.getloadavg()[0]:.1f}")
     floor = floor_seconds(counting, config) / len(contexts)
     print(f"floor          {floor:.4f} s a context")
     print(f"this project   {ours:.4f} s a context, {ours / floor:.1f} times the floor, peak memory {peak:.0f} MiB")
-    print(f"original       {ORIGINAL_SECONDS} s a context: this is {ORIGINAL_SECONDS / ours:.1f} times as fast")
     times = {}
     for batch in args.batch_sizes:
-        times[batch] = transformers_seconds(args.init_checkpoint, contexts, batch)[0] / len(contexts)
+        times[batch] = transformers_seconds(args.init_checkpoint, contexts, settings, batch) / len(contexts)
         print(f"transformers   {times[batch]:.4f} s a context at batch {batch}")
     if times:
         best = min(times, key=times.get)
