@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The Webis-TLDR-17 corpus (Völske et al., 2017): Reddit posts with their authors, an archive of 3.1 GB, into data/reddit/.
-# It is never unpacked: scripts/prepare_reddit.py reads from it what training needs, and calls this script where the
-# archive is not there.
+# The Webis-TLDR-17 corpus (Völske et al., 2017): Reddit posts with their authors, an archive of 3.1 GB, into
+# data/reddit/. It is never unpacked: scripts/prepare_reddit.py reads from it what training needs, and calls this script
+# where the archive is not there.
 #
 #   bash scripts/download_reddit.sh [--mirror DIR]
 set -euo pipefail

@@ -5,9 +5,9 @@
 #   bash scripts/make_checkpoint.sh demo [OUTPUT]                 # default: pretrained_checkpoints/demo_new
 #   bash scripts/make_checkpoint.sh webnlg WEBNLG_DIR [OUTPUT]    # default: pretrained_checkpoints/webnlg
 #
-# demo    How pretrained_checkpoints/demo was made: 1.0 M parameters, vocab/demo, the generated *public* domain (hostels,
-#         coaches, concerts ...), so that it has seen none of the restaurant text that the quickstart protects.
-#         About a quarter of an hour on 2 cores.
+# demo    How pretrained_checkpoints/demo was made: 1.0 M parameters, vocab/demo, the generated *public* domain
+#         (hostels, coaches, concerts ...), so that it has seen none of the restaurant text that the quickstart
+#         protects. About a quarter of an hour on 2 cores.
 # webnlg  7.3 M parameters, GPT-2's vocabulary (fetched where it is missing; a mirror of it: scripts/download_vocab.sh),
 #         WebNLG 2017 (Gardent et al., 2017; CC BY-NC-SA 4.0), whose facts and sentences are about airports, astronauts,
 #         food ... and hold nothing of E2E's. WEBNLG_DIR holds the challenge's train.json and dev.json, as LoRA's NLG
