@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from tqdm import tqdm
 
 from author_data import PSEUDO_AUTHORS
-from cli import Parser, atomic_write, fail, run_main
+from cli import Parser, atomic_write, fail, is_text, run_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ARCHIVE = os.path.join(ROOT, "data", "reddit", "corpus-webis-tldr-17.zip")
@@ -57,9 +57,7 @@ def usable(line: bytes, where: str) -> tuple[dict | None, str]:
         return None, f"by {author}"
     if not isinstance(content, str) or not content.strip():
         return None, "without a text"
-    try:
-        (author + content).encode()
-    except UnicodeEncodeError:
+    if not is_text(author + content):
         return None, "with half of a surrogate pair"
     return {"author": author, "content": content}, ""
 

@@ -25,7 +25,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import UserError, atomic_write, fail, open_text
+from cli import UserError, atomic_write, fail, is_text, open_text
 from data_utils import collate, groups_within
 from losses import MicroBatch
 from tokenizer import Tokenizer, load_tokenizer
@@ -107,9 +107,7 @@ def read_record(line: bytes, source: Source, where: str) -> tuple[str | None, st
     for name, value in ((source.author_field, "" if author is None else author), (source.content_field, content)):
         if not isinstance(value, str):
             fail(f"{where}: {name!r} is {json.dumps(value)[:60]}, wanted a string")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
+        if not is_text(value):
             fail(f"{where}: {name!r} holds half of a surrogate pair, which is not text; mend or remove the line")
     if not content.strip():
         fail(f"{where}: {source.content_field!r} is empty; remove the line")

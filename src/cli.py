@@ -54,6 +54,21 @@ def check_positive(flags: object, **most: float) -> None:
             fail(f"--{name} {value:g}: expected a number above 0{limit}")
 
 
+def check_output(output: str, source: str, flag: str = "OUT") -> None:
+    """Raise UserError where `output`, named by `flag`, is the file that is read."""
+    if os.path.realpath(output) == os.path.realpath(source):
+        fail(f"{flag} {output}: is the input itself, which would be lost; name another file")
+
+
+def is_text(value: str) -> bool:
+    """False where `value` holds half of a surrogate pair, which JSON can spell and no file can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a script's main() and leave the process with its status: 2 and one line for a user's mistake.
 

@@ -7,10 +7,9 @@ In: [{"tripleset": [[subject, relation, object], ...], "annotations": [{"source"
 """
 
 import argparse
-import os
 from collections.abc import Iterator
 
-from cli import Parser, fail, run_main
+from cli import Parser, check_output, fail, run_main
 from triples import linearise, read_json, write_examples
 
 ENTRY = '{"tripleset": [[subject, relation, object], ...], "annotations": [{"text": ...}, ...]}'
@@ -43,8 +42,7 @@ def main() -> None:
     parser.add_argument("input", metavar="IN.json")
     parser.add_argument("output", metavar="OUT_formatted.jsonl")
     args = parser.parse_args()
-    if os.path.realpath(args.input) == os.path.realpath(args.output):
-        fail(f"OUT {args.output}: is the input itself, which would be lost; name another file")
+    check_output(args.output, args.input)
     write_examples(args.output, convert(args.input))
 
 

@@ -7,12 +7,11 @@ A line is stripped of white space at both ends and split at its first `||`; it b
 """
 
 import json
-import os
 import sys
 
 from tqdm import tqdm
 
-from cli import Parser, atomic_write, fail, read_lines, run_main
+from cli import Parser, atomic_write, check_output, fail, read_lines, run_main
 
 
 def convert_line(line: str, where: str) -> dict[str, str]:
@@ -31,8 +30,7 @@ def main() -> None:
     parser.add_argument("input", metavar="IN.txt", help="E2E text, context||completion a line")
     parser.add_argument("output", metavar="OUT_formatted.jsonl", help="JSON lines to write")
     args = parser.parse_args()
-    if os.path.realpath(args.input) == os.path.realpath(args.output):
-        fail(f"OUT {args.output}: is the input itself, which would be lost; name another file")
+    check_output(args.output, args.input)
 
     count = 0
     with atomic_write(args.output) as out:

@@ -8,10 +8,9 @@ that the challenge's annotators judged "good" are taken.
 """
 
 import argparse
-import os
 from collections.abc import Iterator
 
-from cli import Parser, fail, run_main
+from cli import Parser, check_output, fail, run_main
 from triples import linearise, read_json, write_examples
 
 # The ten categories of the challenge's training set; its test set has five more.
@@ -56,8 +55,7 @@ def main() -> None:
     parser.add_argument("input", metavar="IN.json")
     parser.add_argument("output", metavar="OUT_formatted.jsonl")
     args = parser.parse_args()
-    if os.path.realpath(args.input) == os.path.realpath(args.output):
-        fail(f"OUT {args.output}: is the input itself, which would be lost; name another file")
+    check_output(args.output, args.input)
     write_examples(args.output, convert(args.input))
 
 

@@ -20,7 +20,7 @@ import os
 import re
 from dataclasses import dataclass, field
 
-from cli import Parser, atomic_write, fail, read_lines, run_main
+from cli import Parser, atomic_write, fail, is_text, read_lines, run_main
 from tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
 DEFAULT_REF_NUM = 4
@@ -88,7 +88,7 @@ def read_examples(path: str, needs_category: bool) -> list[Example]:
         reference = cut(completion)
         if not reference:
             fail(f"{where}: the completion is empty, and an empty line would end a group; remove the example")
-        if re.search("[\ud800-\udfff]", reference):
+        if not is_text(reference):
             fail(f"{where}: the completion holds half of a surrogate pair, which is no text; format the data again")
         examples.append(Example(where, context, reference, seen))
     if not examples:

@@ -10,13 +10,12 @@ Input: JSON lines with the strings "context" and "completion" (other keys are ig
 
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from cli import Parser, atomic_write, fail, read_lines, run_main
+from cli import Parser, atomic_write, check_output, fail, is_text, read_lines, run_main
 from tokenizer import load_tokenizer
 
 # Lines handed to the library at a time: enough to keep its threads busy, few enough for the progress bar to move.
@@ -34,7 +33,7 @@ def read_example(line: str, where: str) -> tuple[str, str]:
     for key in ("context", "completion"):
         if not isinstance(example.get(key), str) or not example[key].strip():
             fail(f"{where}: wanted a text that is not empty as {key!r}, got {str(example.get(key))[:60]!r}")
-        if any("\ud800" <= character <= "\udfff" for character in example[key]):
+        if not is_text(example[key]):
             fail(f"{where}: {key!r} holds half of a surrogate pair, which is not text; mend or remove the line")
     return example["context"], example["completion"]
 
@@ -52,8 +51,7 @@ def main() -> None:
     parser.add_argument("--add_bos", action="store_true", help="append <|endoftext|> to the context")
     parser.add_argument("--add_eos", action="store_true", help="append <|endoftext|> to the completion")
     args = parser.parse_args()
-    if os.path.realpath(args.input) == os.path.realpath(args.output):
-        fail(f"--output {args.output}: is the input itself, which would be lost; name another file")
+    check_output(args.output, args.input, "--output")
     tokenizer = load_tokenizer(args.vocab)
     bos = [tokenizer.end_of_text] if args.add_bos else []
     eos = [tokenizer.end_of_text] if args.add_eos else []
