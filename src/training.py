@@ -277,8 +277,8 @@ class Trainer:
             self.display.say(f"saved {checkpoint.model_path(self.work.path, self.done)}")
 
     def finish(self) -> None:
-        """The last log line and the last evaluation."""
-        if self.done and self.done % self.options.log_interval:
+        """The last log line, of the steps since the one before, and the last evaluation."""
+        if self.meter.steps:
             self.log()
         self.evaluate()
 

@@ -253,6 +253,14 @@ def test_settings_that_may_change_and_settings_that_are_said_to(stopped):
     assert rank.wait() == 2 and "lr 0.02 there, 0.01 here" in rank.error
 
 
+def test_a_run_that_is_resumed_at_its_end_logs_no_step(stopped):
+    train(flags(stopped, resume=True, log_interval=4))
+    logged = [record for record in metrics(stopped) if "loss" in record]
+    assert logged[-1]["step"] == 6 and logged[-1]["loss"] is not None
+    train(flags(stopped, resume=True, log_interval=4))
+    assert [record for record in metrics(stopped) if "loss" in record] == logged and len(ledger(stopped)) == 6
+
+
 def test_what_an_earlier_attempt_did_is_not_forgotten(stopped):
     """Seeded noise stays known to whoever knows the seed, shuffled steps keep their relation, whatever comes after."""
     train([*flags(stopped, resume=True, sampling="shuffle", noise_source="os", noise_seed=None), "--resume_changed",
