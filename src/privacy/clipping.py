@@ -135,7 +135,8 @@ class Ragged:
         return zip(self.b.split(self.counts), self.h.split(self.counts))
 
     def norm_sq(self) -> Tensor:
-        return torch.stack([gram_norm_sq(wide(b) @ wide(b).T, h @ h.T) for b, h in self.by_unit()])
+        units = ((wide(b), h) for b, h in self.by_unit())  # widened once: b is the largest tensor of all
+        return torch.stack([gram_norm_sq(b @ b.T, h @ h.T) for b, h in units])
 
     def cross(self, table: Lookup) -> Tensor:
         """<this gradient, that of the same table's lookups>: sum_{s,t} b_t[x_s] <h_t, e_s>, for each unit."""
