@@ -170,7 +170,7 @@ begin() {
 
 # make_table TASK: every run that is not there yet, then the table and the plot of all.
 make_table() {
-    local model method epsilon seed found runs=() row
+    local model method epsilon seed found runs=() row path
     found="$(compgen -G "$RESULTS/????-??-??_$NAME" | sort | tail -n 1 || true)"
     TABLE="${found:-$RESULTS/$(date +%F)_$NAME}"
     [ -n "$DRY" ] || "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' ||
@@ -197,7 +197,11 @@ make_table() {
     done
     if [ -z "$DRY" ]; then
         grep -qsxF -- "$COMMAND" "$TABLE/command.txt" || printf '%s\n' "$COMMAND" >> "$TABLE/command.txt"
-        for found in "${!runs[@]}"; do [ -f "${runs[found]}/metrics.jsonl" ] || unset "runs[found]"; done
+        runs=()  # of the whole table, those of earlier calls too
+        for path in "$TABLE"/rows/*.json; do
+            path="$RUNS/$(basename "$path" .json)"
+            [ ! -f "$path/metrics.jsonl" ] || runs+=("$path")
+        done
         echo
     fi
     [ ${#runs[@]} -eq 0 ] || start python scripts/plot_run.py "${runs[@]}" --out "$TABLE/plot.png"

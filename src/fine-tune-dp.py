@@ -129,7 +129,7 @@ def check(args: Namespace) -> None:
                 samples_per_author=1, warmup_steps=0, logging_steps=1, eval_steps=1, save_steps=1, lora_dim=0, seed=0)
     check_range(args, learning_rate=(0, math.inf), weight_decay=(0, math.inf), adam_epsilon=(0, math.inf),
                 adam_beta1=(0, 1), adam_beta2=(0, 1), lora_dropout=(0, 1), max_grad_norm=(0, math.inf),
-                eval_fraction=(0, 1))
+                eval_fraction=(0, 1), noise_multiplier=(0, math.inf))
     check_positive(args, per_sample_max_grad_norm=math.inf, lora_alpha=math.inf,
                    num_train_epochs=run_setup.MOST_EPOCHS)
     if args.eval_file is not None and args.eval_fraction is not None:

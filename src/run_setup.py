@@ -15,7 +15,7 @@ import torch
 import checkpoint
 import distributed
 import training
-from cli import UserError, check_least, check_positive, check_range, fail
+from cli import UserError, check_least, check_positive, fail
 from distributed import World
 from model import SLOTS, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
@@ -140,7 +140,6 @@ def check_shared_flags(args: argparse.Namespace) -> None:
     """Raise UserError for shared flags that are out of range, contradict each other or mean nothing."""
     check_least(args, micro_batch_tokens=1)
     check_positive(args, target_epsilon=math.inf)
-    check_range(args, noise_multiplier=(0, math.inf))
     if args.target_delta is not None and not 0 < args.target_delta < 1:
         fail(f"--target_delta {args.target_delta:g}: expected a number between 0 and 1")
     if args.noise_source == "seeded" and args.noise_seed is None:

@@ -57,7 +57,7 @@ def make_trainer(folder, given: PlanSettings, units, lora=LoRAConfig(3, 8.0), bu
     model = make_model(lora, dtype=torch.float32)
     flat = FlatParameters(model, extra=EXTRA)
     plan = open_plan(folder, given)
-    options = LoopOptions(steps=given.steps, steps_per_epoch=given.N / given.batch, lr=lambda t: rate, clip=0.0,
+    options = LoopOptions(steps=given.steps, steps_per_epoch=given.N / given.batch, lr=lambda t: rate, grad_clip=0.0,
                           bf16=False, token_budget=budget, log_interval=1000, eval_interval=0, save_interval=1000,
                           random_seed=1)
     engine = BookKeeping(model, flat, plan.clipping_rule, 0.1)

@@ -200,6 +200,8 @@ def test_a_table_that_is_stopped_goes_on(tmp_path, small):
     assert once_more.returncode == 0 and "already there" in once_more.stdout
     assert "src/gpt2_ft.py" not in once_more.stdout and (folder / "table.md").read_text() in once_more.stdout
     assert_user_error(run(E2E, *arguments, "--weight_decay", "0.5"), RUN, "other data or commands")
+    untrained = run(E2E, "--epsilon", 0, *arguments[2:])  # a later call: its table and plot are of all rows
+    assert untrained.returncode == 0 and f"scripts/plot_run.py {work}" in untrained.stdout
 
 
 def test_tokens_are_of_the_data_and_the_vocabulary_that_are_named(tmp_path, small):
