@@ -76,7 +76,7 @@ count_processes() {
         NPROC="$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)"
         [ -z "${CUDA_VISIBLE_DEVICES:-}" ] || NPROC="$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .)"
     fi
-    [ "$NPROC" -gt 0 ] || NPROC="$(nproc)"
+    [ "$NPROC" -gt 0 ] || NPROC="$(env -u OMP_NUM_THREADS nproc)"  # which would print the threads of a process
     while [ $((BATCH % NPROC)) -ne 0 ]; do NPROC=$((NPROC - 1)); done
 }
 

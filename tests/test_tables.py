@@ -94,7 +94,8 @@ def test_sixteen_processes_are_the_published_command():
 @pytest.mark.parametrize("gpus, cores, batch, expected", [
     (0, 6, 128, 4), (0, 12, 128, 8), (0, 2, 128, 2), (3, 16, 128, 2), (8, 4, 128, 8), (0, 7, 98, 7)])
 def test_processes_are_the_gpus_or_else_the_cores_as_far_as_they_divide(tmp_path, gpus, cores, batch, expected):
-    path = programs(tmp_path / "bin", nproc=f"echo {cores}", nvidia_smi=f"for i in $(seq {gpus}); do echo GPU $i; done")
+    path = programs(tmp_path / "bin", nproc=f"echo ${{OMP_NUM_THREADS:-{cores}}}",  # as coreutils has it
+                    nvidia_smi=f"for i in $(seq {gpus}); do echo GPU $i; done")
     lines = dry(E2E, "gpt2.sm", "--batch", batch, PATH=path, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7"[:2 * gpus - 1]
                 if gpus else "")
     (row,) = commands(lines, "scripts/table_row.py")
