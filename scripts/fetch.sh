@@ -2,6 +2,7 @@
 # not at all, and never without its sha256. A mistake or a failure is one line on standard error and status 2.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+SELF="scripts/$(basename "$0")"   # for messages that another script's user reads
 MIRROR=""   # set by parse_arguments: the folder of --mirror, as an absolute path
 NAMES=()    # set by parse_arguments: the other arguments
 
@@ -47,7 +48,7 @@ find_in_mirror() {
 # download URL PARTIAL: fetch URL into PARTIAL, going on where an earlier call stopped.
 download() {
     local url="$1" partial="$2" message status=0 code
-    command -v curl > /dev/null || die "curl is not installed; install it, or give --mirror DIR"
+    command -v curl > /dev/null || die "curl is not installed; install it, or give $SELF --mirror DIR"
     local options=(--fail --location --connect-timeout 20 --speed-limit 1000 --speed-time 60 --retry 3
                    --continue-at - --output "$partial" --write-out '%{http_code}' "$url")
     if [ -t 2 ]; then
@@ -66,7 +67,7 @@ download() {
         return
     fi
     [ "$status" -eq 0 ] || die "cannot download $url (${message:-curl status $status}); connect to the network and" \
-        "run again (what has come is kept), or give --mirror DIR"
+        "run again (what has come is kept), or give $SELF --mirror DIR"
 }
 
 # fetch DESTINATION URL SHA256 [NAME...]: DESTINATION (relative to the repository) has the digest when this returns.

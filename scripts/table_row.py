@@ -18,20 +18,10 @@ import sys
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, os.path.join(ROOT, "src"))
 
-from cli import Parser, atomic_write, fail, open_text, run_main
+from cli import Parser, atomic_write, fail, open_text, read_object, run_main
 
 PACKAGES = ("torch", "opacus", "numpy", "tokenizers")
-
-
-def read_json(path: str) -> dict:
-    with open_text(path) as handle:
-        try:
-            content = json.load(handle)
-        except ValueError:
-            content = None
-    if not isinstance(content, dict):
-        fail(f"{path}: damaged, wanted a JSON object; do the run again under another name")
-    return content
+WANTED = "what the run wrote; do the run again under another name"
 
 
 def output_of(*command: str) -> str | None:
@@ -80,14 +70,14 @@ def main() -> None:
     row = {name: getattr(args, name) for name in ("task", "model", "method", "epsilon", "seed", "processes")}
     trained = args.epsilon != "0"
     if trained or args.task == "author":
-        report, settings = (read_json(os.path.join(args.run, name)) for name in ("privacy.json", "args.json"))
+        report, settings = (read_object(os.path.join(args.run, name), WANTED) for name in ("privacy.json", "args.json"))
         if "train_runtime" not in report:
             fail(f"{args.run}: its training has not come to an end; continue it with --resume")
         row["privacy"] = report
         left_out = ("versions", "without_effect", "job")
         row["settings"] = {name: settings[name] for name in settings if name not in left_out}
     if args.task == "e2e":
-        scores = read_json(os.path.join(args.run, "scores.json"))
+        scores = read_object(os.path.join(args.run, "scores.json"), WANTED)
         row |= {"scores": scores["scores"], "signature": scores.get("signature")}
     with open_text(os.path.join(args.run, "commands.txt")) as handle:
         row["commands"] = handle.read().splitlines()

@@ -11,7 +11,6 @@ Beside it `optimizer.{step}.pt` holds what only a resumed run needs; of these th
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import pickle
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 import peft_format
-from cli import UserError, atomic_write, fail
+from cli import UserError, atomic_write, fail, read_object
 from model import MODEL_CARDS, SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
 
 PREFIX = "transformer."
@@ -136,15 +135,9 @@ def read_config(path: str, flag: str = "--model_card") -> GPT2Config:
         fail(f"{flag} {path}: no such file or folder; {wanted}")
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     file = path if path.endswith(".json") else os.path.join(folder, "config.json")
-    try:
-        with open(file, encoding="utf-8") as handle:
-            content = json.load(handle)
-    except OSError as error:
-        fail(f"{flag} {path}: {file}: {error.strerror}; {wanted}")
-    except (ValueError, RecursionError) as error:
-        fail(f"{flag} {file}: not JSON ({error})")
-    if not isinstance(content, dict):
-        fail(f"{flag} {file}: holds a {type(content).__name__}, wanted the config.json of a GPT-2")
+    if not os.path.exists(file):
+        fail(f"{flag} {path}: there is no {file}; {wanted}")
+    content = read_object(file, "the config.json of a GPT-2", flag)
     for key, only in (("model_type", "gpt2"), ("activation_function", "gelu_new"), ("tie_word_embeddings", True),
                       ("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
                       ("add_cross_attention", False)):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import sys
@@ -102,6 +103,18 @@ def open_text(path: str, flag: str = "") -> IO[str]:
         return open(path, encoding="utf-8", newline="\n")
     except OSError as error:
         fail(f"{flag} {path}: cannot be read ({error.strerror})".strip())
+
+
+def read_object(path: str, wanted: str, flag: str = "") -> dict:
+    """The JSON object that a file holds. UserError ends in "wanted" and `wanted`: what it should be, and the cure."""
+    with open_text(path, flag) as handle:
+        try:
+            content = json.load(handle)
+        except (ValueError, RecursionError) as error:
+            fail(f"{flag} {path}: not JSON ({error}); wanted {wanted}".strip())
+    if not isinstance(content, dict):
+        fail(f"{flag} {path}: holds a {type(content).__name__}; wanted {wanted}".strip())
+    return content
 
 
 def read_lines(path: str, flag: str = "") -> Iterator[tuple[int, str]]:

@@ -10,7 +10,6 @@ PEFT adapts the whole projection at once and adds s B A x, s = lora_alpha/r. Mer
 Shapes: D width, S = 3 slots, G enabled slots, R rank of a slot, r PEFT's rank, L layers.
 """
 
-import json
 import math
 import os
 import re
@@ -21,7 +20,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from cli import fail, open_text
+from cli import fail, read_object
 from model import SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
 
 CONFIG = "adapter_config.json"
@@ -67,13 +66,7 @@ def is_adapter(path: str) -> bool:
 def read_adapter(path: str, flag: str) -> Adapter:
     """The configuration beside PEFT's weight file `path`; UserError names what this project cannot represent."""
     file = os.path.join(os.path.dirname(path), CONFIG)
-    with open_text(file, flag) as handle:
-        try:
-            content = json.load(handle)
-        except (ValueError, RecursionError) as error:
-            fail(f"{flag} {file}: not JSON ({error})")
-    if not isinstance(content, dict):
-        fail(f"{flag} {file}: holds a {type(content).__name__}, wanted PEFT's adapter configuration")
+    content = read_object(file, "PEFT's adapter configuration", flag)
     if content.get("peft_type") != "LORA":
         fail(f"{flag} {file}: peft_type is {content.get('peft_type')!r}, wanted 'LORA'")
     for name, value in content.items():

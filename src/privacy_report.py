@@ -13,7 +13,6 @@ ledger does not know (what else was disclosed) and is compared with it. Runs on 
 Status: 0; 1 where privacy.json does not say what the ledger says; 2 for a ledger or a flag that cannot be used.
 """
 
-import json
 import math
 import os
 import sys
@@ -21,7 +20,7 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from cli import Parser, atomic_write, fail, run_main
+from cli import Parser, atomic_write, fail, read_object, run_main
 from privacy import accounting
 from privacy.accounting import Phase
 from privacy.ledger import FILE_NAME, LedgerState, epsilons, noise_sources, participations, read_ledger, spent
@@ -60,18 +59,6 @@ def find_files(path: str) -> tuple[str, str | None]:
         folder, ledger = os.path.dirname(path), path
     report = os.path.join(folder, REPORT_NAME)
     return ledger, report if os.path.exists(report) else None
-
-
-def read_report(path: str) -> dict:
-    """privacy.json as a dict, or UserError."""
-    try:
-        with open(path, encoding="utf-8") as handle:
-            report = json.load(handle)
-    except (ValueError, RecursionError) as error:
-        fail(f"{path}: not JSON ({error}); the run's last checkpoint writes it anew")
-    if not isinstance(report, dict):
-        fail(f"{path}: wanted an object with epsilon_prv, delta and others, got {type(report).__name__}")
-    return report
 
 
 def disagreements(report: dict, state: LedgerState) -> list[str]:
@@ -127,7 +114,7 @@ def epsilon_table(phases: list[Phase], deltas: dict[float, str]) -> str:
 def report_ledger(path: str, deltas: list[float]) -> int:
     ledger, report_path = find_files(path)
     state = read_ledger(ledger)
-    report = read_report(report_path) if report_path else None
+    report = read_object(report_path, "the run's object; its next checkpoint writes it anew") if report_path else None
     if not state.records:
         print(f"ledger        {ledger}: no whole record; {state.charged} steps charged")
         if state.torn:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from cli import atomic_write, fail
+from cli import atomic_write, fail, read_object
 
 
 class WorkDir:
@@ -45,17 +45,7 @@ class WorkDir:
             handle.write("\n")
 
     def read_json(self, name: str) -> dict:
-        path = self.file(name)
-        try:
-            with open(path, encoding="utf-8") as handle:
-                content = json.load(handle)
-        except OSError as error:
-            fail(f"{path}: {error.strerror}; restore it or start in a new folder")
-        except (ValueError, RecursionError):
-            content = None
-        if not isinstance(content, dict):
-            fail(f"{path}: damaged, wanted a JSON object; restore it or start in a new folder")
-        return content
+        return read_object(self.file(name), "what the run wrote; restore it or start in a new folder")
 
     def open_board(self, done: int) -> None:
         """From now on append_metrics() writes TensorBoard's event files, too. What a killed attempt wrote of steps
