@@ -94,24 +94,30 @@ def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextMana
 
 @torch.no_grad()
 def evaluate(model: GPT2LMModel, data: Data, world: World, token_budget: int, bf16: bool,
-             show_bar: bool = False) -> tuple[float, float]:
-    """(mean negative log-likelihood of a scored token in nats, perplexity) over `data`, shared out among the ranks.
+             show_bar: bool = False, stop: StopRequest | None = None) -> tuple[float, float] | None:
+    """(mean negative log-likelihood of a scored token in nats, perplexity) over `data`, shared out among the ranks;
+    None where a rank was asked to stop before its share was done.
 
     No label smoothing. The mean is over tokens and exact: it does not depend on the world size or the batches.
     """
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    total = torch.zeros(3, dtype=torch.float64, device=world.device)  # losses, tokens, ranks asked to stop
     own = torch.arange(len(data))[world.rank::world.size]
     bar = tqdm(total=len(own), desc="evaluation", unit="text", leave=False, dynamic_ncols=True, disable=not show_bar)
     with bar, autocast(world.device, bf16):
         for batch in data.micro_batches(own, token_budget):
+            if stop is not None and stop.signal is not None:
+                total[2] = 1
+                break
             batch = batch.to(world.device)
             losses = token_losses(model, batch, smoothing=0.0, head_trains=False, all_positions=False)
             total[0] += losses.sum(dtype=torch.float64)
             total[1] += len(losses)
             bar.update(batch.units)
     model.train()
-    nll, count = world.all_reduce(total).tolist()
+    nll, count, asked = world.all_reduce(total).tolist()
+    if asked:
+        return None
     if count == 0:
         return math.nan, math.nan
     return nll / count, math.exp(min(nll / count, 700))
@@ -151,12 +157,12 @@ class Trainer:
                     break
                 stopped = self.step(drawn)
                 self.display.advance()
-                self.after_step(stopped)
+                stopped = self.after_step(stopped)
             if exhausted:
                 self.display.say(f"the privacy budget permits no step after {self.done}: the run ends here",
                                  important=True)
             if not stopped:
-                self.finish()
+                stopped = self.finish()
             if self.saved != self.done:
                 self.save()
             self.close_report(ended=not stopped)
@@ -210,16 +216,18 @@ class Trainer:
 
     # ---------------------------------------------------------------- between steps
 
-    def after_step(self, stopped: bool) -> None:
+    def after_step(self, stopped: bool) -> bool:
+        """Log, evaluate and save where it is time to. Returns whether any rank was asked to stop by now."""
         options = self.options
         if self.done % options.log_interval == 0:
             self.log()
         if stopped or self.done == self.last:
-            return  # run() evaluates and saves
-        if options.eval_interval and self.done % options.eval_interval == 0:
-            self.evaluate()
+            return stopped  # run() evaluates and saves
+        if options.eval_interval and self.done % options.eval_interval == 0 and self.evaluate():
+            return True
         if self.done % options.save_interval == 0:
             self.save()
+        return False
 
     def head(self) -> dict:
         """What every line of metrics.jsonl begins with."""
@@ -246,19 +254,23 @@ class Trainer:
             f"{shown['tok/s']} tokens/s | epsilon {prv:.4f} (PRV) {rdp:.4f} (RDP) at delta "
             f"{self.plan.settings.delta:.3g}")
 
-    def evaluate(self) -> None:
+    def evaluate(self) -> bool:
+        """The validation loss into the log. Returns whether any rank was asked to stop, which ends it at once."""
         if self.valid is None:
-            return
+            return False
         start = time.monotonic()
-        loss, ppl = evaluate(self.model, self.valid, self.world, self.options.token_budget, self.options.bf16,
-                             show_bar=self.display.bar is not None)
-        self.valid_loss = loss
+        losses = evaluate(self.model, self.valid, self.world, self.options.token_budget, self.options.bf16,
+                          show_bar=self.display.bar is not None, stop=self.stop)
+        if losses is None:
+            return True
+        self.valid_loss, ppl = losses
         if self.work is not None:
-            self.work.append_metrics({**self.head(), "valid_loss": finite_or_text(loss),
+            self.work.append_metrics({**self.head(), "valid_loss": finite_or_text(self.valid_loss),
                                       "valid_ppl": finite_or_text(ppl)})
             self.display.say(f"| evaluation at step {self.done} | {time.monotonic() - start:.1f} s | "
-                             f"valid loss {loss:.4f} | valid ppl {ppl:.3f}")
+                             f"valid loss {self.valid_loss:.4f} | valid ppl {ppl:.3f}")
         self.meter.start += time.monotonic() - start  # rates are of training alone
+        return False
 
     def save(self) -> None:
         """Write the checkpoint and privacy.json. All ranks call it; where rank 0 cannot, every rank stops."""
@@ -276,11 +288,12 @@ class Trainer:
         if self.work is not None:
             self.display.say(f"saved {checkpoint.model_path(self.work.path, self.done)}")
 
-    def finish(self) -> None:
-        """The last log line, of the steps since the one before, and the last evaluation."""
+    def finish(self) -> bool:
+        """The last log line, of the steps since the one before, and the last evaluation. Returns whether any rank was
+        asked to stop, which leaves the evaluation to --resume."""
         if self.meter.steps:
             self.log()
-        self.evaluate()
+        return self.evaluate()
 
     def progress(self) -> dict:
         """What a resumed run continues to count: sum of the units' losses, units, seconds, bytes."""

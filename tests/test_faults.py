@@ -246,6 +246,20 @@ def test_asked_to_stop(tmp_path, number, size, rank):
     assert read(work)["steps_charged"] == STEPS  # nothing was done twice
 
 
+@pytest.mark.parametrize("size, rank", [(1, 0), (2, 1)])
+@pytest.mark.parametrize("step, changed", [(4, {"eval_interval": 4}), (STEPS, {})])
+def test_asked_to_stop_during_an_evaluation(tmp_path, step, changed, size, rank):
+    """It ends at once, without a figure; what it would have said last is left to --resume."""
+    work = tmp_path / "run"
+    ranks = interrupted(work, size, {rank: [kill("training:evaluate", "before", 1, signal.SIGTERM)]}, **changed)
+    assert [other.status for other in ranks] == [128 + signal.SIGTERM] * size, ranks[0].stderr
+    assert f"SIGTERM: stopped after step {step}; continue with --resume" in ranks[0].stdout
+    assert (work / f"model.{step}.pt").exists() and read(work)["steps_charged"] == step
+    assert "train_runtime" not in read(work) and not [line for line in metrics(work) if "valid_loss" in line]
+    check_resumed(work, size)
+    assert read(work)["steps_charged"] == STEPS and read(work)["eval_loss"] == metrics(work)[-1]["valid_loss"]
+
+
 def test_asked_twice(tmp_path):
     """A later signal ends the process at once."""
     ranks = start_ranks(flags(tmp_path / "run"), 1, {0: [
