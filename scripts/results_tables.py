@@ -32,6 +32,13 @@ METHODS = {"lora": "LoRA", "full": "full", "none": "untrained"}
 E2E_SHA256 = "dbc41b098ac523651894eabb7fe140f272445efe3bb4654d4666f2a1976c86b2"  # data/e2e/train.jsonl
 PUBLISHED = {("gpt2.md", "lora"): 0.704, ("gpt2.lg", "lora"): 0.704,
              ("gpt2.md", "full"): 0.682, ("gpt2.lg", "full"): 0.685}
+# What seeds of one line may differ in: where and by how many processes a run was done, what is shown of it, and what
+# follows from the seed (whose authors are held out). Whatever else differs makes it another line.
+OF_ONE_RUN = set("""random_seed seed work_dir output_dir platform local_rank world_size train_batch_size grad_acc
+    per_device_train_batch_size gradient_accumulation_steps micro_batch_tokens valid_batch_size
+    per_device_eval_batch_size log_interval logging_steps eval_interval eval_steps save_interval save_steps log_level
+    disable_tqdm tensorboard collective_timeout resume resume_changed resume_from_checkpoint cache_dir
+    dataloader_num_workers N sigma delta steps""".split())
 MARKED = re.compile(r"(<!-- table ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Rows = list[dict]
@@ -63,7 +70,21 @@ def read_rows(folder: str) -> Rows:
     tasks = sorted({row["task"] for row in rows})
     if len(tasks) > 1:
         fail(f"{folder}: holds rows of {' and '.join(tasks)}, which are different tables; part them")
-    return sorted(rows, key=lambda row: row["order"])
+    rows = sorted(rows, key=lambda row: row["order"])
+    for first, *others in groups(rows):
+        for other in others:
+            check_same(first, other, folder)
+    return rows
+
+
+def check_same(first: dict, other: dict, folder: str) -> None:
+    """UserError where two rows of a line are not of the same experiment: a mean over seeds must be over seeds alone."""
+    one, two = first.get("settings", {}), other.get("settings", {})
+    for name in sorted(one.keys() & two.keys() - OF_ONE_RUN):
+        if one[name] != two[name]:
+            fail(f"{folder}: seeds {first['seed']} and {other['seed']} of {first['model']}, {first['method']}, epsilon "
+                 f"{first['epsilon']} differ in {name}: {one[name]} and {two[name]}; a line's mean is over "
+                 "seeds alone: move one row away, and run it under another --name")
 
 
 def budget_order(row: dict) -> float:

@@ -408,6 +408,14 @@ def test_the_table_of_rows(tmp_path):
     assert "Epsilon (PRV upper bound): add or remove one example; poisson sampling. ±" in done.stdout
 
 
+def test_a_mean_is_over_seeds_alone(tmp_path):
+    for seed, rate, processes in ((1, 0.01, 2), (2, 0.01, 4)):
+        synthetic(tmp_path, seed=seed, settings={"lr": rate, "random_seed": seed, "world_size": processes})
+    assert lines_of(run_script("scripts/results_tables.py", tmp_path).stdout)[0]["seeds"] == "2"
+    synthetic(tmp_path, seed=3, settings={"lr": 0.02, "random_seed": 3, "world_size": 2})
+    assert_user_error(run_script("scripts/results_tables.py", tmp_path), "seeds 1 and 3", "lr: 0.01 and 0.02", "--name")
+
+
 def test_the_readme_s_tables(tmp_path):
     """The newest folder of a name, between the marks alone; twice changes nothing; --check tells."""
     for date, score in (("2026-01-02", 0.1), ("2026-02-01", 0.2)):
