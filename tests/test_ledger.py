@@ -290,8 +290,8 @@ def test_more_ranks_when_it_is_said(stopped):
     (lambda work: (work / "privacy.json").write_text(json.dumps({**read(work), "steps_charged": 5})),
      "records 2 steps, privacy.json reports 5"),
     (lambda work: os.unlink(work / "args.json"), "args.json"),
-    (lambda work: (work / "args.json").write_text("[1]"), "args.json: damaged"),
-    (lambda work: (work / "args.json").write_text('{"lr": 0.01'), "args.json: damaged"),
+    (lambda work: (work / "args.json").write_text("[1]"), "args.json: holds a list; wanted what the run wrote"),
+    (lambda work: (work / "args.json").write_text('{"lr": 0.01'), "args.json: not JSON"),
     (lambda work: os.truncate(work / "model.2.pt", 700), "model.2.pt"),
     (lambda work: os.truncate(work / "optimizer.2.pt", 700), "optimizer.2.pt"),
 ])
