@@ -45,6 +45,7 @@ import torch
 
 import fast_linear
 from benchmark_variants import GhostClipping, PlainLoop, PublishedWay, pad_to, untie
+from batching import Cut, PublicLengths, TightCut, choose_lengths
 from cli import Parser, atomic_write, fail, run_main
 from cpu_memory import keep_memory
 from data_utils import Examples
@@ -62,9 +63,9 @@ TASKS = {"e2e_lora": (True, True, 128), "author_full": (False, False, 64), "auth
 SLOW_UNITS = {"opacus": 8, "ghost": 8, "padded": 8, "published": 8}  # of a logical batch
 
 
-def make_examples(task: str, units: int, length: int, vocab_size: int) -> Examples:
+def make_examples(task: str, units: int, length: int, vocab_size: int, seed: int = 0) -> Examples:
     """E2E's lengths in tokens (mean 53, of which context 28; at most 115), or `length` tokens, all scored."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     if TASKS[task][1]:
         lengths = np.clip(rng.normal(53, 16, units).round().astype(np.int64), 20, 115)
         first_scored = np.maximum(1, (lengths * 28) // 53)
@@ -162,7 +163,12 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
     by_length = np.argsort(examples.lengths, kind="stable")
     every = logical // units  # a part has the lengths of the whole
     drawn = torch.from_numpy(by_length[every // 2::every][:units])
-    batches = list(examples.micro_batches(drawn, tokens))
+    cut: Cut = TightCut(tokens)
+    if variant == "book_keeping":  # a private run pads to public lengths; the others pad as little as they can
+        public = make_examples(task, 4 * logical, options.length, 50257, seed=1).inputs
+        filler = fast_linear.BLOCK_ROWS[device.type] // 2
+        cut = PublicLengths(choose_lengths(public, int(examples.inputs.max()), logical, tokens, filler), tokens)
+    batches = list(examples.micro_batches(drawn, cut))
     if variant in ("padded", "published"):
         batches = [pad_to(batch, options.seq_len if TASKS[task][1] else options.length) for batch in batches]
     batches = [batch.to(device) for batch in batches]

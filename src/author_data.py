@@ -25,8 +25,8 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from batching import Cut, collate
 from cli import UserError, atomic_write, fail, is_text, open_text
-from data_utils import collate, groups_within
 from losses import MicroBatch
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -384,25 +384,27 @@ class AuthorTexts:
         order = np.lexsort((scramble(f"texts {self.seed} {step}", numbers), owners))
         return texts[order][place < self.samples], np.minimum(sizes, self.samples)
 
-    def micro_batches(self, units: Tensor, token_budget: int, step: int = 0) -> Iterator[MicroBatch]:
-        """Cut `units` (int64) into micro-batches of at most `token_budget` padded tokens, or of one author.
+    @property
+    def inputs(self) -> np.ndarray:
+        """(n,) of each text: tokens for which a state is computed, all but the last."""
+        return np.maximum(self.lengths - 1, 1)
 
-        Authors with equally many texts go together, sorted by their longest text, so that little is padded and no row
-        is empty. Which authors share a micro-batch changes nothing but rounding.
-        """
+    def micro_batches(self, units: Tensor, cut: Cut, step: int = 0) -> Iterator[MicroBatch]:
+        """Cut `units` (int64) into micro-batches: authors with equally many texts go together, so that no row is empty,
+        shortest first; an author's length is that of the longest text drawn."""
         if not len(units):
             return
         texts, counts = self.draw(units.numpy(), step)
         self.used[texts] = True
         begins = np.cumsum(counts) - counts
-        longest = np.maximum.reduceat(self.lengths[texts], begins)
+        longest = np.maximum.reduceat(self.inputs[texts], begins)
         for K in np.unique(counts):
             alike = np.flatnonzero(counts == K)
             alike = alike[np.argsort(longest[alike], kind="stable")]
-            for group in groups_within(longest[alike] - 1, token_budget // K):
+            for group, T in cut.groups(longest[alike], int(K)):
                 rows = texts[(begins[alike[group]][:, None] + np.arange(K)).ravel()]
                 first_scored = np.ones(len(rows), dtype=np.int64)  # a text's first token is predicted from nothing
-                yield collate(self.tokens, self.starts[rows], self.lengths[rows], first_scored, int(K))
+                yield collate(self.tokens, self.starts[rows], self.lengths[rows], first_scored, T, int(K))
 
     def never_used(self, q: float, steps: int, amplified: bool) -> float:
         """Texts that `steps` steps with probability q are expected to leave unused.

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batching import Cut
 from data_utils import Examples
 from distributed import World
 from losses import MicroBatch, unit_losses
@@ -73,23 +74,23 @@ class CanaryData:
     def __len__(self) -> int:
         return len(self.examples) + len(self.coins)
 
-    def micro_batches(self, units: Tensor, token_budget: int, step: int = 0) -> Iterator[MicroBatch | CanaryBatch]:
+    def micro_batches(self, units: Tensor, cut: Cut, step: int = 0) -> Iterator[MicroBatch | CanaryBatch]:
         is_canary = units >= len(self.examples)
         canaries = units[is_canary] - len(self.examples)
         canaries = canaries[self.coins[canaries]]
-        yield from self.examples.micro_batches(units[~is_canary], token_budget, step)
+        yield from self.examples.micro_batches(units[~is_canary], cut, step)
         if self.texts is not None:
-            yield from self.texts.micro_batches(canaries, token_budget, step)
+            yield from self.texts.micro_batches(canaries, cut, step)
         elif len(canaries):
             yield from map(CanaryBatch, canaries.split(CHUNK))
 
 
-def quiet_coordinates(engine: BookKeeping, flat: FlatParameters, examples: Examples, m: int, token_budget: int,
+def quiet_coordinates(engine: BookKeeping, flat: FlatParameters, examples: Examples, m: int, cut: Cut,
                       world: World) -> Tensor:
     """(m,) int64, ascending: the coordinates in which the sum of the first PROBE examples' clipped gradients is
     smallest. The same on every rank; `flat.grad` is left at zero."""
     flat.sums.zero_()
-    for batch in examples.micro_batches(torch.arange(min(PROBE, len(examples))), token_budget):
+    for batch in examples.micro_batches(torch.arange(min(PROBE, len(examples))), cut):
         engine.accumulate(batch.to(world.device))
     quiet = flat.grad.abs().argsort(stable=True)[:m].sort().values
     flat.sums.zero_()
@@ -144,10 +145,10 @@ class Adversary:
 
 
 @torch.no_grad()
-def text_losses(model: GPT2LMModel, texts: Examples, device: torch.device, token_budget: int) -> np.ndarray:
+def text_losses(model: GPT2LMModel, texts: Examples, device: torch.device, cut: Cut) -> np.ndarray:
     """(m,) float64: the loss of each text canary, nats a token, without label smoothing."""
     model.eval()
     losses = [unit_losses(model, batch.to(device)).double().cpu()  # all are of one length, so they keep their order
-              for batch in texts.micro_batches(torch.arange(len(texts)), token_budget)]
+              for batch in texts.micro_batches(torch.arange(len(texts)), cut)]
     model.train()
     return torch.cat(losses).numpy()

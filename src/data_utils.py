@@ -1,4 +1,4 @@
-"""Token files in memory, and logical batches cut into micro-batches of bounded size.
+"""Token files in memory.
 
 A line of a token file is {"context": [ids], "completion": [ids]}; a line is one example, and an example is one unit.
 """
@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batching import Cut, collate
 from cli import fail, read_lines
 from losses import MicroBatch
 
-# What a micro-batch costs beside its tokens, as a share of the token budget: on 2 cores GPT-2 small takes 0.35 s more
-# for each of them, the time of about 100 tokens of 2,048 (LoRA, measured over budgets 512 to 4,096).
-START_COST = 0.05
 WANTED = 'wanted {"context": [token ids], "completion": [token ids]}, as src/gpt2_encode.py writes it'
 
 
@@ -44,64 +42,21 @@ class Examples:
     def lengths(self) -> np.ndarray:
         return np.diff(self.starts)
 
-    def micro_batches(self, units: Tensor, token_budget: int, step: int = 0) -> Iterator[MicroBatch]:
-        """Cut `units` (int64) into micro-batches of at most `token_budget` padded tokens, or of one example.
+    @property
+    def inputs(self) -> np.ndarray:
+        """(N,) tokens for which a state is computed: all but the last."""
+        return np.maximum(self.lengths - 1, 1)
 
-        Sorted by length, so that little is padded. Which units share a micro-batch changes nothing but rounding, and an
-        example is the same in every step.
-        """
+    def micro_batches(self, units: Tensor, cut: Cut, step: int = 0) -> Iterator[MicroBatch]:
+        """Cut `units` (int64) into micro-batches, shortest first. An example is the same in every step."""
         chosen = units.numpy()
         if not len(chosen):
             return
-        lengths = self.lengths
-        chosen = chosen[np.argsort(lengths[chosen], kind="stable")]
-        for group in groups_within(lengths[chosen] - 1, token_budget):
+        inputs, lengths = self.inputs, self.lengths
+        chosen = chosen[np.argsort(inputs[chosen], kind="stable")]
+        for group, T in cut.groups(inputs[chosen]):
             rows = chosen[group]
-            yield collate(self.tokens, self.starts[rows], lengths[rows], self.first_scored[rows])
-
-
-def collate(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, first_scored: np.ndarray,
-            rows_per_unit: int = 1) -> MicroBatch:
-    """A micro-batch of texts: tokens[starts[m] : starts[m] + lengths[m]] is row m, scored from its token
-    first_scored[m] on; rows_per_unit consecutive ones belong to a unit."""
-    inputs = lengths - 1  # the last token of a text is a target only: no state is computed for it
-    T = max(1, int(inputs.max()))
-    columns = np.arange(T)
-    real = columns < inputs[:, None]
-    source = starts[:, None] + columns
-    ids = np.where(real, tokens[np.where(real, source, 0)], 0)
-    scored = real & (columns >= first_scored[:, None] - 1)  # a state predicts the token after it
-    counts = scored.sum(1)
-    return MicroBatch(
-        ids=torch.from_numpy(ids.astype(np.int64)),
-        positions=torch.from_numpy(np.flatnonzero(scored)),
-        targets=torch.from_numpy(tokens[source[scored] + 1].astype(np.int64)),
-        weights=torch.from_numpy(np.repeat(1 / (np.maximum(counts, 1) * rows_per_unit), counts).astype(np.float32)),
-        counts=counts.reshape(-1, rows_per_unit).sum(1).tolist(), rows_per_unit=rows_per_unit,
-        tokens=int(lengths.sum()))
-
-
-def groups_within(lengths: np.ndarray, token_budget: int) -> list[slice]:
-    """Cut `lengths` (of the texts' inputs, ascending) into slices whose longest times their number is within the
-    budget, or of one text.
-
-    Of all such cuts the cheapest: padded tokens, and for every slice what starting one costs. Dynamic programming over
-    where the last slice begins: at E2E's lengths, a logical batch of 128 and a budget of 2,048, 7 % are padding where
-    filling every slice leaves 14 %; at a batch of 1,024, 1.5 %.
-    """
-    start_cost = token_budget * START_COST
-    cost, begin = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=np.int64)
-    for end in range(1, len(lengths) + 1):
-        longest = max(1, int(lengths[end - 1]))
-        first = min(end - 1, max(0, end - token_budget // longest))
-        costs = cost[first:end] + longest * np.arange(end - first, 0, -1)
-        best = int(costs.argmin())
-        cost[end], begin[end] = costs[best] + start_cost, first + best
-    slices, end = [], len(lengths)
-    while end > 0:
-        slices.append(slice(int(begin[end]), end))
-        end = slices[-1].start
-    return slices[::-1]
+            yield collate(self.tokens, self.starts[rows], lengths[rows], self.first_scored[rows], T)
 
 
 def read_examples(path: str, flag: str, vocab_size: int, seq_len: int, objective: str = "clm") -> Examples:

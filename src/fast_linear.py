@@ -1,13 +1,19 @@
-"""float32 matrix products through oneDNN where PyTorch's BLAS is slow: on CPUs that are not Intel's.
+"""Products of activations with weights: through oneDNN where PyTorch's BLAS is slow, and in blocks of rows.
 
 PyTorch sends float32 products to MKL, which uses half of what an AMD core can do: 88 GFLOP/s a core against 197
 through oneDNN (AMD EPYC with AVX-512; 1024 x 768 by 768 x 3072). On an Intel core MKL is the faster one: 177 against
-160, and for a weight's gradient by 1.3 to 3 times. The operator is the one that torch.compile's CPU backend emits for a
-linear layer. Where it does not apply (GPU, other types, autocast, a build without oneDNN) these functions are
-PyTorch's own. The choice rests on the maker's name and not on a timing, so that a resumed run computes the same bits.
+160, and for a weight's gradient by 1.3 to 3 times. So oneDNN serves CPUs that are not Intel's, by the operator that
+torch.compile's CPU backend emits for a linear layer. Where it does not apply (GPU, other types, autocast, a build
+without oneDNN) these functions are PyTorch's own. The choice rests on the maker's name and not on a timing, so that a
+resumed run computes the same bits.
+
+A private run asks for more: that the bits of a row do not depend on the other rows, see row_blocks().
 
 Shapes: n rows, I in_features, O out_features.
 """
+
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -48,26 +54,113 @@ def add_product(target: Tensor, p: Tensor, q: Tensor) -> None:
         target.addmm_(p.T, q)
 
 
-class OneDNNLinear(torch.autograd.Function):
-    """F.linear(x, weight, bias) for x (n, I), weight (O, I)."""
+# ------------------------------------------------------------------ the same bits for a row, whatever the others are
+
+# Rows that one kernel call takes where row_blocks() asks for blocks. On 2 cores a block of 128 rows reaches 0.95 of the
+# rate of 2,048 (768 x 3072); larger ones leave more filler. On a GPU a call has to be worth its launch.
+BLOCK_ROWS = {"cpu": 128, "cuda": 1024}
+
+block_rows = 0  # set by row_blocks(); 0: all rows at once
+
+
+@contextlib.contextmanager
+def row_blocks(rows: int) -> Iterator[None]:
+    """Inside, linear(), gelu() and by_rows() call their kernels on `rows` rows at a time, the last block filled up with
+    zeros.
+
+    A kernel is chosen by the shape of its operands, and with it the order in which a row's sums are taken: the result
+    of a row would depend on how many others there are. In bfloat16 that moves a result by up to 2^-8 of itself. With
+    one shape there is one kernel, and in it every row is computed alike (tests/test_company.py holds it).
+    """
+    global block_rows
+    before, block_rows = block_rows, rows
+    try:
+        yield
+    finally:
+        block_rows = before
+
+
+def by_rows(function: Callable[..., Tensor], *operands: Tensor, rows: int | None = None) -> Tensor:
+    """function(*operands) for operands (n, ...), row by row independent, in blocks of `rows` (default: as row_blocks()
+    says): (n, ...)."""
+    rows = block_rows if rows is None else rows
+    n = len(operands[0])
+    if not rows or n == 0:
+        return function(*operands)
+    out = None
+    for start in range(0, n, rows):
+        block = [fill_up(operand[start:start + rows], rows) for operand in operands]
+        result = function(*block)
+        if out is None:
+            out = result.new_empty(n, *result.shape[1:])
+        out[start:start + rows] = result[:n - start]
+    return out
+
+
+def fill_up(tensor: Tensor, rows: int) -> Tensor:
+    """`tensor` (n, ...), n <= rows, with rows of zeros behind it: (rows, ...)."""
+    missing = rows - len(tensor)
+    return tensor if missing == 0 else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
+
+class Linear(torch.autograd.Function):
+    """F.linear(x, weight, bias) for x (n, I), weight (O, I), in blocks of `rows`; under autocast in its type."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+        kind = x.device.type
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        ctx.rows, ctx.types = rows, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        x, weight = x.to(low), weight.to(low)
+        bias = None if bias is None else bias.to(low)
         # a frozen weight needs no input for its gradient, and a weight is needed only for the input's
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-        return product(x, weight, bias)
+        with torch.autocast(kind, enabled=False):
+            return by_rows(lambda block: product(block, weight, bias), x, rows=rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        return (product(grad, weight.T) if need_x else None, product(grad.T, x.T) if need_weight else None,
-                grad.sum(0) if need_bias else None)
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        type_x, type_weight, type_bias = ctx.types
+        with torch.autocast(grad.device.type, enabled=False):
+            return (
+                by_rows(lambda block: product(block, weight.T), grad, rows=ctx.rows).to(type_x) if need_x else None,
+                product(grad.T, x.T).to(type_weight) if need_weight else None,
+                grad.sum(0, dtype=type_bias) if need_bias else None,
+                None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x (..., I), weight (O, I), bias (O,) -> (..., O)."""
-    if not applies(x, weight):
+    if not block_rows and not applies(x, weight):
         return F.linear(x, weight, bias)
-    return OneDNNLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+    return Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, block_rows).view(*x.shape[:-1], len(weight))
+
+
+class Gelu(torch.autograd.Function):
+    """GELU (its tanh form) of x (n, I), in blocks of `rows`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: int) -> Tensor:
+        ctx.rows = rows
+        ctx.save_for_backward(x)
+        return by_rows(lambda block: F.gelu(block, approximate="tanh"), x, rows=rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (x,) = ctx.saved_tensors
+        return by_rows(lambda g, block: torch.ops.aten.gelu_backward(g, block, approximate="tanh"), grad, x,
+                       rows=ctx.rows), None
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form: x (..., I) -> (..., I)."""
+    if not block_rows:
+        return F.gelu(x, approximate="tanh")
+    # The threads of a CPU share a tensor out, and what is left of a share behind its last whole vector is computed by
+    # other code, whose last bit differs. With 64 rows for each thread a share ends with a vector.
+    rows = 64 * torch.get_num_threads() if x.device.type == "cpu" else block_rows
+    return Gelu.apply(x.reshape(-1, x.shape[-1]), rows).view_as(x)

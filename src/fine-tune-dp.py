@@ -245,7 +245,8 @@ def make_request(args: Namespace, N: int, world: World) -> run_setup.Request:
     every = {"no": 0, "steps": args.eval_steps or args.logging_steps, "epoch": run_setup.epochs_to_steps(1, N, batch)}
     log_interval, eval_interval = (1, 1) if args.dry_run else (args.logging_steps, every[args.eval_strategy])
     return run_setup.Request(
-        unit="author", N=N, batch=batch, steps=steps, clip=args.per_sample_max_grad_norm,
+        unit="author", N=N, longest=args.sequence_len, rows_per_unit=args.samples_per_author, batch=batch, steps=steps,
+        clip=args.per_sample_max_grad_norm,
         sigma=0.0 if args.disable_dp else args.noise_multiplier,
         delta=1 / N if args.target_delta is None else args.target_delta,
         target_epsilon=None if args.disable_dp else args.target_epsilon, betas=(args.adam_beta1, args.adam_beta2),

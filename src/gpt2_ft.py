@@ -136,7 +136,8 @@ def main() -> int:
             sigma = DEFAULT_SIGMA
         points = cycle_points(args) if args.scheduler == "cycle" else ()
         request = run_setup.Request(
-            unit="example", N=len(train), batch=batch, steps=steps, clip=args.max_grad_norm, sigma=sigma,
+            unit="example", N=len(train), longest=args.seq_len, batch=batch, steps=steps,
+            clip=args.max_grad_norm, sigma=sigma,
             delta=run_setup.DEFAULT_DELTA if args.target_delta is None else args.target_delta,
             target_epsilon=args.target_epsilon, betas=(args.adam_beta1, args.adam_beta2), adam_eps=args.adam_epislon,
             weight_decay=args.weight_decay, correct_bias=args.correct_bias, no_decay_bias=args.no_decay_bias,

@@ -6,13 +6,16 @@ of a unit with several texts is the mean over them. It depends on no other unit.
 Shapes: U units, M rows (= texts), T tokens, D width, V vocabulary, n scored positions.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fast_linear import product
+import fast_linear
+from fast_linear import fill_up, product
 from model import GPT2LMModel
 
 # Entries of a logits block: the block, and the passes over it, stay in a CPU's cache. A GPU wants few large launches.
@@ -21,7 +24,7 @@ CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 28
 
 @dataclass
 class MicroBatch:
-    """Some units of a logical batch, padded to the longest text among them.
+    """Some units of a logical batch, padded to one length.
 
     ids        (M, T) int64; rows_per_unit consecutive rows belong to one unit; padding on the right, any valid id
     positions  (n,) int64 into the flattened (M*T): the states from which a scored token is predicted, by unit
@@ -48,6 +51,19 @@ class MicroBatch:
         """Rows in which something is scored."""
         return len(torch.unique_consecutive(self.positions // self.ids.shape[1]))
 
+    def split(self, units: int) -> Iterator["MicroBatch"]:
+        """Parts of `units` units each, the last one filled up with units of which nothing is scored."""
+        rows, T = units * self.rows_per_unit, self.ids.shape[1]
+        ends = np.cumsum([0, *self.counts]).tolist()
+        for first in range(0, self.units, units):
+            counts = self.counts[first:first + units]
+            begin, end = ends[first], ends[first + len(counts)]
+            start = first * self.rows_per_unit
+            yield MicroBatch(
+                fill_up(self.ids[start:start + rows], rows), self.positions[begin:end] - start * T,
+                self.targets[begin:end], self.weights[begin:end], counts + [0] * (units - len(counts)),
+                self.rows_per_unit, self.tokens)
+
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
             return self
@@ -67,9 +83,13 @@ class LogitsLoss(torch.autograd.Function):
         normaliser = torch.empty_like(losses)
         for start in range(0, len(logits), rows):
             part = logits[start:start + rows].to(wide)
-            lse = torch.logsumexp(part, dim=1)
+            count = len(part)
             true = part.gather(1, targets[start:start + rows, None]).squeeze(1)
-            losses[start:start + rows] = lse - (1 - smoothing) * true - (smoothing * part.mean(1) if smoothing else 0)
+            if fast_linear.block_rows:  # of a single row the sum would be taken in another order
+                part = fill_up(part, rows)
+            lse = torch.logsumexp(part, dim=1)[:count]
+            mean = part.mean(1)[:count] if smoothing else 0
+            losses[start:start + rows] = lse - (1 - smoothing) * true - smoothing * mean
             normaliser[start:start + rows] = lse
         # Held outside save_for_backward, whose version check would forbid the overwriting: the buffer is ours alone.
         ctx.logits, ctx.smoothing = logits, smoothing
@@ -99,7 +119,9 @@ class LogitsLoss(torch.autograd.Function):
 
 
 def row_chunk(logits: Tensor) -> int:
-    return max(1, (CPU_BLOCK if logits.device.type == "cpu" else GPU_BLOCK) // logits.shape[1])
+    """Rows of a pass over logits (n, V)."""
+    rows = max(1, (CPU_BLOCK if logits.device.type == "cpu" else GPU_BLOCK) // logits.shape[1])
+    return min(rows, fast_linear.block_rows) if fast_linear.block_rows else rows
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -115,27 +137,31 @@ class FrozenHeadLoss(torch.autograd.Function):
         n, D = states.shape
         V = len(head)
         kind = states.device.type
-        block = max(256, (CPU_BLOCK if kind == "cpu" else GPU_BLOCK) // max(1, n))
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-        h = states.to(low)
-        top = torch.full((n, 1), float("-inf"), device=states.device, dtype=states.dtype)
-        Z = torch.zeros((n, 1), device=states.device, dtype=states.dtype)
-        expected = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
+        rows = fast_linear.block_rows or n
+        block = max(256, (CPU_BLOCK if kind == "cpu" else GPU_BLOCK) // max(1, rows))
+        parts = [fill_up(part, rows) for part in states.to(low).split(rows)]
+        top = states.new_full((len(parts), rows, 1), float("-inf"))
+        Z = states.new_zeros(len(parts), rows, 1)
+        expected = states.new_zeros(len(parts), rows, D) if ctx.needs_input_grad[0] else None
         total = torch.zeros(D, device=states.device, dtype=states.dtype)
         for start in range(0, V, block):
             W = head[start:start + block].to(low)
-            logits = product(h, W).to(states.dtype)
-            new_top = torch.maximum(top, logits.amax(1, keepdim=True))
-            shrink = (top - new_top).exp_()
-            logits.sub_(new_top).exp_()
-            Z = Z * shrink + logits.sum(1, keepdim=True)
-            if expected is not None:
-                expected.mul_(shrink).add_(product(logits.to(low), W.T))
+            for k, h in enumerate(parts):
+                logits = product(h, W).to(states.dtype)
+                new_top = torch.maximum(top[k], logits.amax(1, keepdim=True))
+                shrink = (top[k] - new_top).exp_()
+                logits.sub_(new_top).exp_()
+                Z[k].mul_(shrink).add_(logits.sum(1, keepdim=True))
+                if expected is not None:
+                    expected[k].mul_(shrink).add_(product(logits.to(low), W.T))
+                top[k] = new_top
             if smoothing:
                 total += W.sum(0, dtype=states.dtype)
-            top = new_top
+        top, Z = top.view(-1, 1)[:n], Z.view(-1, 1)[:n]
+        expected = None if expected is None else expected.view(-1, D)[:n]
         true_rows, mean_row = head[targets].to(states.dtype), total / V
-        true, mean = (states * true_rows).sum(1), states @ mean_row
+        true, mean = (states * true_rows).sum(1), (states * mean_row).sum(1)
         losses = (top + Z.log()).squeeze(1) - (1 - smoothing) * true - smoothing * mean
         if expected is not None:
             ctx.save_for_backward(expected.div_(Z).sub_(true_rows, alpha=1 - smoothing).sub_(mean_row, alpha=smoothing))

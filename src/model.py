@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loralib as lora
-from fast_linear import linear
+from fast_linear import gelu, linear
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class MLP(nn.Module):
         self.c_proj = Conv1D(config.inner, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(gelu(self.c_fc(x)))
 
 
 class Block(nn.Module):

@@ -148,7 +148,8 @@ def main() -> int:
         if args.max_epoch is not None:
             limits.append(run_setup.epochs_to_steps(args.max_epoch, N, batch))
         request = run_setup.Request(
-            unit="example", N=N, batch=batch, steps=min(limits), clip=args.max_grad_norm, sigma=args.noise_multiplier,
+            unit="example", N=N, longest=args.seq_len, batch=batch, steps=min(limits),
+            clip=args.max_grad_norm, sigma=args.noise_multiplier,
             delta=run_setup.DEFAULT_DELTA if args.target_delta is None else args.target_delta,
             target_epsilon=args.target_epsilon, betas=(args.adam_beta1, args.adam_beta2), adam_eps=args.adam_epislon,
             weight_decay=args.weight_decay, correct_bias=args.correct_bias, no_decay_bias=False,
@@ -167,11 +168,11 @@ def main() -> int:
     disclosed = [f"a privacy audit with {m} {args.canary_kind} canaries among the {N} units: no model to be used"]
     trainer = run_setup.build_trainer(request, args, world, loaded, canaries.CanaryData(train, coins, texts), None,
                                       args.work_dir, disclosed, recorded)
-    plan, budget = trainer.plan, trainer.options.token_budget
+    plan, cut = trainer.plan, trainer.options.cut
     if text:
-        before = canaries.text_losses(trainer.model, texts, world.device, budget) if world.is_main else None
+        before = canaries.text_losses(trainer.model, texts, world.device, cut) if world.is_main else None
     else:
-        quiet = canaries.quiet_coordinates(trainer.engine, trainer.flat, train, m, budget, world)
+        quiet = canaries.quiet_coordinates(trainer.engine, trainer.flat, train, m, cut, world)
         trainer.engine = canaries.CanaryEngine(trainer.engine, trainer.flat, plan.clipping_rule, quiet)
         adversary = canaries.Adversary(plan, trainer.engine)
     say = trainer.display.say
@@ -179,7 +180,7 @@ def main() -> int:
     run_setup.announce(trainer)
     status = trainer.run()
     if status == 0 and world.is_main:
-        scores = before - canaries.text_losses(trainer.model, texts, world.device, budget) if text else adversary.scores
+        scores = before - canaries.text_losses(trainer.model, texts, world.device, cut) if text else adversary.scores
         result = audit(scores, coins, plan.settings.delta, text or plan.settings.q == 1, counts=args.guesses)
         claim, claim_rdp = plan.epsilon()
         refuted, best = result.epsilon > claim, result.best

@@ -15,11 +15,14 @@ import torch
 import checkpoint
 import distributed
 import training
+from batching import PublicLengths, TightCut, choose_lengths
 from cli import UserError, check_least, check_positive, fail
 from distributed import World
+from fast_linear import BLOCK_ROWS
 from model import SLOTS, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
-from privacy.clipping import BookKeeping, Ordinary
+from privacy.clipping import BookKeeping, Ordinary, rounding_share
+from privacy.company import MOST, influence_of_company
 from privacy.ledger import FILE_NAME, Ledger, read_ledger
 from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
 from run_log import WorkDir
@@ -28,8 +31,8 @@ from run_log import WorkDir
 DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Settings that change how a run goes about its work, not what it computes: a resumed run may differ in them.
 # Data and vocabulary are compared by their digests, wherever the files lie.
-FREE = ("resume", "resume_changed", "job", "grad_engine", "micro_batch_tokens", "collective_timeout", "local_rank",
-        "tensorboard",
+FREE = ("resume", "resume_changed", "job", "grad_engine", "micro_batch_tokens", "padded_lengths",
+        "collective_timeout", "local_rank", "tensorboard",
         # of gpt2_ft.py
         "train_data", "valid_data", "log_interval", "eval_interval", "eval_epoch", "save_interval", "valid_batch_size",
         "work_dir", "platform",
@@ -105,6 +108,7 @@ class Request:
 
     unit: str
     N: int
+    longest: int  # tokens of the longest text that may come
     batch: int  # expected units a step, over all ranks
     steps: int
     clip: float
@@ -123,6 +127,7 @@ class Request:
     log_interval: int
     eval_interval: int
     save_interval: int
+    rows_per_unit: int = 1  # the most texts that a unit contributes to a step
     torch_eps: bool = False  # Adam's, see AdamW
     last_step: int | None = None  # end there, of the `steps` that are planned
     show_bar: bool = True
@@ -163,7 +168,16 @@ def epochs_to_steps(epochs: float, N: int, batch: int) -> int:
     return max(1, round(epochs * N / batch))
 
 
-def plan_settings(request: Request, args: argparse.Namespace, world: World) -> PlanSettings:
+def choose_cut(request: Request, args: argparse.Namespace, world: World, valid: training.Data | None) -> PublicLengths:
+    """How a private run's draws are cut. The lengths to pad to come from validation data, which no run protects."""
+    budget = args.micro_batch_tokens or DEFAULT_TOKENS[world.device.type]
+    lengths = choose_lengths(None if valid is None else valid.inputs, max(1, request.longest - 1),
+                             request.batch / world.size, budget, BLOCK_ROWS[world.device.type] // 2,
+                             request.rows_per_unit)
+    return PublicLengths(lengths, budget)
+
+
+def plan_settings(request: Request, args: argparse.Namespace, world: World, cut: PublicLengths) -> PlanSettings:
     """The plan of a request; rank 0 chooses the noise multiplier where there is a target, and tells the others."""
     sampling = args.sampling or ("shuffle" if request.sigma == 0 else "poisson")
     sigma, error = torch.zeros(1, dtype=torch.float64), None
@@ -179,7 +193,8 @@ def plan_settings(request: Request, args: argparse.Namespace, world: World) -> P
     return PlanSettings(
         unit=request.unit, N=request.N, batch=request.batch, steps=request.steps, clip=request.clip,
         sigma=world.broadcast(sigma).item(), delta=request.delta, target_epsilon=request.target_epsilon,
-        sampling=sampling, clipping=args.clipping, noise_source=args.noise_source, seed=args.noise_seed)
+        sampling=sampling, clipping=args.clipping, noise_source=args.noise_source, seed=args.noise_seed,
+        rounding=rounding_share(request.batch, max(1, request.longest - 1), request.rows_per_unit, cut.token_budget))
 
 
 def check_request(request: Request) -> None:
@@ -285,7 +300,8 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
         raise mistake
     if restarted:
         args = argparse.Namespace(**{**vars(args), "resume": True})
-    settings = plan_settings(request, args, world)
+    cut = choose_cut(request, args, world, valid)
+    settings = plan_settings(request, args, world, cut)
     model = loaded.model.to(world.device)
     model.freeze_for_training()
     flat = FlatParameters(model, extra=training.EXTRA, no_decay_bias=request.no_decay_bias)
@@ -301,7 +317,7 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
             work = WorkDir(work_dir, must_exist=args.resume, flag=request.flags.folder)
             recorded = {**recorded, "sigma": settings.sigma, "delta": settings.delta, "N": settings.N,
                         "steps": settings.steps, "expected_batch": settings.batch, "sampling": settings.sampling,
-                        "world_size": world.size, "job": distributed.job_name(),
+                        "padded_lengths": list(cut.lengths), "world_size": world.size, "job": distributed.job_name(),
                         "versions": {"python": platform.python_version(), "torch": torch.__version__}}
             ledger = open_folder(work, settings, world, recorded, args, request.flags.folder)
         if args.resume:
@@ -313,6 +329,8 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
         plan = PrivacyPlan(settings, world, ledger, done)
         disclosed = [*DISCLOSED, *disclosed, *earlier_run(loaded.path, work_dir)]
         engine = build_engine(args.grad_engine, model, flat, plan, request.smoothing)
+        if settings.private and args.bf16:
+            check_company(engine, model, flat, cut)
     except (UserError, OSError) as failure:
         error = failure if isinstance(failure, UserError) else UserError(
             f"{request.flags.folder} {failure.filename or work_dir}: {failure.strerror}")
@@ -322,18 +340,26 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
                           "all machines must see the same folder")
     world.agree(error)
 
-    budget = args.micro_batch_tokens or DEFAULT_TOKENS[world.device.type]
     options = training.LoopOptions(
         steps=request.steps, steps_per_epoch=request.N / request.batch, lr=request.lr, grad_clip=request.grad_clip,
-        bf16=args.bf16, token_budget=budget, log_interval=request.log_interval, eval_interval=request.eval_interval,
-        save_interval=request.save_interval, random_seed=request.random_seed, last_step=request.last_step,
-        show_bar=request.show_bar, show_progress=request.show_progress)
+        bf16=args.bf16, cut=cut if settings.private else TightCut(cut.token_budget),
+        log_interval=request.log_interval, eval_interval=request.eval_interval, save_interval=request.save_interval,
+        random_seed=request.random_seed, last_step=request.last_step, show_bar=request.show_bar,
+        show_progress=request.show_progress)
     trainer = training.Trainer(world, loaded, flat, engine, optimizer, plan, data, valid, work, options, disclosed,
                                done, before)
     if restarted:
         trainer.display.say(f"{work_dir}: begun by this job, {distributed.job_name()}, and started again: continued as "
                             "by --resume", important=True)
     return trainer
+
+
+def check_company(engine: training.Engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths) -> None:
+    """Raise UserError where in bfloat16 a unit's gradient depends on the others in its micro-batch."""
+    influence = influence_of_company(engine, model, flat, cut, bf16=True)
+    if influence > MOST:
+        fail(f"--bf16: on this machine one unit changes the gradients of the others by {influence:.1e} of themselves: "
+             "the epsilon would not be true; leave --bf16 out")
 
 
 def build_engine(name: str, model: GPT2LMModel, flat: FlatParameters, plan: PrivacyPlan,

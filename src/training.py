@@ -1,7 +1,7 @@
 """The step loop of both training scripts: draw, sum clipped gradients, release, update; log, evaluate, save, stop.
 
-What differs between the scripts (the unit, the data, the flags) comes in from outside: `data.micro_batches(units,
-budget, step)` cuts drawn units, `plan` draws and releases, `engine.accumulate(batch)` adds to the flat buffer.
+What differs between the scripts (the unit, the data, the flags) comes in from outside: `data.micro_batches(units, cut,
+step)` cuts drawn units, `plan` draws and releases, `engine.accumulate(batch)` adds to the flat buffer.
 """
 
 import contextlib
@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+from batching import Cut, TightCut
 from cli import UserError, fail
 from distributed import World
 from losses import MicroBatch, token_losses
@@ -33,7 +35,10 @@ EXTRA = 5
 class Data(Protocol):
     def __len__(self) -> int: ...
 
-    def micro_batches(self, units: Tensor, token_budget: int, step: int = 0) -> Iterator[MicroBatch]: ...
+    @property
+    def inputs(self) -> np.ndarray: ...
+
+    def micro_batches(self, units: Tensor, cut: Cut, step: int = 0) -> Iterator[MicroBatch]: ...
 
 
 class Engine(Protocol):
@@ -50,7 +55,7 @@ class LoopOptions:
     lr: Callable[[int], float]
     grad_clip: float  # bound on the norm of the released gradient; 0 = none
     bf16: bool
-    token_budget: int  # padded tokens of a micro-batch
+    cut: Cut  # of a draw into micro-batches
     log_interval: int
     eval_interval: int  # 0 = only at the end
     save_interval: int
@@ -93,7 +98,7 @@ def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextMana
 
 
 @torch.no_grad()
-def evaluate(model: GPT2LMModel, data: Data, world: World, token_budget: int, bf16: bool,
+def evaluate(model: GPT2LMModel, data: Data, world: World, cut: Cut, bf16: bool,
              show_bar: bool = False, stop: StopRequest | None = None) -> tuple[float, float] | None:
     """(mean negative log-likelihood of a scored token in nats, perplexity) over `data`, shared out among the ranks;
     None where a rank was asked to stop before its share was done.
@@ -105,7 +110,7 @@ def evaluate(model: GPT2LMModel, data: Data, world: World, token_budget: int, bf
     own = torch.arange(len(data))[world.rank::world.size]
     bar = tqdm(total=len(own), desc="evaluation", unit="text", leave=False, dynamic_ncols=True, disable=not show_bar)
     with bar, autocast(world.device, bf16):
-        for batch in data.micro_batches(own, token_budget):
+        for batch in data.micro_batches(own, cut):
             if stop is not None and stop.signal is not None:
                 total[2] = 1
                 break
@@ -188,7 +193,7 @@ class Trainer:
         flat.sums.zero_()
         loss, tokens, texts = torch.zeros((), device=self.world.device), 0, 0
         with autocast(self.world.device, options.bf16):
-            for batch in self.data.micro_batches(drawn, options.token_budget, self.done + 1):
+            for batch in self.data.micro_batches(drawn, options.cut, self.done + 1):
                 losses = self.engine.accumulate(batch.to(self.world.device))
                 loss += losses.nan_to_num(0.0, 0.0, 0.0).sum()
                 tokens += batch.tokens
@@ -259,7 +264,8 @@ class Trainer:
         if self.valid is None:
             return False
         start = time.monotonic()
-        losses = evaluate(self.model, self.valid, self.world, self.options.token_budget, self.options.bf16,
+        cut = TightCut(self.options.cut.token_budget)
+        losses = evaluate(self.model, self.valid, self.world, cut, self.options.bf16,
                           show_bar=self.display.bar is not None, stop=self.stop)
         if losses is None:
             return True

@@ -135,6 +135,15 @@ def fault_dump(file: str) -> None:
          lambda arguments, _: pathlib.Path(file).write_bytes(arguments[0].flat.data.numpy().tobytes()))
 
 
+def fault_released(file: str) -> None:
+    """Write the gradient that the first step releases, times the expected batch, to `file`."""
+    def keep(arguments, _) -> None:
+        plan, sums, coordinates = arguments
+        pathlib.Path(file).write_bytes((sums[:coordinates].double() * plan.settings.batch).numpy().tobytes())
+
+    wrap("privacy.plan:PrivacyPlan.release", "after", 1, keep)
+
+
 def fault_tf32(file: str) -> None:
     """Products of lower precision, as an environment variable can set them; what the first gradient is computed with is
     written to `file`."""
@@ -157,7 +166,7 @@ def fault_weaken(name: str) -> None:
 
 FAULTS = {"signal": fault_signal, "tear": fault_tear, "count": fault_count, "sleep": fault_sleep, "error": fault_error,
           "allocate": fault_allocate,
-          "dump": fault_dump, "entropy": fault_entropy, "late_ledger": fault_late_ledger,
+          "dump": fault_dump, "released": fault_released, "entropy": fault_entropy, "late_ledger": fault_late_ledger,
           "file_limit": fault_file_limit, "tf32": fault_tf32, "weaken": fault_weaken}
 
 

@@ -50,11 +50,14 @@ BUDGET = ("test_privacy_plan.py::test_the_budget_is_checked_before_a_step_is_dra
 DROPOUT = ("test_private_step.py::test_dropout_masks_are_no_function_of_the_random_seed",)
 ENTROPY = ("test_noise.py::test_the_masks_of_dropout_have_more_than_32_bits",)
 BF16 = ("test_clipping.py::test_float32_and_bf16_norms_are_of_what_is_summed",)
-CANCEL = ("test_clipping.py::test_positions_that_cancel_in_float32",)
+CANCEL = ("test_rounding.py::test_positions_that_cancel_in_float32",)
 ROWS = ("test_clipping.py::test_units_of_several_texts",)
 SHUFFLE = ("test_sampling.py::test_shuffle_uses_each_unit_once_an_epoch",)
+COMPANY = ("test_company.py::test_the_same_bits_in_any_company",)
+NEIGHBOURS = ("test_neighbours.py::test_one_more_unit_through_the_script",)
+PAID = ("test_neighbours.py::test_what_rounding_may_move_is_paid_for",)
 
-ADD_NOISE = "self.noise.add_normal_(own, self.settings.sigma * self.settings.clip)"
+ADD_NOISE = "self.noise.add_normal_(own, self.settings.sigma * self.settings.sensitivity)"
 MASK = "return self.own[self.source.uniform(len(self.own)) < self.q]"
 FACTORS = "factors, finite = self.rule.factors(self.norms_sq)"
 BEGIN_NOISE = "if self.settings.private:\n            self.noise"
@@ -62,14 +65,14 @@ ADD_NORM = "self.norms_sq[:, self.column[id(parameter)]] += contribution.norm_sq
 
 MUTANTS = (
     Mutant("noise at 0.9 sigma", PLAN,
-           ((ADD_NOISE, ADD_NOISE.replace("self.settings.s", "0.9 * self.settings.s")),), RANKS),
+           ((ADD_NOISE, ADD_NOISE.replace("self.settings.sigma", "0.9 * self.settings.sigma")),), RANKS),
     Mutant("noise missing on a rank", PLAN,
            ((BEGIN_NOISE, BEGIN_NOISE.replace("private:", "private and self.world.rank != 1:")),), RANKS),
     Mutant("noise of every rank on every coordinate", PLAN,
            ((ADD_NOISE, ADD_NOISE.replace("own", "sums[:coordinates]")),), RANKS),
     Mutant("noise repeated in every step", PLAN,
            (("self.noise.begin_step(self.open)", "self.noise.begin_step(1)"),), STEP),
-    Mutant("noise without C", PLAN, ((ADD_NOISE, ADD_NOISE.replace(" * self.settings.clip", "")),), RANKS),
+    Mutant("noise without C", PLAN, ((ADD_NOISE, ADD_NOISE.replace(" * self.settings.sensitivity", "")),), RANKS),
     Mutant("clip after the mean", CLIPPING,
            ((FACTORS, "factors, finite = torch.ones_like(self.norms_sq), torch.ones(batch.units, dtype=torch.bool)"),
             ("        finally:\n            self.batch, self.noted",
@@ -88,7 +91,7 @@ MUTANTS = (
              "            if len(found):\n                break\n        return found"),), STEP),
     Mutant("batch divided by its actual size", PLAN,
            ((".div_(self.settings.batch)", ".div_(max(1.0, float(sums[coordinates + 1])))"),), STEP),
-    Mutant("batch token mean", "data_utils.py",
+    Mutant("batch token mean", "batching.py",
            (("np.repeat(1 / (np.maximum(counts, 1) * rows_per_unit), counts)",
              "np.full(counts.sum(), len(counts) / max(1, counts.sum()))"),), STEP),
     Mutant("cross term dropped", CLIPPING, (("column.add_(head.cross(table), alpha=2)", "column.add_(0)"),), LOOP),
@@ -122,6 +125,14 @@ MUTANTS = (
     Mutant("rounding of cancelling sums forgotten", CLIPPING, (("\nROUNDING = 8\n", "\nROUNDING = 0\n"),), CANCEL),
     Mutant("sums in bfloat16", "privacy/opacus_hooks.py",
            ((", torch.autocast(batch.ids.device.type, enabled=False)", ""),), BF16),
+    Mutant("padded to what was drawn", "run_setup.py",
+           (("cut=cut if settings.private else", "cut=cut if not settings.private else"),), NEIGHBOURS),
+    Mutant("products of all rows at once", "privacy/clipping.py",
+           (("row_blocks(BLOCK_ROWS[batch.ids.device.type])", "row_blocks(0)"),), COMPANY),
+    Mutant("matrices that begin anywhere", CLIPPING,
+           (("matrix if matrix.data_ptr() % ALIGNMENT == 0 else matrix.clone()", "matrix"),), COMPANY),
+    Mutant("rounding of the sum not paid for", PLAN,
+           (("return self.clip * (1 + self.rounding)", "return self.clip"),), PAID),
     Mutant("dropout masks from --random_seed", TRAINING,
            (("self.plan.seed_dropout()", "torch.manual_seed(0)"),), DROPOUT),
     Mutant("dropout masks of 32 bits", NOISE, (("        torch.set_rng_state(state)\n", ""),), ENTROPY),

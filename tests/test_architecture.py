@@ -17,8 +17,8 @@ SRC = ROOT / "src"
 GROUND, MODEL, PRIVACY, RUN, SCRIPT = range(5)
 LAYERS = {
     GROUND: {"cli", "cpu_memory", "distributed"},
-    MODEL: {"model", "loralib", "lora_grad_samplers", "fast_linear", "losses", "optimizer", "data_utils", "author_data",
-            "tokenizer", "triples", "vocabulary", "kv_cache", "beam_search"},
+    MODEL: {"model", "loralib", "lora_grad_samplers", "fast_linear", "losses", "optimizer", "batching", "data_utils",
+            "author_data", "tokenizer", "triples", "vocabulary", "kv_cache", "beam_search"},
     RUN: {"run_setup", "training", "checkpoint", "peft_format", "run_log", "canaries"},
 }
 OPACUS = {"lora_grad_samplers", "privacy.opacus_hooks", "privacy.accounting"}

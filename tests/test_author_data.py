@@ -18,6 +18,7 @@ from scipy.stats import chisquare
 
 import author_data
 import training
+from batching import PublicLengths, TightCut
 from author_data import AuthorTexts, Source, WordTokens, open_cache, prepare_cache, split_authors
 from cli import UserError
 from distributed import World
@@ -318,7 +319,7 @@ def test_micro_batches_hold_every_drawn_author_once(samples, budget):
         rows = [tuple(data.tokens[data.starts[t]:data.starts[t] + data.lengths[t]].tolist()) for t in texts]
         expected[tuple(sorted(rows))] += 1
     found = Counter()
-    for batch in data.micro_batches(authors, budget, step=5):
+    for batch in data.micro_batches(authors, TightCut(budget), step=5):
         M, T = batch.ids.shape
         K = batch.rows_per_unit
         assert M == K * batch.units and (M * T <= budget or batch.units == 1) and batch.texts == M
@@ -341,7 +342,7 @@ def test_micro_batches_hold_every_drawn_author_once(samples, budget):
 
 
 def test_an_empty_draw_has_no_micro_batch():
-    assert list(units([1, 2]).micro_batches(torch.tensor([], dtype=torch.int64), 100, 1)) == []
+    assert list(units([1, 2]).micro_batches(torch.tensor([], dtype=torch.int64), TightCut(100), 1)) == []
 
 
 def test_texts_never_used_and_their_expectation():
@@ -352,13 +353,15 @@ def test_texts_never_used_and_their_expectation():
     for step in range(steps):
         authors = np.flatnonzero(generator.random(305) < q)
         seen |= set(itertools.chain.from_iterable(drawn(data, authors.tolist(), step).values()))
-        list(data.micro_batches(torch.from_numpy(authors), 1000, step))
+        list(data.micro_batches(torch.from_numpy(authors), TightCut(1000), step))
     assert data.used.sum() == len(seen)
     never = len(data.used) - len(seen)
     assert abs(never - data.never_used(q, steps, amplified=True)) < 4 * (never * 0.9) ** 0.5
 
 
 # ------------------------------------------------------------------ the author is the unit
+
+LENGTHS = (4, 8, 16, 40, 207)
 
 
 def authors_as_units(data: AuthorTexts, authors: list[int], step: int) -> list[list[Text]]:
@@ -385,7 +388,7 @@ def test_per_author_clipping_equals_autograd_over_authors(samples, lora, kind, e
     rule = ClippingRule(kind, sorted(map(norm, gradients))[2])  # some are clipped, some are not
     expected = clipped_sum(gradients, rule)
     for budget in (1, 40, 10 ** 6) if kind == "flat" else (40,):
-        batches = list(double(data.micro_batches(torch.tensor(authors), budget, 2)))
+        batches = list(double(data.micro_batches(torch.tensor(authors), PublicLengths(LENGTHS, budget), 2)))
         _, ours = run_engine(engine, model, rule, batches, monkeypatch)
         assert distance(ours, expected) < 1e-6
 
@@ -402,8 +405,10 @@ def test_an_author_with_a_huge_gradient_and_50_texts_moves_the_step_by_c(samples
     assert norm(gradients[0]) > 100 * rule.C
     if kind == "per_layer":  # every parameter's part is clipped: the parts C / sqrt(n) add up to C
         assert min(map(float, (g.norm() for g in gradients[0].values()))) > rule.C
-    batches = [list(double(data.micro_batches(torch.tensor(authors), 200, 1))) for authors in ([0, 1, 2], [0, 1, 2, 3])]
-    sums = [run_engine(engine, model, rule, cut, monkeypatch)[1] for cut in batches]
+    cut = PublicLengths(LENGTHS, 200)
+    batches = [list(double(data.micro_batches(torch.tensor(authors), cut, 1)))
+               for authors in ([0, 1, 2], [0, 1, 2, 3])]
+    sums = [run_engine(engine, model, rule, some, monkeypatch)[1] for some in batches]
     assert norm(difference(sums[1], sums[0])) == pytest.approx(rule.C, rel=2e-6)
 
 
@@ -425,7 +430,7 @@ def test_the_evaluation_is_the_token_mean_whatever_the_world_size(monkeypatch):
         parts = []
         monkeypatch.setattr(World, "all_reduce", lambda self, buffer: (parts.append(buffer.clone()), buffer)[1])
         for rank in range(size):
-            training.evaluate(model, texts, World(rank, size), budget, bf16=False)
+            training.evaluate(model, texts, World(rank, size), TightCut(budget), bf16=False)
         nll, tokens, asked = sum(parts).tolist()
         assert asked == 0 and tokens == count and nll / tokens == pytest.approx(total / count, rel=1e-6)
         assert size <= 9 or any(part[1] == 0 for part in parts)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from batching import TightCut
 from data_utils import Examples
 from model import GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import FlatParameters
@@ -33,7 +34,7 @@ def clipped_sum(engine_of, lora: bool, prepare=None, seq_len: int | None = None)
     lengths = rng.integers(5, 30, 6)
     tokens = rng.integers(0, CONFIG.vocab_size, lengths.sum()).astype(np.int32)
     examples = Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]), np.maximum(1, lengths // 2), 0, 0)
-    for batch in examples.micro_batches(torch.arange(6), 2048):
+    for batch in examples.micro_batches(torch.arange(6), TightCut(2048)):
         engine.accumulate(batch if seq_len is None else pad_to(batch, seq_len))
     return flat.grad.clone()
 

@@ -100,7 +100,7 @@ class Masks:
 
         def dropout(x, p, training=True):
             if self.replay is not None:
-                return x * self.replay.pop(0)
+                return x * self.replay.pop(0)[:len(x)]
             self.drawn.append(real(torch.ones_like(x), p, True))
             return x * self.drawn[-1]
 
@@ -238,7 +238,7 @@ def test_one_more_unit_moves_the_sum_by_c_under_autocast_and_dropout(kind, name,
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             more = run_engine(name, model, rule, [with_it], monkeypatch)[1]
             assert len(masks.drawn) == (CONFIG.n_layer if dropout else 0)
-            masks.replay = [mask[:len(without.ids)] for mask in masks.drawn] if dropout else None
+            masks.replay = list(masks.drawn) if dropout else None
             moved = norm(difference(more, run_engine(name, model, rule, [without], monkeypatch)[1]))
         monkeypatch.undo()
         assert moved == pytest.approx(C, rel=1e-5)
@@ -343,39 +343,6 @@ def test_factors_of_hostile_norms():
         assert factors.isfinite().all() and (factors[~finite] == 0).all() and (factors[finite] > 0).all()
     with pytest.raises(ValueError, match="flat, per_layer or automatic"):
         ClippingRule("mean", 0.5).factors(norms_sq)
-
-
-def test_a_sum_that_overflowed_to_minus_infinity_is_no_small_norm():
-    """A ghost norm's terms may add up to -inf (found here by search): taken for 0, the unit were not clipped."""
-    generator, seen = torch.Generator().manual_seed(0), 0
-    for _ in range(3000):
-        a = torch.randn(1, int(torch.randint(3, 40, (), generator=generator)), 1, generator=generator)
-        p = (a - a.mean()) * 10 ** (18.0 + 1.6 * float(torch.rand((), generator=generator)))
-        seen += bool(torch.isneginf((p @ p.mT).sum()))
-        found = clipping.gram_norm_sq(p @ p.mT, torch.ones(1, a.shape[1], a.shape[1]))
-        factors, finite = ClippingRule("flat", 1.0).factors(found[:, None])
-        size = float(factors) * abs(float(p.double().sum()))
-        assert size <= 1.0 if finite else size == 0
-    assert seen > 10
-
-
-@pytest.mark.parametrize("eps", [1.0, 0.1, 1e-2, 1e-3, 1e-4])
-def test_positions_that_cancel_in_float32(eps):
-    """Two halves of a text with opposite gradients: rounding hides what is left, and the unit still gives at most C."""
-    generator = torch.Generator().manual_seed(0)
-
-    def contributed(rounding: int) -> float:
-        """The largest contribution under C = 1, computed in float64, of 100 such units."""
-        h, g, rest = (torch.randn(100, 16, 16, generator=generator) * scale for scale in (10, 10, eps))
-        p, q = torch.cat([h, h], 1), torch.cat([g, rest - g], 1)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(clipping, "ROUNDING", rounding)
-            factors, _ = ClippingRule("flat", 1.0).factors(clipping.gram_norm_sq(p @ p.mT, q @ q.mT)[:, None])
-        return float(((p.double().mT @ q.double()).flatten(1).norm(dim=1) * factors[:, 0]).max())
-
-    assert contributed(clipping.ROUNDING) <= 1 + 1e-6
-    if eps == 1e-2:
-        assert contributed(0) > 1.01  # negative control
 
 
 # ------------------------------------------------------------------ refusals

@@ -15,6 +15,7 @@ import numpy, torch
 from cpu_memory import keep_memory
 if {keep}:
     keep_memory()
+from batching import TightCut
 from data_utils import Examples
 from model import GPT2Config, GPT2LMModel
 from optimizer import FlatParameters
@@ -25,7 +26,7 @@ model = GPT2LMModel(GPT2Config(n_embd=256, n_layer=3, n_head=4, vocab_size=1000)
 model.freeze_for_training()
 engine = BookKeeping(model, FlatParameters(model), ClippingRule("flat", 1.0))
 examples = Examples(numpy.arange(U * T, dtype=numpy.int32) % 1000, numpy.arange(U + 1) * T, numpy.ones(U, int), 0, 0)
-(batch,) = examples.micro_batches(torch.arange(U), U * T)
+(batch,) = examples.micro_batches(torch.arange(U), TightCut(U * T))
 for _ in range(3):  # until the heap has grown to what a micro-batch needs
     engine.accumulate(batch)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from data_utils import START_COST, Examples, groups_within
+from batching import START_COST, TightCut, groups_within
+from data_utils import Examples
 
 
 def price(lengths: np.ndarray, slices: list[slice], budget: int) -> float:
@@ -58,9 +59,9 @@ def test_micro_batches_hold_every_drawn_example_once():
     starts = np.concatenate([[0], np.cumsum(lengths)])
     examples = Examples(np.arange(lengths.sum(), dtype=np.int32), starts, np.ones(50, np.int64), 0, 0)
     drawn = torch.from_numpy(np.flatnonzero(rng.random(50) < 0.5))
-    batches = list(examples.micro_batches(drawn, 100))
+    batches = list(examples.micro_batches(drawn, TightCut(100)))
     assert all(batch.ids.numel() <= 100 or len(batch.ids) == 1 for batch in batches)
     first_tokens = sorted(int(row[0]) for batch in batches for row in batch.ids)
     assert first_tokens == [int(starts[i]) for i in drawn]  # every token of the data is another one
     assert sum(batch.tokens for batch in batches) == int(lengths[drawn.numpy()].sum())
-    assert not list(examples.micro_batches(torch.empty(0, dtype=torch.int64), 100))
+    assert not list(examples.micro_batches(torch.empty(0, dtype=torch.int64), TightCut(100)))

@@ -11,6 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from batching import TightCut
 from canaries import (COMPLETION, CONTEXT, RAW, Adversary, CanaryBatch, CanaryData, CanaryEngine, quiet_coordinates,
                       text_canaries, text_losses, toss_coins)
 from cli import UserError
@@ -185,7 +186,7 @@ def test_a_gradient_canary_adds_its_clipped_size(model, examples, kind):
         if flipped is not None:
             coins[flipped] = not coins[flipped]
         flat.sums.zero_()
-        for batch in CanaryData(examples, coins, None).micro_batches(units, 64):
+        for batch in CanaryData(examples, coins, None).micro_batches(units, TightCut(64)):
             losses = engine.accumulate(batch)
             assert isinstance(batch, CanaryBatch) == bool((losses == 0).all())
         sums[flipped] = flat.grad.double().clone()
@@ -202,13 +203,13 @@ def test_quiet_coordinates_are_those_of_the_smallest_sums(model, examples):
     """With LoRA's B at zero, A has no gradient: its coordinates come first. And nothing is left in the sum."""
     flat, rule = FlatParameters(model), ClippingRule("flat", 1.0)
     engine = BookKeeping(model, flat, rule)
-    for batch in examples.micro_batches(torch.arange(len(examples)), 10**6):
+    for batch in examples.micro_batches(torch.arange(len(examples)), TightCut(10**6)):
         engine.accumulate(batch)
     sums = flat.grad.abs().clone()
     is_a = torch.cat([torch.full((parameter.numel(),), "lora_A" in name) for name, parameter in flat.named])
     assert not sums[is_a].any() and sums[~is_a].any()
     m = int(is_a.sum()) + 20
-    quiet = quiet_coordinates(engine, flat, examples, m, 10**6, World())
+    quiet = quiet_coordinates(engine, flat, examples, m, TightCut(10**6), World())
     assert len(quiet.unique()) == m and torch.equal(quiet, quiet.sort().values) and not flat.sums.any()
     chosen = torch.zeros(flat.size, dtype=torch.bool).index_fill_(0, quiet, True)
     assert chosen[is_a].all() and sums[chosen].max() <= sums[~chosen].min() * (1 + 1e-4) + 1e-7
@@ -217,17 +218,17 @@ def test_quiet_coordinates_are_those_of_the_smallest_sums(model, examples):
 def test_an_excluded_canary_is_never_in_a_batch(examples):
     coins = np.random.default_rng(0).random(200) < 0.5
     drawn = torch.tensor([0, 3, 12, 13, 50, 120, 211])
-    found = [batch.canaries.tolist() for batch in CanaryData(examples, coins, None).micro_batches(drawn, 64)
+    found = [batch.canaries.tolist() for batch in CanaryData(examples, coins, None).micro_batches(drawn, TightCut(64))
              if isinstance(batch, CanaryBatch)]
     assert sum(found, []) == [k - 12 for k in (12, 13, 50, 120, 211) if coins[k - 12]]
     texts = text_canaries(200, examples, 60, World())
     data = CanaryData(examples, coins, texts)
-    rows = [row for batch in data.micro_batches(drawn, 64) for row in batch.ids.tolist()]
+    rows = [row for batch in data.micro_batches(drawn, TightCut(64)) for row in batch.ids.tolist()]
     assert len(data) == 212 and len(rows) == 2 + sum(coins[k] for k in (0, 1, 38, 108, 199))
     for k in (0, 1, 38, 108, 199):
         whole = texts.tokens[texts.starts[k]:texts.starts[k + 1]].tolist()
         assert (whole[:-1] in [row[:len(whole) - 1] for row in rows]) == coins[k]
-    assert not list(data.micro_batches(torch.tensor([k + 12 for k in range(200) if not coins[k]]), 64))
+    assert not list(data.micro_batches(torch.tensor([k + 12 for k in range(200) if not coins[k]]), TightCut(64)))
 
 
 def test_coins_are_fair_and_fresh():
@@ -250,7 +251,7 @@ def test_text_canaries_are_of_rare_tokens(examples):
 
 def test_text_losses_are_those_of_a_plain_loop(model, examples):
     texts = text_canaries(9, examples, 60, World())
-    found = text_losses(model, texts, torch.device("cpu"), 64)
+    found = text_losses(model, texts, torch.device("cpu"), TightCut(64))
     wide = model.double()
     for k in range(9):
         ids = torch.from_numpy(texts.tokens[texts.starts[k]:texts.starts[k + 1]].astype(np.int64))

@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from batching import PublicLengths
 from checkpoint import Loaded
 from clipping_oracle import Text, clipped_sum, distance, draw_units, make_model, norm, sums_of, unit_gradients
 from data_utils import Examples
@@ -23,6 +24,9 @@ from privacy.plan import PlanSettings
 from run_log import WorkDir
 from test_privacy_plan import SEEDED, SIGMA, open_plan, settings
 from training import EXTRA, LoopOptions, Trainer
+
+
+LENGTHS = (4, 8, 13, 20)
 
 
 def examples(units) -> Examples:
@@ -58,8 +62,8 @@ def make_trainer(folder, given: PlanSettings, units, lora=LoRAConfig(3, 8.0), bu
     flat = FlatParameters(model, extra=EXTRA)
     plan = open_plan(folder, given)
     options = LoopOptions(steps=given.steps, steps_per_epoch=given.N / given.batch, lr=lambda t: rate, grad_clip=0.0,
-                          bf16=False, token_budget=budget, log_interval=1000, eval_interval=0, save_interval=1000,
-                          random_seed=1)
+                          bf16=False, cut=PublicLengths(LENGTHS, budget), log_interval=1000, eval_interval=0,
+                          save_interval=1000, random_seed=1)
     engine = BookKeeping(model, flat, plan.clipping_rule, 0.1)
     return Trainer(World(), Loaded(model, None, None), flat, engine, Recorder(flat, (0.9, 0.98), 1e-6, 0.0, True), plan,
                    examples(units), None, WorkDir(str(folder)), options, [])
@@ -76,7 +80,7 @@ def test_no_cut_into_micro_batches_changes_the_sum(lora):
     engine, data, first = BookKeeping(model, flat, ClippingRule("flat", 0.3)), examples(UNITS), None
     for budget in (1, 7, 20, 33, 60, 150, 10**9):
         flat.sums.zero_()
-        batches = list(data.micro_batches(torch.arange(24), budget))
+        batches = list(data.micro_batches(torch.arange(24), PublicLengths(LENGTHS, budget)))
         assert sum(batch.units for batch in batches) == 24
         for batch in batches:
             engine.accumulate(batch)

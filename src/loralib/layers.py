@@ -153,7 +153,7 @@ class MergedLinear(LoRALayer, nn.Module):
         # An engine for per-unit gradients watches the layer through a forward hook; without one nobody will ask.
         if self.lora_dropout > 0 and self._forward_hooks and torch.is_grad_enabled():
             self.remember(x, adapter_input.detach() if dropping else None)
-        return result + F.linear(F.linear(adapter_input, self.lora_A), self.expanded_B())
+        return result + linear(linear(adapter_input, self.lora_A), self.expanded_B())
 
     def remember(self, x: Tensor, dropped: Tensor | None) -> None:
         """Keep what dropout left of `x` (None: all of it), for adapter_factors: a per-unit gradient needs the very mask
@@ -180,11 +180,11 @@ class MergedLinear(LoRALayer, nn.Module):
         order of their rows, all in grad's dtype. With dropout, a forward pass can be asked for once.
         """
         adapter_input = self.take_adapter_input(x).to(grad.dtype)
-        down = F.linear(adapter_input, self.lora_A.to(grad.dtype))  # (B, ..., G*R)
+        down = linear(adapter_input, self.lora_A.to(grad.dtype))  # (B, ..., G*R)
         up, factors_b = [], []
         for outputs, rows_a, rows_b in self.slots():
             grad_slot = grad[..., outputs] * self.scaling  # (B, ..., O/slots)
-            up.append(grad_slot @ self.lora_B[rows_b].to(grad.dtype))  # (B, ..., R)
+            up.append(linear(grad_slot, self.lora_B[rows_b].T.to(grad.dtype)))  # (B, ..., R)
             factors_b.append((rows_b, grad_slot, down[..., rows_a]))
         return (torch.cat(up, dim=-1), adapter_input), factors_b
 

@@ -16,12 +16,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loralib as lora
-from fast_linear import add_product
+from fast_linear import BLOCK_ROWS, add_product, by_rows, row_blocks
 from losses import MicroBatch, unit_losses
 from model import Conv1D, GPT2LMModel, TiedHead
 from optimizer import FlatParameters
@@ -29,8 +30,15 @@ from optimizer import FlatParameters
 # Writing, squaring and summing one entry of a materialised gradient costs about as much as this many multiply-adds of a
 # matrix product (measured on 2 cores: 90 GMAC/s against 4 GB/s a pass of three).
 TRAFFIC_COST = 75
+# Units whose norms one kernel call takes, the last call filled up with zeros: see by_units().
+UNITS = 8
+ALIGNMENT = 64  # bytes; where a matrix begins otherwise, BLAS may take its sums in another order
 # Units in the last place by which rounding may shrink a squared norm whose terms cancel, see gram_norm_sq().
 ROUNDING = 8
+# The most by which a unit's positions may cancel, sum_s |p_s| |q_s| over |sum_s p_s q_s'|: a unit whose positions
+# cancel more is clipped as if it were that much larger. Ordinary texts stay below 20.
+CANCELLATION = 64
+MOST_TOKENS = 16384  # of a micro-batch, up to which rounding_share() is the same
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class ClippingRule:
         """
         finite = torch.isfinite(norms_sq.sum(1))  # before the clamp: -inf is an overflow, not a zero
         norms_sq = norms_sq.clamp(min=0)
-        total = norms_sq.sum(1)
+        total = by_units(lambda rows: rows.sum(1), norms_sq)
         if self.kind == "per_layer":
             bound = self.C / math.sqrt(norms_sq.shape[1])
             factors = bound / norms_sq.sqrt().clamp(min=bound)
@@ -64,6 +72,27 @@ class ClippingRule:
         else:
             raise ValueError(f"clipping {self.kind!r}: expected flat, per_layer or automatic")
         return torch.where(finite[:, None], factors, 0.0), finite
+
+
+def rounding_share(units: float, longest: int, rows_per_unit: int, token_budget: int) -> float:
+    """kappa: the clipped sums with and without one unit differ by (1 + kappa) C at most, float32 rounding included.
+
+    units    the expected draw of a step; one of more than m = units + 6 sqrt(units) + 20 has a probability below 1e-9
+    longest  inputs of the longest text
+
+    A unit's own gradient is the same bits in both; what differs is how their sum is rounded. The bound is the
+    probabilistic one of Higham and Mary (2019, "A new approach to probabilistic rounding error analysis"): additions
+    err independently, by at most 2^-24 of the partial sum, so that their errors add in squares. Of errors spread evenly
+    up to that and of partial sums that grow evenly the mean square is a ninth; three standard deviations are taken.
+      inside a micro-batch  an addition for every position; the partial sum is at most (its units + CANCELLATION) C
+      of micro-batches      at most m of them, each added to a sum of at most m C, a long product in up to 8 pieces
+    Whatever token budget up to MOST_TOKENS is chosen, kappa is the same. Beside it 1e-5, by which float32 may misjudge
+    a norm.
+    """
+    m, budget = units + 6 * math.sqrt(units) + 20, max(token_budget, MOST_TOKENS)
+    tokens = np.arange(1, longest + 1) * rows_per_unit  # of a unit
+    inside = m * tokens * (np.minimum(m, np.maximum(1, budget / tokens)) + CANCELLATION) ** 2
+    return 2.0**-24 * math.sqrt(inside.max() + 8 * m**3) + 1e-5
 
 
 # ------------------------------------------------------------------ the three kinds of per-unit gradient
@@ -79,10 +108,10 @@ class Outer:
         p, q = wide(self.p), wide(self.q)
         (_, S, P), Q = p.shape, q.shape[2]
         if S * S * (P + Q) < TRAFFIC_COST * P * Q:
-            return gram_norm_sq(p @ p.mT, q @ q.mT)
-        self.grads = p.mT @ q  # (U, P, Q)
+            return by_units(lambda p, q: gram_norm_sq(p @ p.mT, q @ q.mT), p, q)
+        self.grads = by_units(lambda p, q: p.mT @ q, p, q)  # (U, P, Q)
         self.p = self.q = None
-        return self.grads.flatten(1).square().sum(1)
+        return by_units(sum_of_squares, self.grads)
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
         if self.grads is not None:
@@ -98,13 +127,13 @@ class Outer:
 
 
 class Rows:
-    """A vector for each unit, (U, P), added into `target` (P,)."""
+    """The sum over positions of `rows` (U, S, P) for each unit, added into `target` (P,)."""
 
-    def __init__(self, target: Tensor, grads: Tensor):
-        self.target, self.grads = target, wide(grads)
+    def __init__(self, target: Tensor, rows: Tensor):
+        self.target, self.grads = target, by_units(lambda rows: rows.sum(1), wide(rows))
 
     def norm_sq(self) -> Tensor:
-        return self.grads.square().sum(1)
+        return by_units(sum_of_squares, self.grads)
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
         self.target.add_(factor @ zero_rows(self.grads, finite))
@@ -117,8 +146,10 @@ class Lookup:
         self.target, self.ids, self.rows = target, ids, wide(rows)
 
     def norm_sq(self) -> Tensor:
-        same = self.ids[:, :, None] == self.ids[:, None, :]  # (U, S, S): two positions add up where they share an entry
-        return gram_norm_sq(self.rows @ self.rows.mT, same.to(self.rows.dtype))
+        def of_units(ids: Tensor, rows: Tensor) -> Tensor:
+            same = ids[:, :, None] == ids[:, None, :]  # (U, S, S): two positions add up where they share an entry
+            return gram_norm_sq(rows @ rows.mT, same.to(rows.dtype))
+        return by_units(of_units, self.ids, self.rows)
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
         rows = zero_rows(self.rows, finite) * factor[:, None, None]
@@ -132,15 +163,16 @@ class Ragged:
         self.target, self.b, self.h, self.counts = target, b, wide(h), counts
 
     def by_unit(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.b.split(self.counts), self.h.split(self.counts))
+        """(b (n_u, V), h (n_u, D)) of each unit, one unit a product: its shape is the unit's own."""
+        return zip(self.b.split(self.counts), map(aligned, self.h.split(self.counts)))
 
     def norm_sq(self) -> Tensor:
-        units = ((wide(b), h) for b, h in self.by_unit())  # widened once: b is the largest tensor of all
+        units = ((aligned(wide(b)), h) for b, h in self.by_unit())  # widened once: b is the largest tensor of all
         return torch.stack([gram_norm_sq(b @ b.T, h @ h.T) for b, h in units])
 
     def cross(self, table: Lookup) -> Tensor:
         """<this gradient, that of the same table's lookups>: sum_{s,t} b_t[x_s] <h_t, e_s>, for each unit."""
-        units = zip(self.by_unit(), table.ids, table.rows)
+        units = zip(self.by_unit(), table.ids, map(aligned, table.rows))
         return torch.stack([(wide(b[:, ids]) * (h @ rows.T)).sum() for (b, h), ids, rows in units])
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
@@ -158,9 +190,30 @@ def gram_norm_sq(pp: Tensor, qq: Tensor) -> Tensor:
     Where positions cancel, the sum is far below its terms and their rounding would hide it: a unit would pass for a
     small one and contribute more than C. So it is raised by ROUNDING units in the last place of (sum_s |p_s| |q_s|)^2,
     a bound on the terms (and on the cross term of two such sums): for ordinary units by less than 1e-6 S of itself.
+    And it is (sum_s |p_s| |q_s| / CANCELLATION)^2 at least: what rounding can do to the sum over all units' positions
+    grows with their sizes (rounding_share).
     """
     sizes = (pp.diagonal(dim1=-2, dim2=-1) * qq.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1)
-    return (pp * qq).sum((-2, -1)) + ROUNDING * torch.finfo(pp.dtype).eps * sizes.square()
+    norm_sq = (pp * qq).sum((-2, -1)) + ROUNDING * torch.finfo(pp.dtype).eps * sizes.square()
+    return torch.maximum(norm_sq, (sizes / CANCELLATION).square())  # NaN stays NaN
+
+
+def by_units(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    """function(*operands) for operands (U, ...), unit by unit independent, on UNITS units at a time: (U, ...).
+
+    A batched product or a reduction of another number of units may be another kernel, with its sums in another order.
+    """
+    return by_rows(function, *operands, rows=UNITS)
+
+
+def sum_of_squares(grads: Tensor) -> Tensor:
+    """(U, ...) -> (U,)."""
+    return grads.flatten(1).square().sum(1)
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """`matrix`, copied where it begins at an address that depends on what lies before it."""
+    return matrix if matrix.data_ptr() % ALIGNMENT == 0 else matrix.clone()
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -188,7 +241,7 @@ def linear(module: nn.Module, x: Tensor, g: Tensor, grad: Grad, transposed: bool
     if (target := grad(module.weight)) is not None:
         found.append((module.weight, Outer(target, x, g) if transposed else Outer(target, g, x)))
     if (target := grad(module.bias)) is not None:
-        found.append((module.bias, Rows(target, wide(g).sum(1))))
+        found.append((module.bias, Rows(target, g)))
     return found
 
 
@@ -203,8 +256,7 @@ def adapted_linear(module: lora.MergedLinear, x: Tensor, g: Tensor, grad: Grad) 
 
 def layer_norm(module: nn.LayerNorm, x: Tensor, g: Tensor, grad: Grad) -> Found:
     normalised = F.layer_norm(wide(x), module.normalized_shape, eps=module.eps)
-    return [(module.weight, Rows(grad(module.weight), (normalised * g).sum(1))),
-            (module.bias, Rows(grad(module.bias), wide(g).sum(1)))]
+    return [(module.weight, Rows(grad(module.weight), normalised * g)), (module.bias, Rows(grad(module.bias), g))]
 
 
 def embedding(module: nn.Embedding, ids: Tensor, g: Tensor, grad: Grad) -> Found:
@@ -326,7 +378,7 @@ class BookKeeping:
         self.batch, self.noted = batch, []
         self.norms_sq = torch.zeros(batch.units, len(self.column), device=batch.ids.device, dtype=self.flat.data.dtype)
         try:
-            with self.flat.frozen():
+            with self.flat.frozen(), row_blocks(BLOCK_ROWS[batch.ids.device.type]):
                 losses = unit_losses(self.model, batch, self.smoothing, self.head_trains)
                 losses.sum().backward()
             if self.waiting:

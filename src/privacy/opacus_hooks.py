@@ -8,10 +8,11 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor
 
 import lora_grad_samplers  # noqa: F401  (registers the rules of this project's layers with Opacus)
+from fast_linear import BLOCK_ROWS, row_blocks
 from losses import MicroBatch, unit_losses
 from model import GPT2LMModel
 from optimizer import FlatParameters
-from privacy.clipping import ClippingRule
+from privacy.clipping import UNITS, ClippingRule, sum_of_squares
 
 
 class OpacusHooks:
@@ -30,13 +31,22 @@ class OpacusHooks:
         return unit_losses(self.model, batch, self.smoothing, self.head_trains, all_positions=self.head_trains)
 
     def accumulate(self, batch: MicroBatch) -> Tensor:
-        """Add the clipped gradients of a micro-batch's units to `flat.grad`; return their losses, (U,)."""
+        """Add the clipped gradients of a micro-batch's units to `flat.grad`; return their losses, (U,).
+
+        UNITS units at a time: the samplers' products then have one shape, whoever else was drawn.
+        """
+        if not len(batch.targets):
+            return torch.zeros(batch.units, device=batch.ids.device)
+        return torch.cat([self.accumulate_part(part) for part in batch.split(UNITS)])[:batch.units]
+
+    def accumulate_part(self, batch: MicroBatch) -> Tensor:
         if not len(batch.targets):
             return torch.zeros(batch.units, device=batch.ids.device)
         self.hooks.enable_hooks()
         try:
-            losses = self.losses(batch)
-            losses.sum().backward()
+            with row_blocks(BLOCK_ROWS[batch.ids.device.type]):
+                losses = self.losses(batch)
+                losses.sum().backward()
         finally:
             self.hooks.disable_hooks()
         with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False):
@@ -48,8 +58,7 @@ class OpacusHooks:
                     raise RuntimeError(f"{name}: Opacus computed no per-text gradient")
                 sample = sample.to(self.flat.data.dtype)
                 grads.append(sample.view(batch.units, batch.rows_per_unit, -1).sum(1))  # (U, size)
-            norms_sq = torch.stack([grad.square().sum(1) for grad in grads], dim=1)
-            factors, finite = self.rule.factors(norms_sq)
+            factors, finite = self.rule.factors(torch.stack([sum_of_squares(grad) for grad in grads], dim=1))
             for (_, parameter), grad, factor in zip(self.flat.named, grads, factors.T):
                 if not bool(finite.all()):
                     grad = grad.masked_fill(~finite[:, None], 0)

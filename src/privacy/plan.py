@@ -2,8 +2,9 @@
 
 Guarantees, for the unit and relation that it reports (add or remove one unit):
   - every unit is included in a step independently with probability q (Poisson sampling);
-  - the released gradient of a step is (sum of the included units' gradients, each of norm <= C, + N(0, sigma^2 C^2 I))
-    / B, B = the expected batch size, a public constant; an empty draw is released like any other;
+  - the released gradient of a step is (sum of the included units' gradients, each of norm <= C, + N(0, sigma^2 S^2 I))
+    / B, B = the expected batch size, a public constant; an empty draw is released like any other. S = C (1 + kappa):
+    by at most S one unit moves the sum as float32 has it, see privacy.clipping.rounding_share;
   - the step's record is on disk before its mask is drawn, and a step is drawn only while the budget permits it.
 Nothing else may sample, scale or count: a step is open_step(), sums from the clipping engine, release().
 """
@@ -51,6 +52,12 @@ class PlanSettings:
     clipping: str = "flat"
     noise_source: str = "os"
     seed: int | None = None  # of noise_source "seeded" alone
+    rounding: float = 0.0  # kappa, the share of C that float32 sums of units may be off by
+
+    @property
+    def sensitivity(self) -> float:
+        """S: the most by which one unit moves the clipped sum, rounding included."""
+        return self.clip * (1 + self.rounding)
 
     @property
     def private(self) -> bool:
@@ -160,7 +167,7 @@ class PrivacyPlan:
         summed over the ranks and nothing more. Returns the gradient, sum/B, a view of `sums`.
 
         Each coordinate gets its noise from one rank alone (the ranks share them out), before the one all-reduce: every
-        coordinate of the sum carries N(0, sigma^2 C^2) once, whatever the world size, and every rank holds the same
+        coordinate of the sum carries N(0, sigma^2 S^2) once, whatever the world size, and every rank holds the same
         bits.
         """
         assert self.open is not None, "release() without open_step()"
@@ -169,15 +176,15 @@ class PrivacyPlan:
             self.noise.begin_step(self.open)
             size, rank = self.world.size, self.world.rank
             own = sums[coordinates * rank // size:coordinates * (rank + 1) // size]
-            self.noise.add_normal_(own, self.settings.sigma * self.settings.clip)
+            self.noise.add_normal_(own, self.settings.sigma * self.settings.sensitivity)
         self.world.all_reduce(sums)
         self.open = None
         return sums[:coordinates].div_(self.settings.batch)
 
     def noise_norm(self, coordinates: int) -> float:
-        """Root mean square norm of the noise alone in a released gradient: sigma C sqrt(P)/B; 0 without privacy."""
+        """Root mean square norm of the noise alone in a released gradient: sigma S sqrt(P)/B; 0 without privacy."""
         settings = self.settings
-        return settings.sigma * settings.clip * math.sqrt(coordinates) / settings.batch
+        return settings.sigma * settings.sensitivity * math.sqrt(coordinates) / settings.batch
 
     # ---------------------------------------------------------------- what was spent
 
@@ -197,7 +204,8 @@ class PrivacyPlan:
         return {
             "unit": settings.unit, "relation": relation(settings.unit, samplings),
             "N": settings.N, "q": settings.q, "expected_batch": settings.batch, "sigma": settings.sigma,
-            "clip": settings.clip, "clipping": settings.clipping, "steps_charged": self.ledger.state.charged,
+            "clip": settings.clip, "clipping": settings.clipping,
+            "rounding": settings.rounding, "steps_charged": self.ledger.state.charged,
             "attempts": self.ledger.state.attempts, "delta": settings.delta,
             "epsilon_prv": finite_or_text(prv), "epsilon_rdp": finite_or_text(rdp),
             "delta_strict": settings.strict_delta, "epsilon_prv_strict": finite_or_text(strict_prv),
