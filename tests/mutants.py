@@ -53,6 +53,7 @@ BF16 = ("test_clipping.py::test_float32_and_bf16_norms_are_of_what_is_summed",)
 CANCEL = ("test_clipping.py::test_positions_that_cancel_in_float32",)
 ROWS = ("test_clipping.py::test_units_of_several_texts",)
 SHUFFLE = ("test_sampling.py::test_shuffle_uses_each_unit_once_an_epoch",)
+VALIDATION = ("test_gpt2_ft.py::test_the_training_file_is_no_validation_data",)
 
 ADD_NOISE = "self.noise.add_normal_(own, self.settings.sigma * self.settings.clip)"
 MASK = "return self.own[self.source.uniform(len(self.own)) < self.q]"
@@ -130,6 +131,8 @@ MUTANTS = (
            (("batch = self.order[position * self.batch:(position + 1) * self.batch]",
              "batch = torch.cat([self.order, self.order])[position * self.batch:(position + 1) * self.batch]"),),
            SHUFFLE),
+    Mutant("the training file taken for validation data", "run_setup.py",
+           (("if sha256 == train_sha256:", "if False:"),), VALIDATION),
 )
 
 
