@@ -344,7 +344,9 @@ def main() -> int:
                 "vocab_sha256": author_data.digest_vocab(args.vocab),
                 "eval_sha256": None if evaluation is None else evaluation.facts["sha256"]}
     disclosed = [run_setup.VALIDATION_LOSS,
-                 "numbers of authors, of texts and of texts never used, quantiles of texts per author, not privatised"]
+                 "train_loss, the mean training loss, not privatised",
+                 "held_out and contributions: numbers of authors, of texts and of texts never used, quantiles of texts "
+                 "per author, not privatised"]
     trainer = run_setup.build_trainer(request, args, world, loaded, train, valid, args.output_dir, disclosed, recorded)
     trainer.facts["held_out"] = held_out
     describe(trainer, args, corpus, train, valid, held_out)
@@ -353,9 +355,11 @@ def main() -> int:
     status = trainer.run()
     if status == 0:
         trainer.facts["contributions"] = contributions(train, trainer, resumed, world)
+        trainer.facts["train_loss"] = trainer.train_loss  # as the published example reports it
         if world.is_main:
             report = trainer.write_report()
-            trainer.work.append_metrics({**trainer.head(), **{name: report[name] for name in trainer.summary()}})
+            trainer.work.append_metrics({**trainer.head(),
+                                         **{name: report[name] for name in ("train_loss", *trainer.summary())}})
             trainer.display.say(table(args, trainer, report), important=True)
     world.close()
     return status

@@ -44,7 +44,8 @@ MOST_EPOCHS = 1e6  # more is a slip of the finger, and no number of steps
 # What every run shows beside the model, as privacy.json lists it. Nothing here has noise.
 DISCLOSED = (
     "training loss and throughput of every log line, and the sums of both in optimizer.{step}.pt, not privatised",
-    "args.json: the digest of the training file, by which a guess of the whole file can be checked")
+    "args.json: the digest of the training file, by which a guess of the whole file can be checked",
+    "train_runtime and peak_memory_bytes, which follow from what was drawn, not privatised")
 # The same words whatever the data are. How much of the validation data is training data, too, is an exact count of
 # private data: one unit more moves it, and "none" is a figure like any other. It is said on the terminal alone.
 VALIDATION_LOSS = ("validation loss, of data that is not protected at all; how much of it is training data, too, is "
