@@ -60,6 +60,7 @@ prepare() {
     if [ "$TRAIN_FILE" = data/reddit/train.jsonl ] && [ ! -f "$TRAIN_FILE" ]; then
         start python scripts/prepare_reddit.py
     fi
+    [ -n "$DRY" ] || [ ! -f "$TRAIN_FILE" ] || keep "$RUNS/made_of.txt" "$(sha256sum "$TRAIN_FILE")"
     for model in "${MODELS[@]}"; do
         [ -e "$model" ] || [ -e "pretrained_checkpoints/$model-pytorch_model.bin" ] ||
             start bash scripts/download_pretrained_checkpoints.sh ${MIRROR:+--mirror "$MIRROR"} "$model"

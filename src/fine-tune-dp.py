@@ -28,6 +28,7 @@ import run_setup
 from author_data import AuthorTexts, Corpus, Source
 from checkpoint import Loaded, latest_resumable, load_model, model_path
 from cli import Parser, UserError, check_least, check_positive, check_range, fail, run_main
+from data_utils import count_shared
 from distributed import World
 from optimizer import schedule
 from run_setup import SWITCH
@@ -56,7 +57,8 @@ def parse(argv: list[str]) -> Namespace:
     add("--base_checkpoint", help="the frozen weights under an adapter-only --model_name, if not where it says")
     add("--train_file", default=os.path.join(ROOT, "data", "reddit", "train.jsonl"),
         help="JSON lines with an author and a content (default data/reddit/train.jsonl of the repository)")
-    add("--eval_file", help="held-out texts in the same form; without it, authors of --train_file are held out")
+    add("--eval_file", help="held-out texts in the same form, not protected at all; without it, authors of "
+        "--train_file are held out")
     add("--eval_fraction", type=float, help="chance of an author to be held out, without --eval_file (default 0.02)")
     add("--author_field", default="author", help="name of the author's field")
     add("--content_field", default="content", help="name of the text's field")
@@ -212,9 +214,10 @@ def split(args: Namespace, corpus: Corpus, evaluation: Corpus | None) -> tuple[A
         fail(f"--train_file {args.train_file}: all {corpus.texts} texts are by one author; author-level privacy wants "
              "many")
     if evaluation is not None:
-        chosen, both = np.arange(A), np.isin(evaluation.keys, corpus.keys).sum()
-        held_out, held = evaluation.by_text(np.arange(len(evaluation.keys))), len(evaluation.keys)
-        facts = {"by": "file", "file_sha256": evaluation.facts["sha256"], "authors_in_training_too": int(both)}
+        run_setup.check_validation("--eval_file", args.eval_file, evaluation.facts["sha256"], corpus.facts["sha256"])
+        chosen, held = np.arange(A), len(evaluation.keys)
+        held_out = evaluation.by_text(np.arange(held))
+        facts = {"by": "file", "file_sha256": evaluation.facts["sha256"]}
     else:
         fraction = 0.02 if args.eval_fraction is None else args.eval_fraction
         chosen, rest = author_data.split_authors(corpus.keys, fraction, args.seed)
@@ -257,16 +260,18 @@ def make_request(args: Namespace, N: int, world: World) -> run_setup.Request:
         show_progress=args.log_level not in ("warning", "error", "critical"), flags=FLAGS)
 
 
-def describe(trainer: Trainer, args: Namespace, corpus: Corpus, held_out: dict) -> None:
+def describe(trainer: Trainer, args: Namespace, corpus: Corpus, train: AuthorTexts, valid: AuthorTexts | None,
+             held_out: dict) -> None:
     """Say what is trained on what."""
     say, facts = trainer.display.say, corpus.facts
     say(f"{args.train_file}: {facts['records']} records; {author_data.describe_left_out(facts)}; {corpus.texts} texts "
         f"by {len(corpus.keys)} authors; {facts['cut']} cut to {args.sequence_len} tokens")
     say(f"held out: {held_out['texts']} texts of {held_out['authors']} authors, by {held_out['by']}"
         + (f", seed {held_out['seed']}" if held_out["by"] == "author" else ""))
-    if held_out.get("authors_in_training_too"):
-        say(f"WARNING: {held_out['authors_in_training_too']} authors of --eval_file wrote training texts too: the "
-            "evaluation is not one of unknown authors", important=True)
+    if trainer.world.is_main and valid is not None:
+        authors = np.unique(valid.keys)
+        run_setup.warn_of_shared(trainer, "authors", np.isin(authors, train.keys).sum(), len(authors))
+        run_setup.warn_of_shared(trainer, "texts", count_shared(valid, train), len(valid))
     vocab_size = trainer.model.config.vocab_size
     if facts["vocab_size"] != vocab_size:
         say(f"WARNING: --vocab {args.vocab} has {facts['vocab_size']} ids, the model {vocab_size}: is it the model's "
@@ -339,19 +344,23 @@ def main() -> int:
     recorded = {**vars(args), "train_sha256": corpus.facts["sha256"],
                 "vocab_sha256": author_data.digest_vocab(args.vocab),
                 "eval_sha256": None if evaluation is None else evaluation.facts["sha256"]}
-    disclosed = ["evaluation loss, on authors whom the run does not train on and does not protect",
-                 "numbers of authors, of texts and of texts never used, quantiles of texts per author, not privatised"]
+    disclosed = [run_setup.VALIDATION_LOSS,
+                 "train_loss, the mean training loss, not privatised",
+                 "held_out and contributions: numbers of authors, of texts and of texts never used, quantiles of texts "
+                 "per author, not privatised"]
     trainer = run_setup.build_trainer(request, args, world, loaded, train, valid, args.output_dir, disclosed, recorded)
     trainer.facts["held_out"] = held_out
-    describe(trainer, args, corpus, held_out)
+    describe(trainer, args, corpus, train, valid, held_out)
     run_setup.announce(trainer)
     resumed = trainer.done > 0
     status = trainer.run()
     if status == 0:
         trainer.facts["contributions"] = contributions(train, trainer, resumed, world)
+        trainer.facts["train_loss"] = trainer.train_loss  # as the published example reports it
         if world.is_main:
             report = trainer.write_report()
-            trainer.work.append_metrics({**trainer.head(), **{name: report[name] for name in trainer.summary()}})
+            trainer.work.append_metrics({**trainer.head(),
+                                         **{name: report[name] for name in ("train_loss", *trainer.summary())}})
             trainer.display.say(table(args, trainer, report), important=True)
     world.close()
     return status

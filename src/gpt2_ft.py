@@ -21,7 +21,7 @@ import distributed
 import run_setup
 from checkpoint import load_model
 from cli import Parser, UserError, check_least, check_positive, check_range, fail, run_main
-from data_utils import read_examples
+from data_utils import count_shared, read_examples
 from model import MODEL_CARDS
 from optimizer import SCHEDULES, schedule
 
@@ -32,7 +32,7 @@ def parse(argv: list[str]) -> Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--train_data", required=True, help="token file of the training examples")
-    add("--valid_data", required=True, help="token file of the validation examples")
+    add("--valid_data", required=True, help="token file of the validation examples, which are not protected at all")
     add("--train_batch_size", type=int, default=8, help="expected examples of a process in one accumulation step")
     add("--valid_batch_size", type=int, help="accepted; validation batches are bounded by --micro_batch_tokens")
     add("--grad_acc", type=int, default=1, help="accumulation steps of a logical batch")
@@ -129,6 +129,9 @@ def main() -> int:
             fail(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
         train = read_examples(args.train_data, "--train_data", config.vocab_size, args.seq_len, args.obj)
         valid = read_examples(args.valid_data, "--valid_data", config.vocab_size, args.seq_len)
+        digests = {"train_sha256": run_setup.digest_file(args.train_data),
+                   "valid_sha256": run_setup.digest_file(args.valid_data)}
+        run_setup.check_validation("--valid_data", args.valid_data, digests["valid_sha256"], digests["train_sha256"])
         batch = args.train_batch_size * args.grad_acc * world.size
         steps = count_steps(args, len(train), batch)
         sigma = args.noise_multiplier
@@ -149,10 +152,9 @@ def main() -> int:
         error = mistake
     world.agree(error)
 
-    recorded = {**vars(args), "train_sha256": run_setup.digest_file(args.train_data),
-                "valid_sha256": run_setup.digest_file(args.valid_data)}
-    disclosed = ["N, and how many training examples were cut at --seq_len, not privatised",
-                 "validation loss, on data that the run does not train on and does not protect"]
+    recorded = {**vars(args), **digests}
+    disclosed = ["N, and on the terminal how many training examples were cut at --seq_len, not privatised",
+                 run_setup.VALIDATION_LOSS]
     trainer = run_setup.build_trainer(request, args, world, loaded, train, valid, args.work_dir, disclosed, recorded)
     say = trainer.display.say
     if loaded.path is None:
@@ -160,6 +162,8 @@ def main() -> int:
     if train.cut:
         say(f"{train.cut} training examples were longer than --seq_len {args.seq_len} and were cut"
             + (f"; {train.unscored} of them have no scored token left" if train.unscored else ""))
+    if world.is_main:
+        run_setup.warn_of_shared(trainer, "examples", count_shared(valid, train), len(valid))
     if args.valid_batch_size is not None:
         say("--valid_batch_size has no effect: validation batches are bounded by --micro_batch_tokens")
     if args.eval_epoch is not None:

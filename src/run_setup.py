@@ -47,7 +47,12 @@ MOST_EPOCHS = 1e6  # more is a slip of the finger, and no number of steps
 # What every run shows beside the model, as privacy.json lists it. Nothing here has noise.
 DISCLOSED = (
     "training loss and throughput of every log line, and the sums of both in optimizer.{step}.pt, not privatised",
-    "args.json: the digest of the training file, by which a guess of the whole file can be checked")
+    "args.json: the digest of the training file, by which a guess of the whole file can be checked",
+    "train_runtime and peak_memory_bytes, which follow from what was drawn, not privatised")
+# The same words whatever the data are. How much of the validation data is training data, too, is an exact count of
+# private data: one unit more moves it, and "none" is a figure like any other. It is said on the terminal alone.
+VALIDATION_LOSS = ("validation loss, of data that is not protected at all; how much of it is training data, too, is "
+                   "said on the terminal alone, not privatised")
 
 
 def boolean(text: str) -> bool:
@@ -139,6 +144,13 @@ class Request:
 def digest_file(path: str) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def check_validation(flag: str, path: str, sha256: str, train_sha256: str) -> None:
+    """Raise UserError where the validation data are the training file: their loss is shown without noise."""
+    if sha256 == train_sha256:
+        fail(f"{flag} {path}: is the training file (same sha256), and validation data are not protected at all; give "
+             "other data")
 
 
 def check_shared_flags(args: argparse.Namespace) -> None:
@@ -371,6 +383,14 @@ def build_engine(name: str, model: GPT2LMModel, flat: FlatParameters, plan: Priv
         from privacy.opacus_hooks import OpacusHooks
         return OpacusHooks(model, flat, plan.clipping_rule, smoothing)
     return BookKeeping(model, flat, plan.clipping_rule, smoothing)
+
+
+def warn_of_shared(trainer: training.Trainer, what: str, shared: int, of: int) -> None:
+    """Say that validation data are training data, too (`what`: the plural of what is counted)."""
+    if shared:
+        trainer.display.say(f"WARNING: {shared} of the {of} validation {what} are training {what}, too: the validation "
+                            "loss is not one of unseen data, and validation data are not protected at all (the count "
+                            "itself has no noise)", important=True)
 
 
 def announce(trainer: training.Trainer) -> None:

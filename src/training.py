@@ -147,7 +147,9 @@ class Trainer:
         self.peak_memory = before.get("peak_memory_bytes", 0)
         self.meter, self.started = Meter(), time.monotonic() - before["seconds"]
         self.valid_loss: float | None = None
-        self.facts: dict = {}  # what privacy.json says beside privacy: the summary, and what the script adds
+        # What privacy.json says beside privacy: summary(), and what the script adds. Whatever has no noise stands in a
+        # row of PRIVACY.md's table that says so; the training loss is left to the script that has to report it.
+        self.facts: dict = {}
         self.display = Display(world.is_main, self.last, done, options.show_bar, options.show_progress)
 
     def run(self) -> int:
@@ -306,12 +308,17 @@ class Trainer:
         return {"loss": self.total_loss, "units": self.total_units, "seconds": time.monotonic() - self.started,
                 "peak_memory_bytes": self.peak_memory}
 
+    @property
+    def train_loss(self) -> float | None:
+        """Mean training loss of a unit over all steps, in nats a scored token, without noise: not covered by epsilon.
+        None where no unit was drawn."""
+        return self.total_loss / self.total_units if self.total_units else None
+
     def summary(self) -> dict:
-        """The run in six numbers, on rank 0: mean training loss of a unit over all steps, last evaluation, epsilons,
-        seconds, the most memory that a rank used (World.peak_memory)."""
+        """The run in five numbers, on rank 0: last evaluation, epsilons, seconds, the most memory that a rank used
+        (World.peak_memory, bytes)."""
         prv, rdp = self.plan.epsilon()
-        return {"train_loss": self.total_loss / self.total_units if self.total_units else None,
-                "eval_loss": None if self.valid_loss is None else finite_or_text(self.valid_loss),
+        return {"eval_loss": None if self.valid_loss is None else finite_or_text(self.valid_loss),
                 "final_epsilon_prv": finite_or_text(prv), "final_epsilon_rdp": finite_or_text(rdp),
                 "train_runtime": round(time.monotonic() - self.started, 3), "peak_memory_bytes": self.peak_memory}
 

@@ -56,6 +56,9 @@ SHUFFLE = ("test_sampling.py::test_shuffle_uses_each_unit_once_an_epoch",)
 COMPANY = ("test_company.py::test_the_same_bits_in_any_company",)
 NEIGHBOURS = ("test_neighbours.py::test_one_more_unit_through_the_script",)
 PAID = ("test_neighbours.py::test_what_rounding_may_move_is_paid_for",)
+NAMED = ("test_disclosed.py::test_every_file_and_entry_is_named",)
+SHOWN = ("test_disclosed.py::test_nothing_that_is_covered_follows_from_one_unit_but_through_the_noise",)
+VALIDATION = ("test_gpt2_ft.py::test_the_training_file_is_no_validation_data",)
 
 ADD_NOISE = "self.noise.add_normal_(own, self.settings.sigma * self.settings.sensitivity)"
 MASK = "return self.own[self.source.uniform(len(self.own)) < self.q]"
@@ -141,6 +144,16 @@ MUTANTS = (
            (("batch = self.order[position * self.batch:(position + 1) * self.batch]",
              "batch = torch.cat([self.order, self.order])[position * self.batch:(position + 1) * self.batch]"),),
            SHUFFLE),
+    Mutant("training loss in the E2E report", TRAINING,
+           (("self.facts.update(self.summary())",
+             'self.facts.update({**self.summary(), "train_loss": self.train_loss})'),), NAMED),
+    Mutant("norm of the gradient before its noise", TRAINING,
+           (("grad = self.plan.release(", "bare = norm(flat.grad)\n        grad = self.plan.release("),
+            ("options.lr(self.done), norm(grad)", "options.lr(self.done), bare")), SHOWN),
+    Mutant("shared validation data counted in the report", "gpt2_ft.py",
+           (("run_setup.VALIDATION_LOSS]", 'f"validation loss; {count_shared(valid, train)} shared"]'),), SHOWN),
+    Mutant("the training file taken for validation data", "run_setup.py",
+           (("if sha256 == train_sha256:", "if False:"),), VALIDATION),
 )
 
 
@@ -155,9 +168,10 @@ def mutated(text: str, mutant: Mutant) -> str:
 
 def run_tests(tests: tuple[str, ...], folder: pathlib.Path, mutant: Mutant | None) -> tuple[str, list[str]]:
     """("passed", "failed" or "broken", the tests that failed) of a copy of the project with the mutant in it."""
-    for name in ("src", "tests"):
+    for name in ("src", "tests", "scripts", "vocab/demo"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pytest.ini", folder)
+    for name in ("pytest.ini", "PRIVACY.md"):
+        shutil.copy(ROOT / name, folder)
     if mutant is not None:
         file = folder / "src" / mutant.file
         file.write_text(mutated(file.read_text(encoding="utf-8"), mutant), encoding="utf-8")

@@ -187,6 +187,8 @@ REFUSED = {
     "another author field": (dict(author_field="user"), ["train.jsonl:1", "has no 'user'", "--author_field"]),
     "everything held out": (dict(eval_fraction=0.999), ["--eval_fraction 0.999", "of 40 authors"]),
     "a fraction of 1": (dict(eval_fraction=1), ["--eval_fraction 1", "below 1"]),
+    "the training file to evaluate on": (dict(eval_fraction=None, eval_file=lambda path: pathlib.Path(shutil.copy(
+        material() / "train.jsonl", path))), ["--eval_file", "is the training file (same sha256)"]),
     "a fraction and a file": (dict(eval_file="x"), ["--eval_fraction", "--eval_file"]),
     "long sequences": (dict(sequence_len=49), ["--sequence_len 49", "48 positions"]),
     "short sequences": (dict(sequence_len=1), ["--sequence_len 1", "at least 2"]),

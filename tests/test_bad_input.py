@@ -86,6 +86,7 @@ def world(tmp_path_factory) -> pathlib.Path:
     (root / "latin1.jsonl").write_bytes(GOOD.encode() + b'{"context": [1], "completion": [1], "cate": "\xe9"}\n')
     (root / "latin1.txt").write_bytes("name : A||Caf\xe9\n".encode("latin-1"))
     write_tokens(root / "train.jsonl", 40, 1)
+    write_tokens(root / "valid.jsonl", 7, 2)
     write_tokens(root / "contexts.jsonl", 2, 2)
     write_model(root / "tiny")
     write_model(root / "other", vocabulary=70)
@@ -142,7 +143,7 @@ def training(**changed: object):
     def arguments(root: pathlib.Path) -> list[str]:
         named = {name: root / value[1:] if isinstance(value, str) and value.startswith("@") else value
                  for name, value in changed.items()}
-        return flags(root / "new", **{"train_data": root / "train.jsonl", "valid_data": root / "train.jsonl", **named})
+        return flags(root / "new", **{"train_data": root / "train.jsonl", "valid_data": root / "valid.jsonl", **named})
 
     return arguments
 
@@ -211,6 +212,7 @@ CHANGES = [
     ({"collective_timeout": 0}, ["--collective_timeout 0"]), ({"resume_changed": "lr"}, ["--resume_changed"]),
     ({"no_such_flag": 1}, ["--no_such_flag"]), ({"train_batch": 8}, ["--train_batch"]),
     ({"valid_data": "@cut.jsonl"}, ["cut.jsonl:2"]),
+    ({"valid_data": "@train.jsonl"}, ["--valid_data", "train.jsonl", "is the training file", "give other data"]),
     ({"valid_data": None}, ["--valid_data"]), ({"work_dir": "@e2e.txt/run"}, ["--work_dir", "e2e.txt"]),
     ({"work_dir": "/proc/run"}, ["/proc/run"]),
     ({"work_dir": "@e2e.txt"}, ["--work_dir", "e2e.txt"]), ({"resume": True}, ["--resume", "new"]),

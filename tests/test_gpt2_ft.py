@@ -96,6 +96,29 @@ def test_the_summary(run, tmp_path):
     assert 4e8 < more < 6e8
 
 
+def test_the_training_file_is_no_validation_data(tmp_path):
+    """The same bytes under another name: one line, nothing written. Without noise, too."""
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes((material() / "train.jsonl").read_bytes())
+    for changed in ({}, {"noise_multiplier": 0, "noise_source": None, "noise_seed": None}):
+        ranks = start_ranks(flags(tmp_path / "run", valid_data=copy, **changed), 2)
+        assert [rank.wait() for rank in ranks] == [2, 2] and not ranks[1].stderr
+        assert f"--valid_data {copy}: is the training file (same sha256)" in ranks[0].error
+    assert os.listdir(tmp_path) == ["copy.jsonl"]
+
+
+def test_validation_examples_that_are_training_examples_are_said_on_the_terminal_alone(run, tmp_path):
+    """Their number is private: what is on disk is the same with two of them, one of them twice, and with none."""
+    lines = (material() / "train.jsonl").read_text().splitlines(True)
+    valid = tmp_path / "valid.jsonl"
+    valid.write_text((material() / "valid.jsonl").read_text() + lines[3] + lines[30] + lines[3])
+    (rank,) = train(flags(tmp_path / "run", valid_data=valid, noise_source=None, noise_seed=None))
+    (line,) = [line for line in rank.stdout.splitlines() if "WARNING" in line]
+    assert line.startswith("WARNING: 3 of the 10 validation examples are training examples, too")
+    work, without = run
+    assert read(tmp_path / "run")["disclosed"] == read(work)["disclosed"] and "WARNING" not in without.stdout
+
+
 def test_checkpoints_are_plain_tensors(run):
     work, _ = run
     for name in ("model.2.pt", "model.6.pt", "optimizer.6.pt"):

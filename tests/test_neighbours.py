@@ -47,7 +47,7 @@ def released(folder: pathlib.Path, extra: int | None, more: dict, avx2: bool) ->
     if avx2:
         code = ("import runpy, sys; sys.path[:0] = ['src', 'tests']; import fork_server\n"
                 f"fork_server.fault_released({file!r})\n"
-                " sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+                "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
         environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
         assert run_script("-c", code, "src/gpt2_ft.py", *arguments, env=environment).returncode == 0
     else:

@@ -15,6 +15,7 @@ import pytest
 from author_runs import material as author_material
 from conftest import ROOT, assert_user_error, run_script
 from small_runs import equal, ledger, read, start_ranks, weights
+from test_disclosed import Left, e2e_flags
 from test_launchers import COMMAND, until
 
 E2E, AUTHORS, SLURM = (f"scripts/{name}.sh" for name in ("e2e_table", "author_table", "slurm_e2e"))
@@ -190,6 +191,7 @@ def test_a_table_that_is_stopped_goes_on(tmp_path, small):
     (folder,) = tmp_path.glob("results/*_small")
     assert sorted(path.name for path in folder.iterdir()) == ["command.txt", "plot.png", "rows", "table.md"]
     assert len((folder / "command.txt").read_text().splitlines()) == 1
+    assert not Left(tmp_path, e2e_flags()).unnamed()  # in PRIVACY.md
 
     training = shlex.split(row["commands"][1])  # what the row says can be typed, and gives the same weights
     again = [str(tmp_path / "again") if word == str(work) else word for word in training[2:]]
