@@ -146,7 +146,7 @@ def run_tests(tests: tuple[str, ...], folder: pathlib.Path, mutant: Mutant | Non
     """("passed", "failed" or "broken", the tests that failed) of a copy of the project with the mutant in it."""
     for name in ("src", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pytest.ini", folder)
+    shutil.copy(ROOT / "pyproject.toml", folder)
     if mutant is not None:
         file = folder / "src" / mutant.file
         file.write_text(mutated(file.read_text(encoding="utf-8"), mutant), encoding="utf-8")
