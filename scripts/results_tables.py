@@ -1,11 +1,12 @@
 """Markdown tables from results/: a line for each model, method and budget, mean and standard deviation over its seeds.
 
     python scripts/results_tables.py results/2026-01-31_e2e          # print its table, and write it to table.md there
-    python scripts/results_tables.py --readme README.md              # rewrite the tables of README.md in place
-    python scripts/results_tables.py --readme README.md --check      # status 1 where README.md does not hold them
+    python scripts/results_tables.py --readme README.md docs/*.md            # rewrite the tables of these files
+    python scripts/results_tables.py --readme README.md docs/*.md --check    # status 1 where one does not hold them
 
-A table of README.md stands between `<!-- table NAME -->` and `<!-- end -->`: NAME is the folder results/DATE_NAME (the
-newest of that name), whose rows/*.json are written by scripts/table_row.py.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`: NAME is the folder results/DATE_NAME (the newest of
+that name), whose rows/*.json are written by scripts/table_row.py; or a folder of scripts/measured_tables.py. The key
+`note` of a row is printed beside it.
 """
 
 import glob
@@ -20,6 +21,7 @@ ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, os.path.join(ROOT, "src"))
 
 from cli import Parser, atomic_write, fail, open_text, run_main
+from measured_tables import markdown, measured_table
 
 SCORES = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 KEYS = {"task", "model", "method", "epsilon", "seed", "processes", "commit", "hardware", "versions"}
@@ -50,7 +52,8 @@ def is_row(row: dict) -> bool:
     parts = {"hardware", "scores" if row["task"] == "e2e" else "privacy"}
     if row["epsilon"] != "0":
         parts.add("privacy")
-    return KEYS <= row.keys() and row["method"] in METHODS and all(PARTS[part] <= row[part].keys() for part in parts)
+    return KEYS <= row.keys() and row["method"] in METHODS and isinstance(row.get("note", ""), str) and all(
+        PARTS[part] <= row[part].keys() for part in parts)
 
 
 def read_rows(folder: str) -> Rows:
@@ -134,11 +137,14 @@ def columns(task: str) -> list[tuple[str, Cell]]:
     def private(cell: Cell) -> Cell:
         return lambda rows: "-" if epsilon(rows) in ("0", "inf") else cell(rows)
 
+    def notes(rows: Rows) -> str:
+        return "; ".join(dict.fromkeys(row["note"] for row in rows if row.get("note")))
+
     first = [("model", lambda rows: rows[0]["model"]), ("method", lambda rows: METHODS[rows[0]["method"]]),
              ("epsilon", epsilon), ("delta", private(lambda rows: f"{rows[0]['privacy']['delta']:.2g}"))]
     last = [("time [s]", trained(lambda rows: spread(rows, report("train_runtime"), ".0f"))),
             ("memory [GB]", trained(lambda rows: spread(rows, report("peak_memory_bytes", 1e-9), ".2f"))),
-            ("seeds", lambda rows: str(len(rows)))]
+            ("seeds", lambda rows: str(len(rows))), ("note", notes)]
     if task == "author":
         return [*first, ("training loss", trained(lambda rows: spread(rows, report("train_loss"), ".3f"))),
                 ("held-out loss", lambda rows: spread(rows, report("eval_loss"), ".3f")), *last]
@@ -146,10 +152,10 @@ def columns(task: str) -> list[tuple[str, Cell]]:
     return [*first, *scores, *last, ("published BLEU", published)]
 
 
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *lines)]
-    lines = [head, ["-" * width for width in widths], *lines]
-    return "".join("| " + " | ".join(map(str.ljust, line, widths)) + " |\n" for line in lines)
+def place_of(folder: str) -> str:
+    """The folder as seen from the repository's root."""
+    place = os.path.relpath(folder, ROOT)
+    return os.path.basename(os.path.normpath(folder)) if place.startswith("..") else place
 
 
 def provenance(folder: str, rows: Rows) -> str:
@@ -164,16 +170,14 @@ def provenance(folder: str, rows: Rows) -> str:
         return f"{row['processes']} process{'es' * (row['processes'] > 1)} on {machines}{count}{found['device']}"
 
     machine = all_of(on)
-    code = all_of(lambda row: (row["commit"]["hash"] or "no commit")[:8] + " (modified)" * row["commit"]["modified"])
-    place = os.path.relpath(folder, ROOT)
-    place = os.path.basename(os.path.normpath(folder)) if place.startswith("..") else place
+    code = all_of(lambda row: (row["commit"]["hash"] or "unknown")[:8] + " (modified)" * row["commit"]["modified"])
     versions = all_of(lambda row: "torch " + row["versions"]["torch"])
     several = any(len(group) > 1 for group in groups(rows))
     private = [row for row in rows if row["epsilon"] not in ("0", "inf")]
     meaning = all_of(lambda row: f"{row['privacy']['relation']}; {row['privacy']['sampling']} sampling", private)
     return ((f"Epsilon (PRV upper bound): {meaning}. " if private else "")
             + ("± is the standard deviation over seeds. " if several else "")
-            + f"{machine}; commit {code}; {versions}. Commands, seeds and every figure: `{place}/`.\n")
+            + f"{machine}; commit {code}; {versions}. Commands, seeds and every figure: `{place_of(folder)}/`.\n")
 
 
 def groups(rows: Rows) -> list[Rows]:
@@ -185,11 +189,13 @@ def groups(rows: Rows) -> list[Rows]:
 
 
 def table(folder: str) -> str:
+    if not os.path.isdir(os.path.join(folder, "rows")):
+        measured = measured_table(folder, place_of(folder))
+        if measured is not None:
+            return measured
     rows = read_rows(folder)
-    cells = [(head, [cell(group) for group in groups(rows)]) for head, cell in columns(rows[0]["task"])]
-    cells = [(head, column) for head, column in cells if any(column)]  # no published figure, no column
-    return markdown([head for head, _ in cells], [list(line) for line in zip(*(column for _, column in cells))]) + (
-        "\n" + provenance(folder, rows))
+    lines = [{head: cell(group) for head, cell in columns(group[0]["task"])} for group in groups(rows)]
+    return markdown(lines) + "\n" + provenance(folder, rows)
 
 
 def rewritten(text: str, path: str, results: str) -> str:
@@ -209,7 +215,7 @@ def rewritten(text: str, path: str, results: str) -> str:
 def main() -> int:
     parser = Parser(description="markdown tables from results/")
     parser.add_argument("folders", nargs="*", help="results/DATE_NAME: print and write their table.md")
-    parser.add_argument("--readme", metavar="FILE", help="rewrite the marked tables of this file")
+    parser.add_argument("--readme", nargs="+", metavar="FILE", help="rewrite the marked tables of these files")
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where --readme would change")
     parser.add_argument("--results", default=os.path.relpath(os.path.join(ROOT, "results")),
                         help="folder of all results (default: the repository's)")
@@ -225,17 +231,20 @@ def main() -> int:
         print(text, end="")
     if args.readme is None:
         return 0
-    with open_text(args.readme) as handle:
-        before = handle.read()
-    after = rewritten(before, args.readme, args.results)
-    if args.check:
-        if before != after:
-            print(f"{args.readme}: its tables are not those of {args.results}; run without --check")
-        return int(before != after)
-    if before != after:
-        with atomic_write(args.readme) as handle:
-            handle.write(after)
-    return 0
+    stale = False
+    for path in args.readme:
+        with open_text(path) as handle:
+            before = handle.read()
+        after = rewritten(before, path, args.results)
+        if before == after:
+            continue
+        stale = True
+        if args.check:
+            print(f"{path}: its tables are not those of {args.results}; run without --check")
+        else:
+            with atomic_write(path) as handle:
+                handle.write(after)
+    return int(args.check and stale)
 
 
 if __name__ == "__main__":

@@ -168,9 +168,9 @@ def mutated(text: str, mutant: Mutant) -> str:
 
 def run_tests(tests: tuple[str, ...], folder: pathlib.Path, mutant: Mutant | None) -> tuple[str, list[str]]:
     """("passed", "failed" or "broken", the tests that failed) of a copy of the project with the mutant in it."""
-    for name in ("src", "tests", "scripts", "vocab/demo"):
+    for name in ("src", "tests", "scripts", "vocab/demo", "pretrained_checkpoints/demo"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pytest.ini", "PRIVACY.md"):
+    for name in ("pyproject.toml", "PRIVACY.md"):
         shutil.copy(ROOT / name, folder)
     if mutant is not None:
         file = folder / "src" / mutant.file

@@ -364,8 +364,8 @@ def test_an_audit_that_torchrun_starts_again_is_refused(material, tmp_path):
     assert (work / "privacy_ledger.jsonl").read_bytes() == before
 
 
-def test_the_readme_names_commands_that_are_there():
-    text = (ROOT / "README.md").read_text()
+def test_the_documents_name_commands_that_are_there():
+    text = (ROOT / "docs/audit.md").read_text()
     for script in (SCRIPT, "scripts/audit_faults.py"):
         (command,) = re.findall(rf"^python {re.escape(script)} [^`]*?[^\\]$", text, re.M)
         named = set(re.findall(r"--(\w+)", command))

@@ -444,7 +444,3 @@ def test_the_readme_s_tables(tmp_path):
     for damage in ("{", "[]", '{"task": "e2e"}', *map(json.dumps, damaged)):
         (tmp_path / "results/2026-02-01_e2e/rows/0.json").write_text(damage)
         assert_user_error(run_script("scripts/results_tables.py", tmp_path / "results/2026-02-01_e2e"), "rows/0.json")
-
-
-def test_the_tables_of_this_readme():
-    assert run_script("scripts/results_tables.py", "--readme", "README.md", "--check").returncode == 0

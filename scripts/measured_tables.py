@@ -1,0 +1,134 @@
+"""The tables of results/DATE_benchmark_training and results/DATE_audit, from the JSON that their scripts wrote.
+
+scripts/results_tables.py calls measured_table for each folder without rows/. A `note` in a row of the JSON is printed
+beside it. command.txt holds the command; made_with.json, where a script does not write them itself, the keys `device`,
+`torch`, `commit` and `note`.
+"""
+
+import glob
+import json
+import os
+import statistics
+
+from cli import fail, open_text
+
+Line = dict[str, str]  # head -> cell
+TASKS = {"e2e_lora": "E2E, LoRA", "author_full": "authors, full", "author_lora": "authors, LoRA"}
+VARIANTS = {
+    "ordinary": "non-private, our code",
+    "plain": "non-private, Hugging Face loop",
+    "opacus": "Opacus hooks",
+    "ghost": "Opacus ghost clipping",
+    "padded": "Opacus hooks, padded",
+    "published": "Yu et al.'s arithmetic",
+}
+
+
+def markdown(lines: list[Line]) -> str:
+    """A table of lines with the same heads; columns without a cell are left out."""
+    heads = [head for head in lines[0] if any(line[head] for line in lines)]
+    widths = [max(len(head), *(len(line[head]) for line in lines)) for head in heads]
+    rows = [heads, ["-" * width for width in widths], *([line[head] for head in heads] for line in lines)]
+    return "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows)
+
+
+def comparison(result: dict, row: dict) -> Line:
+    """Ours against a variant. A share of the floor above 1 is left out: other jobs slowed the matrix products that the
+    floor was measured with."""
+    ours, other = row["ours"], row["other"]
+    share = ours["share_of_matmul_rate"]
+    return {
+        "task": TASKS[row["task"]] + ", bf16" * result["options"]["bf16"],
+        "against": VARIANTS[row["variant"]],
+        "ours/other": f"{row['ratio_median']:.2f}",
+        "range": f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}",
+        "steps": str(len(ours["seconds"])),
+        "ours [units/s]": f"{ours['units_per_s']:.2f}",
+        "other [units/s]": f"{other['units_per_s']:.2f}",
+        "ours [tokens/s]": f"{ours['tokens_per_s']:.0f}",
+        "share of the floor": f"{share:.2f}" if share <= 1 else "-",
+        "ours [GB]": f"{ours['peak_gb']:.2f}",
+        "other [GB]": f"{other['peak_gb']:.2f}",
+        "note": row.get("note", ""),
+    }
+
+
+def scaled(row: dict) -> Line:
+    """Ours alone, at one logical batch and length."""
+    seconds = statistics.median(row["seconds"])
+    return {
+        "task": TASKS[row["task"]],
+        "logical batch": str(row["units"]),
+        "tokens of a text": "as E2E's" if row["task"] == "e2e_lora" else str(row["length"]),
+        "real tokens": f"{row['tokens']:,}",
+        "step [s]": f"{seconds:.2f}",
+        "ours [tokens/s]": f"{row['tokens'] / seconds:.0f}",
+    }
+
+
+def speed(results: list[dict]) -> str:
+    """Comparisons by task and variant, those with a note last; then the steps over batches and lengths."""
+    pairs = [(result, row) for result in results for row in result["rows"]]
+    pairs.sort(key=lambda pair: "note" in pair[1])
+    compared = [
+        comparison(*pair)
+        for task in TASKS
+        for variant in VARIANTS
+        for pair in pairs
+        if (pair[1]["task"], pair[1].get("variant")) == (task, variant)
+    ]
+    alone = [scaled(row) for _, row in pairs if "variant" not in row]
+    if len(compared) + len(alone) != len(pairs):
+        raise ValueError("a task or a variant without a name")
+    return "\n".join(markdown(lines) for lines in (compared, alone) if lines)
+
+
+def audit(rows: list[dict]) -> str:
+    """What scripts/audit_faults.py found, a line for each fault; "none" is the code as it is."""
+
+    def line(row: dict) -> Line:
+        verdict = "refuted" if row["refuted"] else "NOT SEEN"
+        if row["fault"] == "none":
+            verdict = "REFUTED, and should not be" if row["refuted"] else "not refuted"
+        return {
+            "fault": row["fault"],
+            "setting": row["setting"],
+            "canaries": f"{row['canaries']:,} {row['canary_kind']}",
+            "delta": f"{row['delta']:.0e}",
+            "claimed epsilon": f"{row['epsilon_claimed']:.2f}",
+            "lower bound (95 %)": f"{row['epsilon_lower']:.2f}",
+            "guesses right": f"{row['guesses_right']:,} of {row['guesses_made']:,}",
+            "claim": verdict,
+            "CPU [s]": f"{row['cpu_seconds']:.0f}",
+        }
+
+    return markdown([line(row) for row in rows])
+
+
+def measured_table(folder: str, place: str) -> str | None:
+    """The table of a folder of either script, with a line on the machine and on `place`; None where it is of neither.
+    UserError where its JSON is not what the script writes."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.json")))
+    found, said = [], {}
+    where = folder
+    try:
+        for where in paths:
+            with open_text(where) as handle:
+                if os.path.basename(where) == "made_with.json":
+                    said = dict(json.load(handle))
+                else:
+                    found.append(json.load(handle))
+        if not found:
+            return None
+        where = folder
+        if isinstance(found[0], list):
+            text = audit(found[0])
+        else:
+            text, first = speed(found), found[0]
+            said = {"device": f"{first['options']['model_card']} on {first['device']}", "torch": first["torch"], **said}
+        commit = said["commit"][:8] if "commit" in said else None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        fail(f"{where}: scripts/benchmark_training.py or audit_faults.py did not write it so ({error!r}); remove it")
+    named = {"": said.get("device"), " ": said.get("note"), "commit ": commit, "torch ": said.get("torch")}
+    facts = "; ".join(f"{name}{value}".strip() for name, value in named.items() if value)
+    return f"{text}\n{facts + '. ' if facts else ''}Command and every figure: `{place}/`.\n"
