@@ -166,7 +166,7 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
     cut: Cut = TightCut(tokens)
     if variant == "book_keeping":  # a private run pads to public lengths; the others pad as little as they can
         public = make_examples(task, 4 * logical, options.length, 50257, seed=1).inputs
-        filler = fast_linear.BLOCK_ROWS[device.type] // 2
+        filler = fast_linear.BLOCK_ROWS[device.type] / 2
         cut = PublicLengths(choose_lengths(public, int(examples.inputs.max()), logical, tokens, filler), tokens)
     batches = list(examples.micro_batches(drawn, cut))
     if variant in ("padded", "published"):

@@ -62,13 +62,13 @@ class PublicLengths:
                 yield slice(start, min(start + units, int(end))), T
 
 
-def choose_lengths(public: np.ndarray | None, longest: int, units: float, token_budget: int, filler: int,
+def choose_lengths(public: np.ndarray | None, longest: int, units: float, token_budget: int, filler: float,
                    rows_per_unit: int = 1) -> tuple[int, ...]:
     """The lengths of PublicLengths: those of the least expected cost for a draw of `units` units a rank.
 
     public   (n,) lengths of texts that the run does not protect, such as its validation data; None or empty: unknown
     longest  inputs of the longest text that may come
-    filler   rows by which the products of a micro-batch are filled up on the average, see fast_linear.row_blocks
+    filler   what a micro-batch's products are filled up with on the average, see fast_linear.row_blocks: in tokens
 
     Dynamic programming over multiples of GRAIN up to the longest public text: a class costs its padded tokens, and for
     every micro-batch what starting one costs. Beyond, and where nothing is public, each length is GROWTH times the one

@@ -19,7 +19,7 @@ from batching import PublicLengths, TightCut, choose_lengths
 from cli import UserError, check_least, check_positive, fail
 from distributed import World
 from fast_linear import BLOCK_ROWS
-from model import SLOTS, GPT2LMModel, LoRAConfig
+from model import SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, Ordinary, rounding_share
 from privacy.company import MOST, influence_of_company
@@ -180,11 +180,14 @@ def epochs_to_steps(epochs: float, N: int, batch: int) -> int:
     return max(1, round(epochs * N / batch))
 
 
-def choose_cut(request: Request, args: argparse.Namespace, world: World, valid: training.Data | None) -> PublicLengths:
+def choose_cut(request: Request, args: argparse.Namespace, world: World, config: GPT2Config,
+               valid: training.Data | None) -> PublicLengths:
     """How a private run's draws are cut. The lengths to pad to come from validation data, which no run protects."""
     budget = args.micro_batch_tokens or DEFAULT_TOKENS[world.device.type]
+    # On the average half a block of rows is filler, in the blocks of the transformer and in the head.
+    head = config.vocab_size / (config.n_layer * (4 * config.n_embd + 2 * config.inner))  # its work over theirs
     lengths = choose_lengths(None if valid is None else valid.inputs, max(1, request.longest - 1),
-                             request.batch / world.size, budget, BLOCK_ROWS[world.device.type] // 2,
+                             request.batch / world.size, budget, BLOCK_ROWS[world.device.type] / 2 * (1 + head),
                              request.rows_per_unit)
     return PublicLengths(lengths, budget)
 
@@ -312,7 +315,7 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
         raise mistake
     if restarted:
         args = argparse.Namespace(**{**vars(args), "resume": True})
-    cut = choose_cut(request, args, world, valid)
+    cut = choose_cut(request, args, world, loaded.model.config, valid)
     settings = plan_settings(request, args, world, cut)
     model = loaded.model.to(world.device)
     model.freeze_for_training()
