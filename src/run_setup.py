@@ -356,6 +356,9 @@ def announce(trainer: training.Trainer) -> None:
     charged = plan.ledger.state.charged if plan.ledger else 0
     if trainer.done or charged:
         say(f"resumed after step {trainer.done}; {charged} steps charged so far")
+    if plan.ledger is not None and not plan.ledger.locked:
+        say(f"WARNING: the file system of {plan.ledger.path} has no locks: nothing keeps a second run out of this "
+            "folder, but the length of that file; start none", important=True)
     if not settings.private:
         say("noise multiplier 0: ordinary training without clipping or noise; epsilon = inf", important=True)
         return

@@ -237,6 +237,7 @@ class Trainer:
     def log(self) -> None:
         if self.work is None:
             return
+        self.plan.ledger.check(f"step {self.done} was not logged")
         reading = self.meter.read(self.plan.settings.unit)
         prv, rdp = self.plan.epsilon()
         # The norm is of what was released and costs no privacy; one of units, or of their sum before the noise, would.
@@ -277,9 +278,13 @@ class Trainer:
         error, self.peak_memory = None, max(self.peak_memory, self.world.peak_memory())
         if self.work is not None:
             try:
+                # Another run's records there would mean that its checkpoints are there, too.
+                self.plan.ledger.check(f"the checkpoint of step {self.done} was not written")
                 checkpoint.save_checkpoint(self.work.path, self.done, self.model, self.base,
                                            {**self.optimizer.state_dict(), "progress": self.progress()})
                 self.write_report()
+            except UserError as failure:
+                error = failure
             except OSError as failure:
                 error = UserError(f"{self.work.path}: the checkpoint of step {self.done} could not be written "
                                   f"({failure.strerror}); the one before is intact: make room and --resume")
@@ -311,6 +316,7 @@ class Trainer:
 
     def write_report(self) -> dict:
         """Write privacy.json, on rank 0; returns its content."""
+        self.plan.ledger.check("privacy.json was not written")
         report = {**self.plan.report(self.disclosed), **self.facts}
         self.work.write_json("privacy.json", report)
         return report

@@ -34,7 +34,7 @@ class Mutant:
 
 
 PLAN, SAMPLING, CLIPPING, NOISE = (f"privacy/{name}.py" for name in ("plan", "sampling", "clipping", "noise"))
-TRAINING = "training.py"
+TRAINING, LEDGER = "training.py", "privacy/ledger.py"
 RANKS = ("test_privacy_plan.py::test_noise_has_its_scale_after_the_all_reduce",)
 STEP = ("test_private_step.py::test_a_step_is_the_mechanism_written_out",)
 DRAWS = ("test_privacy_plan.py::test_draws_are_disjoint_and_the_extras_are_summed_and_no_more",)
@@ -53,6 +53,10 @@ BF16 = ("test_clipping.py::test_float32_and_bf16_norms_are_of_what_is_summed",)
 CANCEL = ("test_clipping.py::test_positions_that_cancel_in_float32",)
 ROWS = ("test_clipping.py::test_units_of_several_texts",)
 SHUFFLE = ("test_sampling.py::test_shuffle_uses_each_unit_once_an_epoch",)
+ALONE = tuple(f"test_ledger_alone.py::{name}" for name in (
+    "test_a_second_writer_finds_what_the_first_wrote_and_the_first_stops",
+    "test_what_another_writes_at_the_same_moment_is_never_cut"))
+TAKEN = ("test_ledger_alone.py::test_a_copy_of_the_whole_ledger_is_not_the_run_s_file_either",)
 
 ADD_NOISE = "self.noise.add_normal_(own, self.settings.sigma * self.settings.clip)"
 MASK = "return self.own[self.source.uniform(len(self.own)) < self.q]"
@@ -130,6 +134,13 @@ MUTANTS = (
            (("batch = self.order[position * self.batch:(position + 1) * self.batch]",
              "batch = torch.cat([self.order, self.order])[position * self.batch:(position + 1) * self.batch]"),),
            SHUFFLE),
+    Mutant("ledger written over another's records", LEDGER,
+           (("os.O_RDWR | os.O_APPEND | (0", "os.O_RDWR | (0"), ("        self.check(undone)\n", ""),
+            ("written = os.write(self.handle, line)",
+             "os.lseek(self.handle, self.state.size, os.SEEK_SET)\n            written = os.write(self.handle, line)\n"
+             "            os.ftruncate(self.handle, self.state.size + written)")), ALONE),
+    Mutant("a ledger put in place of the run's goes unseen", LEDGER,
+           (("(found.st_dev, found.st_ino) != (own.st_dev, own.st_ino)", "False"),), TAKEN),
 )
 
 
