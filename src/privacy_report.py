@@ -73,8 +73,8 @@ def disagreements(report: dict, state: LedgerState) -> list[str]:
     expected["noise_source"] = " and ".join(sorted(noise_sources(state)))
     expected |= {"steps_charged": state.charged, "epsilon_prv": finite_or_text(prv), "epsilon_rdp": finite_or_text(rdp)}
     # Keys beyond those that every report has.
-    optional = {"attempts": state.attempts, "delta_strict": strict, "epsilon_prv_strict": finite_or_text(strict_prv),
-                "epsilon_rdp_strict": finite_or_text(strict_rdp)}
+    optional = {"attempts": state.attempts, "ledger_checksum": state.last_checksum, "delta_strict": strict,
+                "epsilon_prv_strict": finite_or_text(strict_prv), "epsilon_rdp_strict": finite_or_text(strict_rdp)}
     expected |= {key: value for key, value in optional.items() if key in report}
 
     def same(left: object, right: object) -> bool:

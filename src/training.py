@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+import provenance
 from cli import UserError, fail
 from distributed import World
 from losses import MicroBatch, token_losses
@@ -281,7 +282,8 @@ class Trainer:
                 # Another run's records there would mean that its checkpoints are there, too.
                 self.plan.ledger.check(f"the checkpoint of step {self.done} was not written")
                 checkpoint.save_checkpoint(self.work.path, self.done, self.model, self.base,
-                                           {**self.optimizer.state_dict(), "progress": self.progress()})
+                                           {**self.optimizer.state_dict(), "progress": self.progress()},
+                                           provenance.excerpt(self.report()))
                 self.write_report()
             except UserError as failure:
                 error = failure
@@ -314,10 +316,14 @@ class Trainer:
                 "final_epsilon_prv": finite_or_text(prv), "final_epsilon_rdp": finite_or_text(rdp),
                 "train_runtime": round(time.monotonic() - self.started, 3), "peak_memory_bytes": self.peak_memory}
 
+    def report(self) -> dict:
+        """The content of privacy.json, on rank 0."""
+        return {**self.plan.report(self.disclosed), **self.facts}
+
     def write_report(self) -> dict:
         """Write privacy.json, on rank 0; returns its content."""
         self.plan.ledger.check("privacy.json was not written")
-        report = {**self.plan.report(self.disclosed), **self.facts}
+        report = self.report()
         self.work.write_json("privacy.json", report)
         return report
 
@@ -337,19 +343,22 @@ class Trainer:
             f"{report['relation']}; {report['steps_charged']} steps charged", important=True)
 
 
-def resume(work_dir: str, model: GPT2LMModel, optimizer: AdamW) -> tuple[int, dict | None]:
+def resume(work_dir: str, model: GPT2LMModel, optimizer: AdamW) -> tuple[int, dict | None, dict | None]:
     """Bring parameters and optimizer to the newest checkpoint of `work_dir`; returns its step, 0 where there is none,
-    and the run's progress() there.
+    the run's progress() there, and the checkpoint's report (provenance.py).
 
     A run that was killed before its first checkpoint starts again from its initial weights; its ledger keeps what it
     spent.
     """
     step = checkpoint.latest_resumable(work_dir)
     if step is None:
-        return 0, None
+        return 0, None, None
     state = checkpoint.load_resumable(work_dir, step, model)  # the parameters are views: this fills the flat buffer
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
         fail(f"--resume {checkpoint.optimizer_path(work_dir, step)}: {error}")
-    return step, state.get("progress")
+    report = state["privacy"]
+    if report is not None:
+        report = provenance.checked(report, f"--resume {checkpoint.model_path(work_dir, step)}: its entry 'privacy'")
+    return step, state.get("progress"), report

@@ -34,7 +34,7 @@ class Mutant:
 
 
 PLAN, SAMPLING, CLIPPING, NOISE = (f"privacy/{name}.py" for name in ("plan", "sampling", "clipping", "noise"))
-TRAINING, LEDGER = "training.py", "privacy/ledger.py"
+TRAINING, LEDGER, PROVENANCE = "training.py", "privacy/ledger.py", "provenance.py"
 RANKS = ("test_privacy_plan.py::test_noise_has_its_scale_after_the_all_reduce",)
 STEP = ("test_private_step.py::test_a_step_is_the_mechanism_written_out",)
 DRAWS = ("test_privacy_plan.py::test_draws_are_disjoint_and_the_extras_are_summed_and_no_more",)
@@ -57,6 +57,8 @@ ALONE = tuple(f"test_ledger_alone.py::{name}" for name in (
     "test_a_second_writer_finds_what_the_first_wrote_and_the_first_stops",
     "test_what_another_writes_at_the_same_moment_is_never_cut"))
 TAKEN = ("test_ledger_alone.py::test_a_copy_of_the_whole_ledger_is_not_the_run_s_file_either",)
+CHAIN = ("test_provenance.py::test_the_chain_outlives_its_folders",)
+LINKS = ("test_provenance.py::test_weights_under_a_link",)
 
 ADD_NOISE = "self.noise.add_normal_(own, self.settings.sigma * self.settings.clip)"
 MASK = "return self.own[self.source.uniform(len(self.own)) < self.q]"
@@ -141,6 +143,10 @@ MUTANTS = (
              "            os.ftruncate(self.handle, self.state.size + written)")), ALONE),
     Mutant("a ledger put in place of the run's goes unseen", LEDGER,
            (("(found.st_dev, found.st_ino) != (own.st_dev, own.st_ino)", "False"),), TAKEN),
+    Mutant("only the last run of a chain named", PROVENANCE,
+           (('return [*report["initial_weights"], *([own]', "return [*([own]"),), CHAIN),
+    Mutant("links to weights not followed", PROVENANCE,
+           (("while os.path.islink(path):", "while False:"),), LINKS),
 )
 
 

@@ -265,6 +265,25 @@ def test_what_another_rank_is_told(tmp_path):
 # ------------------------------------------------------------------ between two runs
 
 
+def test_a_ledger_that_lost_records_between_two_runs(tmp_path):
+    """As many records as the checkpoint has steps are not enough: those done again were charged, too. The checkpoint
+    knows after which record it was made."""
+    work = tmp_path / "run"
+    interrupted(work, 1, {0: [kill(CHARGE, "after", 4)]})
+    old = (work / NAME).read_bytes()
+    interrupted(work, 1, {0: [kill(DRAW, "after", 2, signal.SIGTERM)]}, resume=True)
+    assert [record["step"] for record in ledger(work)] == [1, 2, 3, 4, 3, 4] and (work / "model.4.pt").exists()
+    new = (work / NAME).read_bytes()
+    (work / "privacy.json").unlink()  # which remembers the number, where it has not been put back with the ledger
+    (work / NAME).write_bytes(old)
+    (rank,) = start_ranks(flags(work, resume=True))
+    last = json.loads(new.splitlines()[-1])["checksum"]
+    assert rank.wait() == 2
+    assert f"{NAME} lacks the record {last}, its last one at the checkpoint of step 4" in rank.error
+    (work / NAME).write_bytes(new)
+    check_resumed(work, 1)
+
+
 def test_the_lock_ends_with_the_ledger(tmp_path):
     """Also where the ledger turns out not to be this run's."""
     make(tmp_path)
