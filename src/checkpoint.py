@@ -6,11 +6,13 @@ A file of ours, `model.{step}.pt`, is a dict for torch.load(weights_only=True):
   config, lora      the model's shape and its adapter, as dicts
   base              None, or {"path", "absolute", "fingerprint"} of the file that holds the frozen weights;
                     path is relative to the checkpoint's folder, so that a moved project still finds it
+  privacy           None, or what this run and those before it spent (provenance.py)
 Beside it `optimizer.{step}.pt` holds what only a resumed run needs; of these the newest alone is kept.
 """
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import pickle
@@ -75,6 +77,19 @@ def read_file(path: str, flag: str = "--init_checkpoint") -> dict:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         fail(f"{flag} {path}: not a checkpoint: holds a {type(content).__name__}, wanted a dict of named tensors")
     return content
+
+
+def privacy_entry(path: str, content: dict) -> object:
+    """What a weight file says of the runs behind it (provenance.py): the entry `privacy` of a file of ours, the JSON of
+    that name in the metadata of an exported one; None where it says nothing. Not checked."""
+    if not path.endswith(".safetensors"):
+        return content.get("privacy")
+    with safetensors.safe_open(path, framework="pt") as handle:
+        text = (handle.metadata() or {}).get("privacy")
+    try:
+        return text and json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def canonical_weights(content: dict, path: str, flag: str) -> dict[str, Tensor]:
@@ -195,6 +210,8 @@ class Loaded:
     base: dict | None  # the `base` entry for checkpoints of this model; None when no file holds the frozen weights
     path: str | None  # the weight file that was read
     step: int = 0
+    # every weight file that was read, the frozen weights' first, with its privacy_entry()
+    files: list[tuple[str, object]] = dataclasses.field(default_factory=list)
 
 
 def load_model(init_checkpoint: str | None, model_card: str | None = None, lora_config: LoRAConfig | None = None,
@@ -220,7 +237,7 @@ def load_model(init_checkpoint: str | None, model_card: str | None = None, lora_
         return load_adapter(path, content, config, lora_config, base_checkpoint, flag)
     ours = "model_state_dict" in content
     weights = canonical_weights(content, path, flag)
-    base, step = None, 0
+    base, step, files = None, 0, [(path, privacy_entry(path, content))]
     if ours and "config" in content:
         stored_config, stored_lora, base, step = stored_entries(content, path, flag)
         if config is not None and not same_shape(config, stored_config):
@@ -234,7 +251,9 @@ def load_model(init_checkpoint: str | None, model_card: str | None = None, lora_
 
     if base is not None:
         base_path = find_base(base, path, base_checkpoint)
-        base_weights = canonical_weights(read_file(base_path, "--base_checkpoint"), base_path, "--base_checkpoint")
+        base_content = read_file(base_path, "--base_checkpoint")
+        base_weights = canonical_weights(base_content, base_path, "--base_checkpoint")
+        files.insert(0, (base_path, privacy_entry(base_path, base_content)))
         base, wanted = describe_base(base_path, base_weights), base["fingerprint"]
         if base["fingerprint"] != wanted:
             fail(f"--base_checkpoint {base_path}: not the file that {path} was trained on (its fingerprint differs)")
@@ -246,7 +265,7 @@ def load_model(init_checkpoint: str | None, model_card: str | None = None, lora_
     with torch.random.fork_rng(devices=[], enabled=lora_config.dim == 0 or any("lora_" in name for name in weights)):
         model = build(config, lora_config, f"{flag} {path}")
     load_strictly(model, weights, path, flag)
-    return Loaded(model, base, path, step)
+    return Loaded(model, base, path, step, files)
 
 
 def agreed(given: LoRAConfig | None, stored: LoRAConfig, path: str) -> LoRAConfig:
@@ -289,7 +308,8 @@ def load_adapter(path: str, content: dict, config: GPT2Config | None, lora_confi
     with torch.random.fork_rng(devices=[]):
         model = build(config, lora_config, f"{flag} {path}")
     load_strictly(model, {**base_weights, **weights}, path, flag)
-    return Loaded(model, base, path)
+    files = [(base_path, privacy_entry(base_path, base_content)), (path, privacy_entry(path, content))]
+    return Loaded(model, base, path, files=files)
 
 
 def build(config: GPT2Config, lora_config: LoRAConfig, where: str) -> GPT2LMModel:
@@ -349,7 +369,8 @@ def optimizer_path(work_dir: str, step: int) -> str:
     return os.path.join(work_dir, f"optimizer.{step}.pt")
 
 
-def save_checkpoint(work_dir: str, step: int, model: GPT2LMModel, base: dict | None, optimizer: dict) -> None:
+def save_checkpoint(work_dir: str, step: int, model: GPT2LMModel, base: dict | None, optimizer: dict,
+                    privacy: dict | None = None) -> None:
     """Write the pair of step `step`. model.{step}.pt is renamed into place last, so it never stands without its
     partner; the partner of an older step goes only after that. Adapters are saved alone when `base` names their frozen
     weights. Raises OSError naming the file when the disk is full."""
@@ -365,6 +386,7 @@ def save_checkpoint(work_dir: str, step: int, model: GPT2LMModel, base: dict | N
         "config": dataclasses.asdict(model.config),
         "lora": {**dataclasses.asdict(model.lora_config), "enable": list(model.lora_config.enable)},
         "base": base if lora_only else None,
+        "privacy": privacy,
     }
     write(optimizer_path(work_dir, step), optimizer)
     write(model_path(work_dir, step), content)
@@ -394,9 +416,10 @@ def latest_resumable(work_dir: str) -> int | None:
 
 
 def load_resumable(work_dir: str, step: int, model: GPT2LMModel) -> dict:
-    """Copy the trained parameters of step `step` into `model`; return the optimizer's state."""
+    """Copy the trained parameters of step `step` into `model`; return the optimizer's state and with it, `privacy`."""
     path = model_path(work_dir, step)
-    weights = canonical_weights(read_file(path, "--resume"), path, "--resume")
+    content = read_file(path, "--resume")
+    weights = canonical_weights(content, path, "--resume")
     wanted = {name: parameter for name, parameter in model.named_parameters() if name in weights}
     absent = set(trainable_weights(model)) - set(wanted)
     if absent or len(wanted) != len(weights):
@@ -407,4 +430,4 @@ def load_resumable(work_dir: str, step: int, model: GPT2LMModel) -> dict:
             if parameter.shape != weights[name].shape:
                 fail(f"--resume {path}: {name} is {tuple(weights[name].shape)}, this run has {tuple(parameter.shape)}")
             parameter.copy_(weights[name])
-    return read_file(optimizer_path(work_dir, step), "--resume")
+    return {**read_file(optimizer_path(work_dir, step), "--resume"), "privacy": content.get("privacy")}

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
@@ -155,6 +157,20 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = path  # a full disk shows at a write, which does not know its file's name
         raise
+
+
+def lock(handle: int) -> bool:
+    """Take the lock of an open file, which its closing gives back; False where its file system has no locks.
+
+    Raises BlockingIOError where another process holds it.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
 
 
 def sync_folder(folder: str) -> None:

@@ -5,6 +5,9 @@
 
 merged  config.json and model.safetensors, for transformers' from_pretrained; --vocab adds the tokenizer's files.
 peft    adapter_config.json and adapter_model.safetensors, for peft's PeftModel.from_pretrained(base, folder).
+
+Where the weights come from runs with a ledger, what each of them spent is said in the weights' metadata and in a
+privacy.json beside them, so that a run that starts from here can name it (provenance.py).
 """
 
 import json
@@ -16,9 +19,11 @@ from torch import Tensor
 
 import loralib as lora
 import peft_format
+import provenance
 from checkpoint import Loaded, fingerprint, load_model
-from cli import Parser, atomic_write, fail, run_main
+from cli import Parser, atomic_write, fail, read_object, run_main
 from model import GPT2Config, GPT2LMModel
+from privacy.ledger import FILE_NAME
 from tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
 WEIGHTS = {"merged": "model.safetensors", "peft": "adapter_model.safetensors"}
@@ -107,13 +112,14 @@ def main() -> None:
     args = parser.parse_args(sys.argv[1:])
     if args.base_name is not None and args.format != "peft":
         fail(f"--base_name {args.base_name}: means nothing with --format {args.format}")
-    for name in WEIGHTS.values():
+    for name in (*WEIGHTS.values(), FILE_NAME):
         if os.path.exists(os.path.join(args.output, name)):
             fail(f"--output {args.output}: holds a {name}; choose another folder")
     loaded = load_model(args.init_checkpoint, args.model_card, None, args.base_checkpoint)
     model = loaded.model
     tokenizer = open_vocabulary(args.vocab, model.config) if args.vocab else None
-    metadata = {"format": "pt"}
+    spent = provenance.spent_report(loaded)
+    metadata = {"format": "pt", **({"privacy": json.dumps(spent)} if spent else {})}
     if args.format == "peft":
         if not lora.adapted_layers(model):
             fail(f"--format peft: {loaded.path} holds no adapter; leave --format out")
@@ -123,7 +129,13 @@ def main() -> None:
         end_of_text = tokenizer.end_of_text if tokenizer else model.config.vocab_size - 1
         name, config, weights = "config.json", hugging_face_config(model.config, end_of_text), merged_weights(model)
 
+    report = os.path.join(args.output, provenance.REPORT_NAME)
+    # A killed export has left the same one.
+    if os.path.exists(report) and read_object(report, "what another export wrote", "--output") != spent:
+        fail(f"--output {args.output}: holds a {provenance.REPORT_NAME} of other weights; choose another folder")
     os.makedirs(args.output, exist_ok=True)
+    if spent:
+        write_json(report, spent)
     if tokenizer:
         write_tokenizer(args.vocab, args.output, model.config)
     write_json(os.path.join(args.output, name), config)
@@ -131,7 +143,8 @@ def main() -> None:
     with atomic_write(os.path.join(args.output, WEIGHTS[args.format]), "wb") as handle:
         handle.write(safetensors.torch.save(weights, metadata=metadata))
     print(f"wrote {args.output}: {sum(value.numel() for value in weights.values())} parameters"
-          + (f", to be put on {config['base_model_name_or_path']}" if args.format == "peft" else ""))
+          + (f", to be put on {config['base_model_name_or_path']}" if args.format == "peft" else "")
+          + (f"; {provenance.REPORT_NAME} says what the runs behind them spent" if spent else ""))
 
 
 if __name__ == "__main__":

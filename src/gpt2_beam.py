@@ -29,7 +29,7 @@ from tqdm import tqdm
 import loralib as lora
 from beam_search import SearchSettings, beam_search
 from checkpoint import Loaded, fingerprint, load_model, slots
-from cli import Parser, atomic_write, check_least, check_positive, fail, read_lines, run_main
+from cli import Parser, atomic_write, check_least, check_positive, fail, lock, read_lines, run_main
 from distributed import World, start
 from kv_cache import TreeDecoder
 from model import SLOTS, GPT2LMModel, LoRAConfig
@@ -198,14 +198,29 @@ def load(flags: Flags) -> Loaded:
 class Journal:
     """Finished contexts on disk, one file a rank, so that a search that was killed can go on.
 
-    The first line says which search it is; a line that a kill tore is ignored and its context searched again.
+    The first line says which search it is; a line that a kill tore is ignored and its context searched again. Rank 0
+    holds the lock of its file: a second search would drop these files, and each replace the other's output.
     """
 
     def __init__(self, output: str, identity: dict):
         self.output, self.identity = output, identity
+        self.held: IO[str] | None = None
+        self.left = False  # of an earlier search
 
     def files(self) -> list[str]:
         return sorted(glob.glob(glob.escape(self.output) + ".journal.*"))
+
+    def hold(self) -> None:
+        """Take the lock, on rank 0. UserError where another search has it."""
+        path, self.left = f"{self.output}.journal.0", bool(self.files())
+        while True:
+            self.held = open(path, "a")
+            try:
+                lock(self.held.fileno())
+            except BlockingIOError:
+                fail(f"--output_file {self.output}: another search is writing it; wait for its end, or name another")
+            if os.path.exists(path) and os.path.samestat(os.fstat(self.held.fileno()), os.stat(path)):
+                return  # else a search has just ended, and removed what was opened
 
     def read(self) -> dict[int, list[int]]:
         """Context's index -> tokens, from every rank's file. UserError where there is none, or of another search."""
@@ -248,6 +263,10 @@ class Journal:
     def remove(self) -> None:
         for file in self.files():
             os.unlink(file)
+
+    def empty(self) -> None:
+        for file in self.files():
+            os.truncate(file, 0)  # not removed: the lock is that of a file
 
 
 def identity(model: GPT2LMModel, contexts: list[list[int]], settings: SearchSettings, bf16: bool) -> dict:
@@ -301,6 +320,7 @@ def prepare(flags: Flags, world: World) -> tuple[Loaded, SearchSettings, list[li
                   f"{flags.seq_len - flags.eval_len} tokens and are cut on the left")
         if flags.random_seed is not None:
             print("--random_seed: has no effect, nothing in a beam search is drawn at random")
+        journal.hold()
     return loaded, settings, contexts, of_line, journal, done
 
 
@@ -315,9 +335,9 @@ def main() -> None:
         error = caught
     world.agree(error)
     journal.identity, done = world.gather((journal.identity, done))[0]  # rank 0 read the journals for all
-    if world.is_main and not flags.resume and journal.files():
+    if journal.left and not flags.resume:
         print(f"{flags.output}.journal.*: of a search that did not end, dropped (--resume would have continued it)")
-        journal.remove()
+        journal.empty()
     world.barrier()
 
     by_length = sorted((index for index in range(len(contexts)) if index not in done), key=lambda i: len(contexts[i]))

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from cli import Parser, atomic_write, fail, read_object, run_main
 from privacy import accounting
 from privacy.accounting import Phase
-from privacy.ledger import FILE_NAME, LedgerState, epsilons, noise_sources, participations, read_ledger, spent
+from privacy.ledger import (FILE_NAME, LedgerState, check_none_was_kept, epsilons, noise_sources, participations,
+                            read_ledger, spent)
 from privacy.plan import RELATIONS, SEEDED_WARNING, choose_sigma, finite_or_text, relation
 
 REPORT_NAME = "privacy.json"
@@ -46,6 +47,7 @@ def find_files(path: str) -> tuple[str, str | None]:
     """(ledger, privacy.json or None) of a training folder, a ledger or a privacy.json."""
     if os.path.isdir(path):
         folder, ledger = path, os.path.join(path, FILE_NAME)
+        check_none_was_kept(ledger)
         if not os.path.exists(ledger):
             fail(f"{path}: holds no {FILE_NAME}; give a training folder, its ledger or its {REPORT_NAME}")
     elif os.path.basename(path) == REPORT_NAME:
@@ -71,8 +73,8 @@ def disagreements(report: dict, state: LedgerState) -> list[str]:
     expected["noise_source"] = " and ".join(sorted(noise_sources(state)))
     expected |= {"steps_charged": state.charged, "epsilon_prv": finite_or_text(prv), "epsilon_rdp": finite_or_text(rdp)}
     # Keys beyond those that every report has.
-    optional = {"attempts": state.attempts, "delta_strict": strict, "epsilon_prv_strict": finite_or_text(strict_prv),
-                "epsilon_rdp_strict": finite_or_text(strict_rdp)}
+    optional = {"attempts": state.attempts, "ledger_checksum": state.last_checksum, "delta_strict": strict,
+                "epsilon_prv_strict": finite_or_text(strict_prv), "epsilon_rdp_strict": finite_or_text(strict_rdp)}
     expected |= {key: value for key, value in optional.items() if key in report}
 
     def same(left: object, right: object) -> bool:

@@ -1,7 +1,6 @@
 """What a run leaves behind beside its weights: args.json, metrics.jsonl, event files, privacy.json, the lock; and what
 it shows meanwhile."""
 
-import fcntl
 import json
 import math
 import os
@@ -12,14 +11,14 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from cli import atomic_write, fail, read_object
+from cli import atomic_write, fail, lock, read_object
 
 
 class WorkDir:
     """A run's folder, held by one run at a time."""
 
     def __init__(self, path: str, must_exist: bool = False, flag: str = "--work_dir"):
-        self.path, self.board = path, None
+        self.path, self.board, self.torn_dropped = path, None, False
         if must_exist and not os.path.isdir(path):
             fail(f"--resume: {flag} {path} does not exist, there is nothing to continue")
         try:
@@ -28,8 +27,8 @@ class WorkDir:
         except OSError as error:
             fail(f"{flag} {path}: cannot be written ({error.strerror})")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock(self.lock.fileno())  # where there are no locks, the ledger says so and watches its own file
+        except BlockingIOError:
             self.lock.seek(0)
             fail(f"{flag} {path}: another run is writing there ({self.lock.read().strip() or 'unknown process'})")
         self.lock.truncate(0)
@@ -58,11 +57,14 @@ class WorkDir:
         self.board = SummaryWriter(self.file("tensorboard"), purge_step=done + 1)
 
     def append_metrics(self, record: dict) -> None:
-        """Append one line to metrics.jsonl: a log line or an evaluation. A line that a kill cut short is dropped."""
+        """Append one line to metrics.jsonl: a log line or an evaluation. A last line that a kill cut short is dropped
+        before the first one: later, it would be another's that is being written."""
         path, line = self.file("metrics.jsonl"), json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             with open(path, "ab+") as handle:
-                self.drop_torn_line(handle)
+                if not self.torn_dropped:
+                    self.drop_torn_line(handle)
+                    self.torn_dropped = True
                 handle.write(line)
             if self.board is not None:
                 for name, value in record.items():

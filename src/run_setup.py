@@ -14,6 +14,7 @@ import torch
 
 import checkpoint
 import distributed
+import provenance
 import training
 from batching import PublicLengths, TightCut, choose_lengths
 from cli import UserError, check_least, check_positive, fail
@@ -23,7 +24,7 @@ from model import SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, Ordinary, rounding_share
 from privacy.company import MOST, influence_of_company
-from privacy.ledger import FILE_NAME, Ledger, read_ledger
+from privacy.ledger import Ledger
 from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
 from run_log import WorkDir
 
@@ -260,8 +261,9 @@ def is_restarted(work_dir: str) -> bool:
         return False  # then the folder is another run's, and refused
 
 
-def check_ledger_is_whole(work: WorkDir, ledger: Ledger, done: int) -> None:
-    """Raise UserError where the folder knows of more steps than its ledger: records are missing at its end."""
+def check_ledger_is_whole(work: WorkDir, ledger: Ledger, done: int, report: dict | None) -> None:
+    """Raise UserError where the folder knows of steps that its ledger lacks. done, report: of the checkpoint that the
+    run goes on from."""
     charged = ledger.state.charged
     if charged < done:
         fail(f"--resume: {ledger.path} records {charged} steps, the checkpoint has {done} behind it: "
@@ -270,6 +272,10 @@ def check_ledger_is_whole(work: WorkDir, ledger: Ledger, done: int) -> None:
     if not isinstance(reported, int) or charged < reported:
         fail(f"--resume: {ledger.path} records {charged} steps, privacy.json reports {reported}: "
              "records are missing; restore the ledger")
+    last = (report or {}).get("ledger_checksum")  # "" where nothing was charged
+    if last and last not in {record["checksum"] for record in ledger.state.records}:
+        fail(f"--resume: {ledger.path} lacks the record {last}, its last one at the checkpoint of step {done}: it is "
+             "another run's, or lost records; restore the ledger")
 
 
 def check_ranks_agree(world: World, recorded: dict) -> None:
@@ -284,17 +290,6 @@ def check_ranks_agree(world: World, recorded: dict) -> None:
             error = UserError(f"the processes differ: {'; '.join(differing[:4])}; give all the same flags and files")
             break
     world.agree(error)
-
-
-def earlier_run(weights: str | None, work_dir: str) -> list[str]:
-    """What to say where the initial weights lie in the folder of a run with a ledger of its own, which this run's does
-    not continue."""
-    folder = os.path.dirname(os.path.abspath(weights)) if weights else None
-    if folder is None or folder == os.path.abspath(work_dir) or not os.path.exists(os.path.join(folder, FILE_NAME)):
-        return []
-    charged = read_ledger(os.path.join(folder, FILE_NAME)).charged
-    return [f"initial weights of {folder}, whose own ledger charges {charged} steps: not counted here; where that run "
-            "saw the same data, its epsilon adds to this one's"] if charged else []
 
 
 def build_trainer(request: Request, args: argparse.Namespace, world: World, loaded: checkpoint.Loaded,
@@ -325,10 +320,11 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
     optimizer = AdamW(flat, request.betas, request.adam_eps, request.weight_decay, request.correct_bias,
                       request.torch_eps)
 
-    work = ledger = plan = error = None
-    done, before = 0, None
+    work = ledger = plan = error = before = report = None
+    done, origin = 0, {"initial_weights": []}
     try:
         if world.is_main:
+            spent = provenance.spent_before(loaded)  # what it refuses, it refuses before anything is written
             work = WorkDir(work_dir, must_exist=args.resume, flag=request.flags.folder)
             recorded = {**recorded, "sigma": settings.sigma, "delta": settings.delta, "N": settings.N,
                         "steps": settings.steps, "expected_batch": settings.batch, "sampling": settings.sampling,
@@ -336,13 +332,15 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
                         "versions": {"python": platform.python_version(), "torch": torch.__version__}}
             ledger = open_folder(work, settings, world, recorded, args, request.flags.folder)
         if args.resume:
-            done, before = training.resume(work_dir, model, optimizer)
-            if ledger is not None:
-                check_ledger_is_whole(work, ledger, done)
+            done, before, report = training.resume(work_dir, model, optimizer)
+        if ledger is not None:
+            if args.resume:
+                check_ledger_is_whole(work, ledger, done, report)
+            origin = provenance.begin(spent, report, work_dir, args.resume, args.noise_seed)
         if args.tensorboard and work is not None:
             work.open_board(done)
         plan = PrivacyPlan(settings, world, ledger, done)
-        disclosed = [*DISCLOSED, *disclosed, *earlier_run(loaded.path, work_dir)]
+        disclosed = [*DISCLOSED, *disclosed, *map(provenance.describe, origin["initial_weights"])]
         engine = build_engine(args.grad_engine, model, flat, plan, request.smoothing)
         if settings.private and args.bf16:
             check_company(engine, model, flat, cut)
@@ -363,6 +361,7 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
         show_progress=request.show_progress)
     trainer = training.Trainer(world, loaded, flat, engine, optimizer, plan, data, valid, work, options, disclosed,
                                done, before)
+    trainer.facts.update(origin)
     if restarted:
         trainer.display.say(f"{work_dir}: begun by this job, {distributed.job_name()}, and started again: continued as "
                             "by --resume", important=True)
@@ -405,6 +404,9 @@ def announce(trainer: training.Trainer) -> None:
     charged = plan.ledger.state.charged if plan.ledger else 0
     if trainer.done or charged:
         say(f"resumed after step {trainer.done}; {charged} steps charged so far")
+    if plan.ledger is not None and not plan.ledger.locked:
+        say(f"WARNING: the file system of {plan.ledger.path} has no locks: nothing keeps a second run out of this "
+            "folder, but the length of that file; start none", important=True)
     if not settings.private:
         say("noise multiplier 0: ordinary training without clipping or noise; epsilon = inf", important=True)
         return

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+import provenance
 from batching import Cut, TightCut
 from cli import UserError, fail
 from distributed import World
@@ -244,6 +245,7 @@ class Trainer:
     def log(self) -> None:
         if self.work is None:
             return
+        self.plan.ledger.check(f"step {self.done} was not logged")
         reading = self.meter.read(self.plan.settings.unit)
         prv, rdp = self.plan.epsilon()
         # The norm is of what was released and costs no privacy; one of units, or of their sum before the noise, would.
@@ -285,9 +287,14 @@ class Trainer:
         error, self.peak_memory = None, max(self.peak_memory, self.world.peak_memory())
         if self.work is not None:
             try:
+                # Another run's records there would mean that its checkpoints are there, too.
+                self.plan.ledger.check(f"the checkpoint of step {self.done} was not written")
                 checkpoint.save_checkpoint(self.work.path, self.done, self.model, self.base,
-                                           {**self.optimizer.state_dict(), "progress": self.progress()})
+                                           {**self.optimizer.state_dict(), "progress": self.progress()},
+                                           provenance.excerpt(self.report()))
                 self.write_report()
+            except UserError as failure:
+                error = failure
             except OSError as failure:
                 error = UserError(f"{self.work.path}: the checkpoint of step {self.done} could not be written "
                                   f"({failure.strerror}); the one before is intact: make room and --resume")
@@ -322,9 +329,14 @@ class Trainer:
                 "final_epsilon_prv": finite_or_text(prv), "final_epsilon_rdp": finite_or_text(rdp),
                 "train_runtime": round(time.monotonic() - self.started, 3), "peak_memory_bytes": self.peak_memory}
 
+    def report(self) -> dict:
+        """The content of privacy.json, on rank 0."""
+        return {**self.plan.report(self.disclosed), **self.facts}
+
     def write_report(self) -> dict:
         """Write privacy.json, on rank 0; returns its content."""
-        report = {**self.plan.report(self.disclosed), **self.facts}
+        self.plan.ledger.check("privacy.json was not written")
+        report = self.report()
         self.work.write_json("privacy.json", report)
         return report
 
@@ -344,19 +356,22 @@ class Trainer:
             f"{report['relation']}; {report['steps_charged']} steps charged", important=True)
 
 
-def resume(work_dir: str, model: GPT2LMModel, optimizer: AdamW) -> tuple[int, dict | None]:
+def resume(work_dir: str, model: GPT2LMModel, optimizer: AdamW) -> tuple[int, dict | None, dict | None]:
     """Bring parameters and optimizer to the newest checkpoint of `work_dir`; returns its step, 0 where there is none,
-    and the run's progress() there.
+    the run's progress() there, and the checkpoint's report (provenance.py).
 
     A run that was killed before its first checkpoint starts again from its initial weights; its ledger keeps what it
     spent.
     """
     step = checkpoint.latest_resumable(work_dir)
     if step is None:
-        return 0, None
+        return 0, None, None
     state = checkpoint.load_resumable(work_dir, step, model)  # the parameters are views: this fills the flat buffer
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
         fail(f"--resume {checkpoint.optimizer_path(work_dir, step)}: {error}")
-    return step, state.get("progress")
+    report = state["privacy"]
+    if report is not None:
+        report = provenance.checked(report, f"--resume {checkpoint.model_path(work_dir, step)}: its entry 'privacy'")
+    return step, state.get("progress"), report

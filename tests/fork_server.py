@@ -18,6 +18,7 @@ import pathlib
 import runpy
 import select
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -62,14 +63,14 @@ def fault_signal(point: str, when: str, nth: int, number: int = signal.SIGKILL, 
 
 
 def fault_tear(point: str, nth: int) -> None:
-    """Kill in the middle of the `nth` call of os.pwrite(handle, bytes, offset) or torch.save(object, handle): half is
-    written."""
+    """Kill in the middle of the `nth` call of os.write(handle, bytes), os.pwrite(handle, bytes, offset) or
+    torch.save(object, handle): half is written."""
     import torch
-    write, save = os.pwrite, torch.save
+    write, save = getattr(os, point.removeprefix("os:"), None), torch.save
 
     def half(arguments, _):
-        if point == "os:pwrite":
-            write(arguments[0], arguments[1][: len(arguments[1]) // 2], arguments[2])
+        if write is not None:
+            write(arguments[0], arguments[1][: len(arguments[1]) // 2], *arguments[2:])
         else:
             whole = io.BytesIO()
             save(arguments[0], whole)
@@ -83,9 +84,8 @@ def fault_tear(point: str, nth: int) -> None:
 def fault_count(point: str, file: str) -> None:
     """Append a byte to `file` before every call, so that calls are counted across kills."""
     def add(*_) -> None:
-        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.write(handle, b"x")
-        os.close(handle)
+        with open(file, "ab") as handle:  # not by os.write, whose calls are counted
+            handle.write(b"x")
 
     wrap(point, "before", 0, add)
 
@@ -105,6 +105,11 @@ def fault_error(point: str, nth: int, number: int) -> None:
         raise OSError(number, os.strerror(number))
 
     wrap(point, "before", nth, fail)
+
+
+def fault_shell(point: str, when: str, nth: int, command: str) -> None:
+    """Run a command of the shell, which must succeed."""
+    wrap(point, when, nth, lambda *_: subprocess.run(command, shell=True, check=True))
 
 
 def fault_late_ledger() -> None:
@@ -167,7 +172,7 @@ def fault_weaken(name: str) -> None:
 FAULTS = {"signal": fault_signal, "tear": fault_tear, "count": fault_count, "sleep": fault_sleep, "error": fault_error,
           "allocate": fault_allocate,
           "dump": fault_dump, "released": fault_released, "entropy": fault_entropy, "late_ledger": fault_late_ledger,
-          "file_limit": fault_file_limit, "tf32": fault_tf32, "weaken": fault_weaken}
+          "shell": fault_shell, "file_limit": fault_file_limit, "tf32": fault_tf32, "weaken": fault_weaken}
 
 
 # ------------------------------------------------------------------ the server

@@ -34,7 +34,7 @@ class Mutant:
 
 
 PLAN, SAMPLING, CLIPPING, NOISE = (f"privacy/{name}.py" for name in ("plan", "sampling", "clipping", "noise"))
-TRAINING = "training.py"
+TRAINING, LEDGER, PROVENANCE = "training.py", "privacy/ledger.py", "provenance.py"
 RANKS = ("test_privacy_plan.py::test_noise_has_its_scale_after_the_all_reduce",)
 STEP = ("test_private_step.py::test_a_step_is_the_mechanism_written_out",)
 DRAWS = ("test_privacy_plan.py::test_draws_are_disjoint_and_the_extras_are_summed_and_no_more",)
@@ -59,6 +59,12 @@ PAID = ("test_neighbours.py::test_what_rounding_may_move_is_paid_for",)
 NAMED = ("test_disclosed.py::test_every_file_and_entry_is_named",)
 SHOWN = ("test_disclosed.py::test_nothing_that_is_covered_follows_from_one_unit_but_through_the_noise",)
 VALIDATION = ("test_gpt2_ft.py::test_the_training_file_is_no_validation_data",)
+ALONE = tuple(f"test_ledger_alone.py::{name}" for name in (
+    "test_a_second_writer_finds_what_the_first_wrote_and_the_first_stops",
+    "test_what_another_writes_at_the_same_moment_is_never_cut"))
+TAKEN = ("test_ledger_alone.py::test_a_copy_of_the_whole_ledger_is_not_the_run_s_file_either",)
+CHAIN = ("test_provenance.py::test_the_chain_outlives_its_folders",)
+LINKS = ("test_provenance.py::test_weights_under_a_link",)
 
 ADD_NOISE = "self.noise.add_normal_(own, self.settings.sigma * self.settings.sensitivity)"
 MASK = "return self.own[self.source.uniform(len(self.own)) < self.q]"
@@ -154,6 +160,17 @@ MUTANTS = (
            (("run_setup.VALIDATION_LOSS]", 'f"validation loss; {count_shared(valid, train)} shared"]'),), SHOWN),
     Mutant("the training file taken for validation data", "run_setup.py",
            (("if sha256 == train_sha256:", "if False:"),), VALIDATION),
+    Mutant("ledger written over another's records", LEDGER,
+           (("os.O_RDWR | os.O_APPEND | (0", "os.O_RDWR | (0"), ("        self.check(undone)\n", ""),
+            ("written = os.write(self.handle, line)",
+             "os.lseek(self.handle, self.state.size, os.SEEK_SET)\n            written = os.write(self.handle, line)\n"
+             "            os.ftruncate(self.handle, self.state.size + written)")), ALONE),
+    Mutant("a ledger put in place of the run's goes unseen", LEDGER,
+           (("(found.st_dev, found.st_ino) != (own.st_dev, own.st_ino)", "False"),), TAKEN),
+    Mutant("only the last run of a chain named", PROVENANCE,
+           (('return [*report["initial_weights"], *([own]', "return [*([own]"),), CHAIN),
+    Mutant("links to weights not followed", PROVENANCE,
+           (("while os.path.islink(path):", "while False:"),), LINKS),
 )
 
 

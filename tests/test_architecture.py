@@ -19,7 +19,7 @@ LAYERS = {
     GROUND: {"cli", "cpu_memory", "distributed"},
     MODEL: {"model", "loralib", "lora_grad_samplers", "fast_linear", "losses", "optimizer", "batching", "data_utils",
             "author_data", "tokenizer", "triples", "vocabulary", "kv_cache", "beam_search"},
-    RUN: {"run_setup", "training", "checkpoint", "peft_format", "run_log", "canaries"},
+    RUN: {"run_setup", "training", "checkpoint", "peft_format", "run_log", "canaries", "provenance"},
 }
 OPACUS = {"lora_grad_samplers", "privacy.opacus_hooks", "privacy.accounting"}
 MOST_LINES, LONGEST_LINE = 450, 120

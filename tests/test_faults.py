@@ -19,11 +19,11 @@ from small_runs import (STEPS, contents, equal, flags, ledger, material, metrics
 DRAW, CHARGE = "privacy.sampling:PoissonSampler.draw", "privacy.ledger:Ledger.charge"
 NOISE, SUM, UPDATE = "privacy.noise:NoiseSource.add_normal_", "distributed:World.all_reduce", "optimizer:AdamW.step"
 MEND = "privacy.ledger:Ledger.mend"
-STEP_POINTS = (CHARGE, "os:pwrite", DRAW, "privacy.clipping:BookKeeping.accumulate", "torch:Tensor.backward", NOISE,
+STEP_POINTS = (CHARGE, "os:write", DRAW, "privacy.clipping:BookKeeping.accumulate", "torch:Tensor.backward", NOISE,
                SUM, UPDATE, "training:Trainer.after_step", "run_log:WorkDir.append_metrics")
 FILE_POINTS = ("training:Trainer.save", "checkpoint:write", "os:fsync", "os:replace", "cli:sync_folder", "os:unlink",
                "run_log:WorkDir.write_json", "training:evaluate", "training:Trainer.close_report")
-TEARS = ("os:pwrite", "torch:save")
+TEARS = ("os:write", "torch:save")
 
 
 @functools.cache
@@ -107,8 +107,8 @@ def kill_and_resume(work: pathlib.Path, size: int, rank: int, point: str, when: 
 
 # In step 4, when a checkpoint of step 2 exists; and in step 1, when none does.
 @pytest.mark.parametrize("point, when, nth", [
-    (CHARGE, "before", 1), (CHARGE, "after", 1), ("os:pwrite", "tear", 1), (UPDATE, "after", 1),
-    (CHARGE, "before", 4), ("os:pwrite", "tear", 4), (CHARGE, "after", 4), (DRAW, "after", 4),
+    (CHARGE, "before", 1), (CHARGE, "after", 1), ("os:write", "tear", 1), (UPDATE, "after", 1),
+    (CHARGE, "before", 4), ("os:write", "tear", 4), (CHARGE, "after", 4), (DRAW, "after", 4),
     ("torch:Tensor.backward", "after", 4),
     (NOISE, "before", 4), (NOISE, "after", 4), (SUM, "after", 4), (UPDATE, "before", 4), (UPDATE, "after", 4),
     ("torch:save", "tear", 3), ("os:replace", "before", 5), ("os:replace", "after", 5), ("torch:save", "tear", 4),
@@ -131,8 +131,8 @@ def test_killed_on_two_ranks(tmp_path, rank, point, when, nth):
 def test_killed_again_and_again(tmp_path):
     """Killed in every attempt at another place: what is charged adds up, the result does not change."""
     work = tmp_path / "run"
-    for attempt, fault in enumerate([kill("os:pwrite", "tear", 1), kill(DRAW, "after", 1), kill(UPDATE, "after", 3),
-                                     kill("os:pwrite", "tear", 2), kill("torch:save", "tear", 2)]):
+    for attempt, fault in enumerate([kill("os:write", "tear", 1), kill(DRAW, "after", 1), kill(UPDATE, "after", 3),
+                                     kill("os:write", "tear", 2), kill("torch:save", "tear", 2)]):
         assert interrupted(work, 1, {0: [fault]}, resume=attempt > 0)[0].status == -signal.SIGKILL
     check_resumed(work, 1)
     # a torn one; one drawn; 1, 2, 3; 3 and a torn one after it; 3, 4, torn checkpoint of 4; 3 to 6
@@ -168,7 +168,7 @@ def test_torn_at_every_call(tmp_path, point):
     for nth in range(1, 200):
         if not kill_and_resume(tmp_path / f"run{nth}", 1, 0, point, "tear", nth):
             break
-    assert nth == (STEPS if point == "os:pwrite" else 2 * (STEPS // 2)) + 1
+    assert nth == (STEPS if point == "os:write" else 2 * (STEPS // 2)) + 1
 
 
 @pytest.mark.slow
@@ -330,7 +330,7 @@ def test_no_room_for_the_ledger(tmp_path, size):
 def test_no_room_to_mend_a_torn_ledger(tmp_path):
     """The torn line stays torn, and stays charged."""
     work = tmp_path / "run"
-    interrupted(work, 1, {0: [kill("os:pwrite", "tear", 4)]})
+    interrupted(work, 1, {0: [kill("os:write", "tear", 4)]})
     torn = (work / "privacy_ledger.jsonl").read_bytes()
     assert not torn.endswith(b"\n")
     ranks = interrupted(work, 1, {0: [["file_limit", {"size": len(torn) + 5, "point": MEND}]]}, resume=True)
@@ -341,7 +341,7 @@ def test_no_room_to_mend_a_torn_ledger(tmp_path):
 
 
 @pytest.mark.parametrize("point, nth, words", [
-    ("os:pwrite", 3, "step 3 was not drawn"), ("os:fsync", 1, "No space left on device"),
+    ("os:write", 3, "step 3 was not drawn"), ("os:fsync", 1, "No space left on device"),
     ("os:fsync", 4, "step 1 was not drawn"), ("os:replace", 3, "the checkpoint of step 2 could not be written"),
     ("os:replace", 4, "the checkpoint of step 2 could not be written"),
 ])

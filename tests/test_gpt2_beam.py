@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, assert_user_error, run_script
+from small_runs import server
 
 import gpt2_beam
 from checkpoint import load_model, save_checkpoint
@@ -180,6 +181,25 @@ def test_killed_search_is_resumed(project, tmp_path, monkeypatch):
     assert read_predictions(output) == read_predictions(tmp_path / "fresh" / "predict.jsonl")
     with pytest.raises(UserError, match="nothing to resume"):
         run_here(monkeypatch, [*slow, "--resume"])
+
+
+def test_a_second_search_into_the_same_output_is_refused(project, tmp_path):
+    """It would drop the first one's journal, and each would replace the other's output."""
+    work, go = tmp_path / "out", tmp_path / "go"
+    wait = ["shell", {"point": "beam_search:beam_search", "when": "before", "nth": 1,
+                      "command": f"until [ -e {go} ]; do sleep 0.1; done"}]
+    first = server().start("src/gpt2_beam.py", flags(project, work), faults=[wait])
+    journal, deadline = work / "predict.jsonl.journal.0", time.monotonic() + 60
+    while not journal.exists() or not journal.stat().st_size:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    before = journal.read_bytes()
+    for more in ([], ["--resume"], ["--beam", "2"]):
+        second = server().start("src/gpt2_beam.py", [*flags(project, work), *more])
+        assert second.wait() == 2 and "predict.jsonl: another search is writing it" in second.error
+        assert journal.read_bytes() == before and not (work / "predict.jsonl").exists()
+    go.touch()
+    assert first.wait() == 0 and os.listdir(work) == ["predict.jsonl"], first.stderr
 
 
 @pytest.mark.parametrize("more, words", [

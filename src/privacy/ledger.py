@@ -3,6 +3,7 @@
 `privacy_ledger.jsonl` is append-only. Each line stands alone (unit, N, q, sigma, clip, sampling, delta ...), so epsilon
 can be recomputed from this one file, and carries a checksum over itself and the line before, so a line that was
 changed, dropped or moved shows. A last line cut short by a kill counts as one step; damage anywhere else is refused.
+One run at a time writes there, and none writes over what another wrote: a run that finds its file changed ends.
 
 Guarantee: at any moment the ledger holds at least every noisy sum that ever reached a parameter, a file or the screen.
 """
@@ -17,10 +18,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cli import UserError, fail, sync_folder
+from cli import atomic_write, fail, lock, sync_folder
 from privacy import accounting
 
 FILE_NAME = "privacy_ledger.jsonl"
+KEPT = ".kept"  # ends the name of the copy that a run leaves whose ledger was taken away
 # A resumed run must agree with the ledger on these, unless --resume_changed names them.
 FIXED = ("unit", "N", "q", "sigma", "clip", "sampling", "steps_per_epoch", "delta", "world_size", "noise_source")
 TYPES = {"step": int, "attempt": int, "unit": str, "N": int, "q": float, "sigma": float, "clip": float, "sampling": str,
@@ -31,6 +33,11 @@ def checksum(previous: str, record: Mapping) -> str:
     """Digest of a record (without its own checksum) chained to the one before."""
     body = json.dumps({key: record[key] for key in record if key != "checksum"}, sort_keys=True)
     return hashlib.sha256(f"{previous}\n{body}".encode()).hexdigest()[:16]
+
+
+def encode(record: Mapping) -> bytes:
+    """The line of a record, which has its checksum already."""
+    return json.dumps(record).encode() + b"\n"
 
 
 @dataclass
@@ -74,11 +81,20 @@ def check_record(record: object, previous: LedgerState) -> str | None:
     return None
 
 
-def read_ledger(path: str) -> LedgerState:
-    """Read and check a whole ledger. Raises UserError with file:line for damage that a kill cannot explain."""
+def check_none_was_kept(path: str) -> None:
+    """Raise UserError where a run has left a copy of its ledger, because the file at `path` no longer was it."""
+    if os.path.exists(f"{path}{KEPT}"):
+        fail(f"{path}{KEPT}: holds what a run charged whose {os.path.basename(path)} was taken away or changed; put it "
+             f"into the place of {path}, or remove it where that one holds all its lines")
+
+
+def read_ledger(path: str, opened: int | None = None) -> LedgerState:
+    """Read and check a whole ledger, `opened` where it is. Raises UserError with file:line for damage that a kill
+    cannot explain."""
+    check_none_was_kept(path)
     state = LedgerState()
     try:
-        with open(path, "rb") as handle:
+        with open(path if opened is None else opened, "rb", closefd=opened is None) as handle:
             content = handle.read()
     except OSError as error:
         fail(f"{path}: the privacy ledger cannot be read ({error.strerror}); without it nobody knows what was spent")
@@ -98,29 +114,43 @@ def read_ledger(path: str) -> LedgerState:
 
 
 class Ledger:
-    """The ledger of a run, open for appending, with the settings that every record of this attempt carries."""
+    """The ledger of a run, open for appending, with the settings that every record of this attempt carries.
+
+    Its file is this run's alone: locked, and before each write, by the name that it has, found as the last one left it.
+    Where another wrote meanwhile, nothing more is drawn, and nothing of what was written is cut away.
+    """
 
     def __init__(self, work_dir: str, settings: Mapping, resume: bool, changed: tuple[str, ...] = (),
                  flag: str = "--work_dir"):
         """settings: the FIXED keys. resume: continue the folder's ledger, which must agree with `settings` except in
-        `changed`. Raises UserError where it is missing or differs, or where a new run finds one."""
+        `changed`. Raises UserError where it is missing or differs, where a new run finds one, where another run holds
+        it."""
         self.path = os.path.join(work_dir, FILE_NAME)
         self.settings = {key: settings[key] for key in FIXED}
-        exists = os.path.exists(self.path)
-        if exists and os.path.getsize(self.path) and not resume:  # an empty one is of a run that never drew a step
-            fail(f"{flag} {work_dir}: holds {FILE_NAME} of an earlier run; continue it with --resume, "
-                 "or choose another folder (deleting it would forget privacy already spent)")
-        if resume and not exists:
+        check_none_was_kept(self.path)
+        try:
+            self.handle = os.open(self.path, os.O_RDWR | os.O_APPEND | (0 if resume else os.O_CREAT), 0o644)
+        except FileNotFoundError:
             fail(f"--resume: {self.path} is missing: nobody knows what the run has spent; restore it or start in a new "
                  "folder")
-        self.state = read_ledger(self.path) if exists else LedgerState()
-        if self.state.records:
-            self.compare(self.state.records[-1], changed)
-        self.attempt = self.state.attempts + 1
-        self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        sync_folder(work_dir)
-        if self.state.torn:
-            self.mend()
+        try:
+            self.locked = lock(self.handle)  # False: there are no locks, and check() alone notices another run
+            if not resume and os.fstat(self.handle).st_size:  # an empty one is of a run that never drew a step
+                fail(f"{flag} {work_dir}: holds {FILE_NAME} of an earlier run; continue it with --resume, "
+                     "or choose another folder (deleting it would forget privacy already spent)")
+            self.state = read_ledger(self.path, self.handle)
+            if self.state.records:
+                self.compare(self.state.records[-1], changed)
+            self.attempt = self.state.attempts + 1
+            sync_folder(work_dir)
+            if self.state.torn:
+                self.mend()
+        except BlockingIOError:
+            os.close(self.handle)
+            fail(f"{flag} {work_dir}: another run is writing there: it holds {FILE_NAME}; wait for its end, or stop it")
+        except BaseException:
+            os.close(self.handle)
+            raise
 
     def compare(self, last: Mapping, changed: tuple[str, ...]) -> None:
         if last["unit"] != self.settings["unit"]:  # no epsilon of one unit says anything about the other
@@ -136,34 +166,102 @@ class Ledger:
         """Write a whole record over a torn last line, so that lines may follow it. The torn step stays charged, with
         the settings of the line before it."""
         last = self.state.records[-1] if self.state.records else self.settings
-        self.write({**last, "step": last.get("step", 0) + 1, "attempt": max(1, self.state.attempts)})
+        record = self.chained({**last, "step": last.get("step", 0) + 1, "attempt": max(1, self.state.attempts)})
+        line, before = encode(record), os.lseek(self.handle, 0, os.SEEK_CUR)  # where reading came to the end
+        if os.fstat(self.handle).st_size != before:
+            fail(f"{self.path}: grows while it is read: another run is writing there; wait for its end, or stop it")
+        handle = os.open(self.path, os.O_RDWR)  # the other one can but append
+        try:
+            if os.pwrite(handle, line, self.state.size) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.ftruncate(handle, self.state.size + len(line))  # the torn line may have been the longer one
+            os.fsync(handle)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # failing here too leaves a record too many, never one too few
+                os.ftruncate(handle, before)  # what could not be mended stays torn: it counts
+            fail(f"{self.path}: {error.strerror}: its last line is cut short and could not be mended; make room and "
+                 "--resume")
+        finally:
+            os.close(handle)
+        self.add(record, line)
         self.state.torn = False
 
     def charge(self, step: int) -> None:
         """Append the record of `step` and flush it to disk. On return, and only then, may the step's mask be drawn.
 
-        Raises UserError where the disk refuses; the ledger then holds what it held before.
+        Raises UserError where the disk refuses, and where the file is not as this run left it.
         """
-        self.write({**self.settings, "step": step, "attempt": self.attempt})
-
-    def write(self, record: dict) -> None:
-        record = {key: record[key] for key in TYPES if key != "checksum"}
-        record["checksum"] = checksum(self.state.last_checksum, record)
-        line = json.dumps(record).encode() + b"\n"
-        before = os.fstat(self.handle).st_size
+        record = self.chained({**self.settings, "step": step, "attempt": self.attempt})
+        undone = f"step {step} was not drawn"
+        self.check(undone)
+        line, written = encode(record), 0
         try:
-            written = os.pwrite(self.handle, line, self.state.size)
+            written = os.write(self.handle, line)  # at the end, wherever that is by now
             if written != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.ftruncate(self.handle, self.state.size + len(line))  # a torn line may have been the longer one
             os.fsync(self.handle)
         except OSError as error:
-            with contextlib.suppress(OSError):  # failing here too leaves a record too many, never one too few
-                os.ftruncate(self.handle, before)  # a torn line that could not be mended stays torn: it counts
-            raise UserError(f"{self.path}: {error.strerror}: step {record['step']} was not drawn; make room and "
-                            "--resume")
+            self.take_back(written)
+            fail(f"{self.path}: {error.strerror}: {undone}; make room and --resume")
+        if os.lseek(self.handle, 0, os.SEEK_CUR) != self.state.size + len(line):
+            self.take_back(written)
+            fail(f"{self.path}: another run or program wrote there at the same moment; {undone}; {self.keep()}")
+        self.add(record, line)
+
+    def take_back(self, written: int) -> None:
+        """Cut off what this run's last write left, if nothing was written after it. A record too many may stay."""
+        with contextlib.suppress(OSError):
+            end = os.lseek(self.handle, 0, os.SEEK_CUR)
+            if os.fstat(self.handle).st_size == end:
+                os.ftruncate(self.handle, end - written)
+
+    def chained(self, record: Mapping) -> dict:
+        """The next record: the keys of TYPES in their order, with its checksum."""
+        record = {key: record[key] for key in TYPES if key != "checksum"}
+        return {**record, "checksum": checksum(self.state.last_checksum, record)}
+
+    def add(self, record: dict, line: bytes) -> None:
         self.state.records.append(record)
         self.state.size += len(line)
+
+    def check(self, undone: str) -> None:
+        """Raise UserError, which says that `undone`, where the file at the path is not as this run left it.
+
+        The file is opened anew: a network's file system shows what another machine wrote to whoever opens it.
+        """
+        try:
+            own = os.fstat(self.handle)
+            with open(self.path, "rb", buffering=0) as there:
+                found = os.fstat(there.fileno())
+        except OSError as error:
+            problem = f"cannot be opened any more ({error.strerror})"
+        else:
+            if (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino):
+                problem = "is no longer the file that this run has written to"
+            elif found.st_size != self.state.size:
+                problem = f"holds {found.st_size} bytes where this run left {self.state.size}"
+            else:
+                return
+        fail(f"{self.path}: {problem}: another run or program has changed it; {undone}; {self.keep()}")
+
+    def keep(self) -> str:
+        """See to it that this run's records are somewhere on disk; returns what to do about it."""
+        if not self.state.records:
+            return "nothing was charged yet: start the run again"
+        records = b"".join(encode(record) for record in self.state.records)
+        with contextlib.suppress(OSError):
+            with open(self.path, "rb") as there:
+                if there.read(len(records)) == records:
+                    return "what this run charged is still in it: end whatever else writes there, and --resume"
+        kept = self.path + KEPT
+        if os.path.exists(kept):  # of another run, in a folder that both wrote to
+            kept += f".{os.getpid()}"
+        try:
+            with atomic_write(kept, "wb") as handle:
+                handle.write(records)
+        except OSError:
+            return f"this run charged {len(self.state.records)} steps; restore the ledger that holds them"
+        return f"what this run charged is in {kept}: put that into its place, and --resume"
 
     def close(self) -> None:
         os.close(self.handle)

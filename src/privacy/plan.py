@@ -204,8 +204,8 @@ class PrivacyPlan:
         return {
             "unit": settings.unit, "relation": relation(settings.unit, samplings),
             "N": settings.N, "q": settings.q, "expected_batch": settings.batch, "sigma": settings.sigma,
-            "clip": settings.clip, "clipping": settings.clipping,
-            "rounding": settings.rounding, "steps_charged": self.ledger.state.charged,
+            "clip": settings.clip, "clipping": settings.clipping, "rounding": settings.rounding,
+            "steps_charged": self.ledger.state.charged, "ledger_checksum": self.ledger.state.last_checksum,
             "attempts": self.ledger.state.attempts, "delta": settings.delta,
             "epsilon_prv": finite_or_text(prv), "epsilon_rdp": finite_or_text(rdp),
             "delta_strict": settings.strict_delta, "epsilon_prv_strict": finite_or_text(strict_prv),

@@ -1,0 +1,141 @@
+"""Which runs weights come from: what those spent adds to the epsilon of whoever trains the weights further.
+
+An account says what one run spent: the entries TYPES, and of OPTIONAL what is known. A report is a run's account with
+`initial_weights`, the accounts of the runs before it, the earliest first. It stands in privacy.json, a run's or that
+beside exported weights, and under `privacy` in the weights themselves, so that the chain outlives folders that are
+moved or deleted. Runs are told apart by `run`, which each draws at its first start: the ledgers of two runs with the
+same settings are the same bytes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+
+from checkpoint import Loaded
+from cli import fail, read_object
+from privacy.ledger import FILE_NAME, LedgerState, check_none_was_kept, epsilons, noise_sources, read_ledger
+from privacy.plan import finite_or_text, relation
+
+REPORT_NAME = "privacy.json"
+# epsilon_prv and epsilon_rdp are at `delta`; infinity is a text.
+TYPES = {"unit": (str,), "relation": (str,), "steps_charged": (int,), "delta": (float,),
+         "epsilon_prv": (float, int, str), "epsilon_rdp": (float, int, str), "noise_source": (str,)}
+# ledger_checksum: of the last record, a digest of all; folder: where the run's files were seen.
+OPTIONAL = {"run": (str,), "ledger_checksum": (str,), "folder": (str,)}
+
+
+def excerpt(report: dict) -> dict:
+    """Of a privacy.json what is a report in the sense of this file."""
+    return {**{key: report[key] for key in (*OPTIONAL, *TYPES) if key in report},
+            "initial_weights": report.get("initial_weights", [])}
+
+
+def checked(report: object, where: str) -> dict:
+    """excerpt(report); a UserError that begins with `where` if it is none."""
+    before = report.get("initial_weights", []) if isinstance(report, dict) else None
+    for account in [report, *before] if isinstance(before, list) else [None]:
+        if not isinstance(account, dict) or not all(
+                type(account.get(key)) in kinds for key, kinds in (TYPES | OPTIONAL).items()
+                if key in TYPES or key in account):
+            fail(f"{where}: does not say what its run spent; wanted {', '.join(TYPES)}, as a run or an export writes "
+                 "them: restore it, or remove it where it is of something else")
+    return excerpt(report)
+
+
+def accounts(report: dict) -> list[dict]:
+    """All runs of a report, the earliest first; without its own one where that was charged nothing."""
+    own = {key: value for key, value in report.items() if key != "initial_weights"}
+    return [*report["initial_weights"], *([own] if own["steps_charged"] else [])]
+
+
+def account_of(state: LedgerState) -> dict:
+    """The account of a ledger with a whole record, at its own delta."""
+    last = state.records[-1]
+    prv, rdp = epsilons(state, last["delta"])
+    return {"ledger_checksum": state.last_checksum, "unit": last["unit"],
+            "relation": relation(last["unit"], {record["sampling"] for record in state.records}),
+            "steps_charged": state.charged, "delta": last["delta"], "epsilon_prv": finite_or_text(prv),
+            "epsilon_rdp": finite_or_text(rdp), "noise_source": " and ".join(sorted(noise_sources(state)))}
+
+
+def identity(account: dict) -> str | None:
+    """What tells runs apart. Runs of older versions drew no name and are known by their folder."""
+    return account.get("run") or account.get("folder") or account.get("ledger_checksum")
+
+
+def merged(lists: Iterable[list[dict]]) -> list[dict]:
+    """Every run once, where it comes first; of two accounts of a run the one with more steps, else the earlier one."""
+    found: dict[str | None, dict] = {}
+    for account in (account for part in lists for account in part):
+        other = found.setdefault(name := identity(account), account)
+        less, more = sorted((account, other), key=lambda one: one["steps_charged"])
+        found[name] = {**less, **more}
+    return list(found.values())
+
+
+def folders(path: str) -> list[str]:
+    """The real folders in which a file lies: under its own name, and under each that a symbolic link to it has."""
+    found = [os.path.realpath(os.path.dirname(os.path.abspath(path)))]
+    while os.path.islink(path):
+        path = os.path.join(found[-1], os.readlink(path))
+        found.append(os.path.realpath(os.path.dirname(path)))
+    return list(dict.fromkeys(found))
+
+
+def of_folder(folder: str, inside: dict | None) -> list[dict]:
+    """The runs that a folder with weights knows of. inside: the report in the weights."""
+    path, ledger = os.path.join(folder, REPORT_NAME), os.path.join(folder, FILE_NAME)
+    wanted = "the report of a run or of exported weights: restore it, or remove it where it is of something else"
+    report = checked(read_object(path, wanted), path) if os.path.exists(path) else None
+    check_none_was_kept(ledger)
+    state = read_ledger(ledger) if os.path.exists(ledger) else LedgerState()
+    # The ledger knows best what was spent, and nothing else; where it lost records, the report knows better.
+    if state.records and state.charged >= (report or {}).get("steps_charged", 0):
+        before = report or {"initial_weights": []}
+        if report is None and inside and inside.get("ledger_checksum") in {one["checksum"] for one in state.records}:
+            before = inside  # killed between the first checkpoint and the first report
+        report = {**account_of(state), **{key: before[key] for key in ("run", "initial_weights") if key in before}}
+    return accounts({"folder": folder, **report}) if report else []
+
+
+def spent_before(loaded: Loaded) -> list[dict]:
+    """The accounts of all runs that the weights of a model come from, those of its frozen weights first. Raises
+    UserError for a ledger or report that is damaged."""
+    found = []
+    for path, inside in loaded.files:
+        if inside is not None:
+            inside = checked(inside, f"{path}: its entry 'privacy'")
+            found.append(accounts(inside))
+        found += [of_folder(folder, inside) for folder in folders(path)]
+    return merged(found)
+
+
+def spent_report(loaded: Loaded) -> dict | None:
+    """The report of weights that are let out: of the last run behind them; None where no run with a ledger is."""
+    *before, last = spent_before(loaded) or [None]
+    return None if last is None else {**last, "initial_weights": before}
+
+
+def begin(spent: list[dict], report: dict | None, work_dir: str, resume: bool, seed: int | None) -> dict:
+    """{"run", "initial_weights"} of the run that starts, or goes on, in `work_dir`.
+
+    spent: before, of its initial weights. report: of the checkpoint that it goes on from; None: there is none. seed: of
+    its noise, where all is to be the same when it is run again. What the run itself spent is no part of this.
+    """
+    report = report or {"initial_weights": []}
+    own = {report.get("run"), os.path.realpath(work_dir) if resume else None}
+    found = [account for account in spent if identity(account) not in own]
+    before = merged([report["initial_weights"], found])
+    secret = os.urandom(32) if seed is None else str(seed).encode()
+    name = hashlib.sha256(b"run" + secret + json.dumps(before).encode()).hexdigest()[:16]
+    return {"run": report.get("run", name), "initial_weights": before}
+
+
+def describe(account: dict) -> str:
+    """A line for `disclosed` and for the screen."""
+    epsilon = account["epsilon_prv"]
+    shown = epsilon if isinstance(epsilon, str) else f"{epsilon:.4f}"
+    return (f"initial weights of {account.get('folder') or 'run ' + str(identity(account))}, whose own ledger charges "
+            f"{account['steps_charged']} steps: not counted here; epsilon {shown} at delta {account['delta']:.3g} for "
+            f"one {account['unit']}, which adds to this run's where it saw the same data")
