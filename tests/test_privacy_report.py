@@ -13,6 +13,7 @@ from conftest import ROOT, assert_user_error, run_script
 from privacy import accounting
 from privacy.accounting import Phase
 from privacy.ledger import FILE_NAME, Ledger, epsilons
+from privacy.sampled_gaussian import ORDERS
 
 SCRIPT = ROOT / "src" / "privacy_report.py"
 SETTINGS = {"unit": "example", "N": 2000, "q": 0.02, "sigma": 0.8, "clip": 1.5, "sampling": "poisson",
@@ -75,7 +76,7 @@ def test_epsilon_of_raw_records_by_dp_accounting(report, tmp_path):
     counts = {}
     for record in records:
         counts[record["sigma"], record["q"]] = counts.get((record["sigma"], record["q"]), 0) + 1
-    total, rdp = None, dp_accounting.rdp.RdpAccountant(accounting.ORDERS)
+    total, rdp = None, dp_accounting.rdp.RdpAccountant(list(ORDERS))
     for (sigma, q), steps in counts.items():
         part = pld.from_gaussian_mechanism(sigma, sampling_prob=q).self_compose(steps)
         total = part if total is None else total.compose(part)
