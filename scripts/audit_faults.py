@@ -145,7 +145,7 @@ def line(name: str, where: str, found: dict) -> list[str]:
     verdict = ("refuted" if name != "none" else "REFUTED, and should not be") if found["refuted"] else (
         "not refuted" if name == "none" else "NOT SEEN")
     return [name, where, f"{found['canaries']:,} {found['canary_kind']}", f"{found['delta']:.0e}",
-            f"{found['epsilon_claimed']:.2f}", f"{found['epsilon_lower']:.2f}",
+            f"{float(found['epsilon_claimed']):.2f}", f"{found['epsilon_lower']:.2f}",
             f"{found['guesses_right']:,} of {found['guesses_made']:,}", verdict, f"{found['cpu_seconds']:.0f}"]
 
 

@@ -225,6 +225,9 @@ def open_folder(work: WorkDir, settings: PlanSettings, world: World, recorded: d
         fail(f"{flag} {work.path}: holds {os.path.basename(found[-1][1])} of an earlier run; continue it "
              "with --resume, or choose another folder")
     ledger = Ledger(work.path, entries, args.resume, tuple(args.resume_changed), flag)
+    if settings.target_epsilon is not None and (count := steps_without_noise(ledger)):
+        fail(f"--target_epsilon {settings.target_epsilon:g}: {ledger.path} charges {count} steps without noise, "
+             "epsilon is infinite and meets no target; start in a new folder, or give --noise_multiplier")
     recorded = json.loads(json.dumps(recorded))
     if args.resume and ledger.state.charged:  # a run that was killed before its first step has nothing to agree with
         before = work.read_json("args.json")
@@ -237,6 +240,11 @@ def open_folder(work: WorkDir, settings: PlanSettings, world: World, recorded: d
                  f"--resume_changed {' '.join(differing)}")
     work.write_json("args.json", recorded)
     return ledger
+
+
+def steps_without_noise(ledger: Ledger) -> int:
+    """How many steps were charged without noise, by any attempt."""
+    return sum(record["sigma"] == 0 for record in ledger.state.records)
 
 
 def is_restarted(work_dir: str) -> bool:
@@ -383,6 +391,9 @@ def announce(trainer: training.Trainer) -> None:
         return
     say(f"noise multiplier {settings.sigma:.6g}, clipping {settings.clipping} to {settings.clip:g}, "
         f"{settings.sampling} sampling, noise from {settings.noise_source}, delta {settings.delta:.3g}")
+    if plan.ledger and (count := steps_without_noise(plan.ledger)):
+        say(f"WARNING: {count} of the steps charged so far had no noise: epsilon is infinite, whatever noise follows",
+            important=True)
     for words in trainer.disclosed:
         if words.startswith("initial weights"):
             say(f"WARNING: {words}", important=True)

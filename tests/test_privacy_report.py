@@ -229,6 +229,11 @@ def test_plan_with_epsilon(report):
     assert list(printed(process.stdout))[1] == pytest.approx(1 / 420610, rel=1e-4)
 
 
+def test_a_plan_with_next_to_no_noise_is_infinite(report, tmp_path):
+    process = report(*PLAN, "--sigma", "1e-160", "--plot", tmp_path / "plan.png")
+    assert process.returncode == 0 and process.stdout.count(" inf ") > 50 and (tmp_path / "plan.png").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -256,6 +261,7 @@ def test_plan_with_epsilon(report):
         (("--plan", 100, 10, 3, "--sigma", "1", "--delta", "1e-5", "1e-6"), "exactly one"),
         (("--plan", 100, 200, 3, "--sigma", "1", "--delta", "1e-5"), "larger than the data"),
         (("--plan", 100, 10.5, 3, "--sigma", "1", "--delta", "1e-5"), "whole numbers"),
+        (("--plan", "1e300", 1, "1e-295", "--sigma", "1", "--delta", "1e-5"), "1e+15 units"),
         (("--plan", 100, 0, 3, "--sigma", "1", "--delta", "1e-5"), "above 0"),
         (("--plan", "nan", 10, 3, "--sigma", "1", "--delta", "1e-5"), "above 0"),
         (("--plan", 100, 10, 0.001, "--sigma", "1", "--delta", "1e-5"), "no step"),
