@@ -132,8 +132,8 @@ def check(args: Namespace) -> None:
     check_range(args, learning_rate=(0, math.inf), weight_decay=(0, math.inf), adam_epsilon=(0, math.inf),
                 adam_beta1=(0, 1), adam_beta2=(0, 1), lora_dropout=(0, 1), max_grad_norm=(0, math.inf),
                 eval_fraction=(0, 1), noise_multiplier=(0, math.inf))
-    check_positive(args, per_sample_max_grad_norm=math.inf, lora_alpha=math.inf,
-                   num_train_epochs=run_setup.MOST_EPOCHS)
+    check_positive(args, lora_alpha=math.inf, num_train_epochs=run_setup.MOST_EPOCHS)
+    run_setup.check_noise(args, "per_sample_max_grad_norm")
     if args.eval_file is not None and args.eval_fraction is not None:
         fail("--eval_fraction: means nothing with --eval_file, which holds all held-out texts")
     if args.enable_lora and args.lora_dim == 0:

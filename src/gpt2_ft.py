@@ -88,7 +88,8 @@ def check(args: Namespace) -> None:
     check_range(args, lr=(0, math.inf), weight_decay=(0, math.inf), adam_epislon=(0, math.inf), adam_beta1=(0, 1),
                 adam_beta2=(0, 1), lora_dropout=(0, 1), label_smooth=(0, 1), clip=(0, math.inf),
                 noise_multiplier=(0, math.inf))
-    check_positive(args, max_grad_norm=math.inf, lora_alpha=math.inf, max_epoch=run_setup.MOST_EPOCHS)
+    check_positive(args, lora_alpha=math.inf, max_epoch=run_setup.MOST_EPOCHS)
+    run_setup.check_noise(args, "max_grad_norm")
     if args.scheduler == "cycle":
         cycle_points(args)
     elif args.max_step is None and args.max_epoch is None:

@@ -98,7 +98,8 @@ def check(args: Namespace) -> None:
     check_least(args, train_batch_size=1, grad_acc=1, seq_len=2, max_step=1, log_interval=1, lora_dim=0, random_seed=0)
     check_range(args, lr=(0, math.inf), weight_decay=(0, math.inf), adam_epislon=(0, math.inf), adam_beta1=(0, 1),
                 adam_beta2=(0, 1), lora_dropout=(0, 1), label_smooth=(0, 1), noise_multiplier=(0, math.inf))
-    check_positive(args, max_grad_norm=math.inf, lora_alpha=math.inf, max_epoch=run_setup.MOST_EPOCHS)
+    check_positive(args, lora_alpha=math.inf, max_epoch=run_setup.MOST_EPOCHS)
+    run_setup.check_noise(args, "max_grad_norm")
     if args.max_step is None and args.max_epoch is None:
         fail("--max_epoch: give it or --max_step, the run has no end otherwise")
     if args.canary_kind == "text" and args.seq_len < canaries.CONTEXT + canaries.COMPLETION:

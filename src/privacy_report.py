@@ -305,6 +305,8 @@ def main() -> int:
         fail(f"--plan {N:g} {batch:g} {epochs:g}: wanted three numbers above 0")
     if epochs * N / batch > 1e9:
         fail(f"--plan {N:g} {batch:g} {epochs:g}: more than 1e+09 steps; lower EPOCHS")
+    if N > accounting.MOST_STEPS:
+        fail(f"--plan {N:g} {batch:g} {epochs:g}: more than {accounting.MOST_STEPS:g} units; lower N")
     if N != int(N) or batch != int(batch):
         fail(f"--plan {N:g} {batch:g} {epochs:g}: N and BATCH count units, wanted whole numbers")
     if batch > N:

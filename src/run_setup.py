@@ -17,7 +17,7 @@ import distributed
 import provenance
 import training
 from batching import PublicLengths, TightCut, choose_lengths
-from cli import UserError, check_least, check_positive, fail
+from cli import UserError, check_least, check_positive, check_range, fail
 from distributed import World
 from fast_linear import BLOCK_ROWS
 from model import SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
@@ -44,6 +44,19 @@ FREE = ("resume", "resume_changed", "job", "grad_engine", "micro_batch_tokens", 
         "per_device_eval_batch_size", "dataloader_num_workers")
 DEFAULT_DELTA = 1e-5  # of an epsilon for examples
 MOST_EPOCHS = 1e6  # more is a slip of the finger, and no number of steps
+MOST_STEPS = 10**9  # likewise: 11 days at a millisecond each
+# C. A unit's squared norm is summed in float32, whose normal numbers lie between 2^-126 and 2^128; smaller ones lose
+# their digits, and some kernels flush them to 0. It must be right to 2^-20 of itself where it is about C^2.
+#   Least: the longest way is that of the Gram matrices. A product of two gradients at the outputs may lose 2^-126. An
+#   entry sums up to 2^16 of them (the vocabulary) and is multiplied by one of the inputs' (up to 2^20, a norm of
+#   1,000); 2^20 such (1,024 x 1,024 positions) are summed: 2^-70 is lost. per_layer shares C^2 out among up to 2^10
+#   parameters. So 2^-70 <= 2^-20 C^2 / 2^10, C >= 2^-20. (Squares of the coordinates, up to 2^31, lose 2^-95.)
+#   Most: the square of the sum of 2^31 units of norm C is below 2^127 where C is below 2^32.
+CLIP_RANGE = (1e-6, 1e8)
+# sigma C, the standard deviation of the noise. Least: draws down to 2^-24 of it are normal numbers above 2^-102.
+# Most: its square summed over 2^31 coordinates, as for the norm of a released gradient, is below 2^127 below 2^48. The
+# largest C with the largest sigma that --target_epsilon chooses stays within.
+NOISE_RANGE = (1e-30, 1.1e14)
 
 # What every run shows beside the model, as privacy.json lists it. Nothing here has noise.
 DISCLOSED = (
@@ -170,6 +183,15 @@ def check_shared_flags(args: argparse.Namespace) -> None:
         fail("--resume_changed: means nothing without --resume")
 
 
+def check_noise(args: argparse.Namespace, clip: str) -> None:
+    """Raise UserError for a C, the flag `clip`, or a noise of sigma C that float32 cannot hold."""
+    check_range(args, **{clip: CLIP_RANGE})
+    sigma, (low, high) = args.noise_multiplier, NOISE_RANGE
+    if sigma and not low <= (deviation := sigma * getattr(args, clip)) <= high:
+        fail(f"--noise_multiplier {sigma:g}: times --{clip} {getattr(args, clip):g} it gives noise with a standard "
+             f"deviation of {deviation:g}; expected {low:g} to {high:g}, which float32 holds")
+
+
 def lora_config(args: argparse.Namespace) -> LoRAConfig:
     """The adapter that the flags ask for."""
     return LoRAConfig(args.lora_dim, args.lora_alpha, args.lora_dropout,
@@ -219,8 +241,8 @@ def check_request(request: Request) -> None:
     if request.batch > request.N:
         fail(f"{flags.batch} = {request.batch} is larger than the training data ({request.N} {request.unit}s): "
              "lower one of them")
-    if request.steps < 1:
-        fail(f"{flags.steps} {request.steps}: expected at least one step")
+    if not 1 <= request.steps <= MOST_STEPS:
+        fail(f"{flags.steps} {request.steps}: expected at least one step, at most {MOST_STEPS:g}")
 
 
 def open_folder(work: WorkDir, settings: PlanSettings, world: World, recorded: dict, args: argparse.Namespace,
@@ -234,6 +256,9 @@ def open_folder(work: WorkDir, settings: PlanSettings, world: World, recorded: d
         fail(f"{flag} {work.path}: holds {os.path.basename(found[-1][1])} of an earlier run; continue it "
              "with --resume, or choose another folder")
     ledger = Ledger(work.path, entries, args.resume, tuple(args.resume_changed), flag)
+    if settings.target_epsilon is not None and (count := steps_without_noise(ledger)):
+        fail(f"--target_epsilon {settings.target_epsilon:g}: {ledger.path} charges {count} steps without noise, "
+             "epsilon is infinite and meets no target; start in a new folder, or give --noise_multiplier")
     recorded = json.loads(json.dumps(recorded))
     if args.resume and ledger.state.charged:  # a run that was killed before its first step has nothing to agree with
         before = work.read_json("args.json")
@@ -246,6 +271,11 @@ def open_folder(work: WorkDir, settings: PlanSettings, world: World, recorded: d
                  f"--resume_changed {' '.join(differing)}")
     work.write_json("args.json", recorded)
     return ledger
+
+
+def steps_without_noise(ledger: Ledger) -> int:
+    """How many steps were charged without noise, by any attempt."""
+    return sum(record["sigma"] == 0 for record in ledger.state.records)
 
 
 def is_restarted(work_dir: str) -> bool:
@@ -412,6 +442,9 @@ def announce(trainer: training.Trainer) -> None:
         return
     say(f"noise multiplier {settings.sigma:.6g}, clipping {settings.clipping} to {settings.clip:g}, "
         f"{settings.sampling} sampling, noise from {settings.noise_source}, delta {settings.delta:.3g}")
+    if plan.ledger and (count := steps_without_noise(plan.ledger)):
+        say(f"WARNING: {count} of the steps charged so far had no noise: epsilon is infinite, whatever noise follows",
+            important=True)
     for words in trainer.disclosed:
         if words.startswith("initial weights"):
             say(f"WARNING: {words}", important=True)

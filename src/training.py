@@ -351,8 +351,9 @@ class Trainer:
             self.display.say("epsilon = inf: the run had no noise and gives no privacy", important=True)
             return
         self.display.say(
-            f"epsilon {report['epsilon_prv']:.4f} (PRV upper bound), {report['epsilon_rdp']:.4f} (RDP) at delta "
-            f"{report['delta']:.3g}; {report['epsilon_prv_strict']:.4f} (PRV) at delta {report['delta_strict']:.3g}; "
+            f"epsilon {float(report['epsilon_prv']):.4f} (PRV upper bound), {float(report['epsilon_rdp']):.4f} (RDP) "
+            f"at delta {report['delta']:.3g}; {float(report['epsilon_prv_strict']):.4f} (PRV) at delta "
+            f"{report['delta_strict']:.3g}; "
             f"{report['relation']}; {report['steps_charged']} steps charged", important=True)
 
 

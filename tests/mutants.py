@@ -33,7 +33,8 @@ class Mutant:
     tests: tuple[str, ...]  # pytest's file, or file::test
 
 
-PLAN, SAMPLING, CLIPPING, NOISE = (f"privacy/{name}.py" for name in ("plan", "sampling", "clipping", "noise"))
+PLAN, SAMPLING, CLIPPING, NOISE, ACCOUNTING = (
+    f"privacy/{name}.py" for name in ("plan", "sampling", "clipping", "noise", "accounting"))
 TRAINING, LEDGER, PROVENANCE = "training.py", "privacy/ledger.py", "provenance.py"
 RANKS = ("test_privacy_plan.py::test_noise_has_its_scale_after_the_all_reduce",)
 STEP = ("test_private_step.py::test_a_step_is_the_mechanism_written_out",)
@@ -52,6 +53,9 @@ ENTROPY = ("test_noise.py::test_the_masks_of_dropout_have_more_than_32_bits",)
 BF16 = ("test_clipping.py::test_float32_and_bf16_norms_are_of_what_is_summed",)
 CANCEL = ("test_rounding.py::test_positions_that_cancel_in_float32",)
 ROWS = ("test_clipping.py::test_units_of_several_texts",)
+CHANCE = ("test_accounting_exact.py::test_a_small_chance_of_a_draw_is_a_chance",)
+MANY = ("test_accounting_exact.py::test_the_rounding_of_many_steps_is_paid_for",)
+WITHOUT = ("test_gpt2_ft.py::test_steps_without_noise_are_not_forgotten",)
 SHUFFLE = ("test_sampling.py::test_shuffle_uses_each_unit_once_an_epoch",)
 COMPANY = ("test_company.py::test_the_same_bits_in_any_company",)
 NEIGHBOURS = ("test_neighbours.py::test_one_more_unit_through_the_script",)
@@ -171,6 +175,13 @@ MUTANTS = (
            (('return [*report["initial_weights"], *([own]', "return [*([own]"),), CHAIN),
     Mutant("links to weights not followed", PROVENANCE,
            (("while os.path.islink(path):", "while False:"),), LINKS),
+    Mutant("chance of being drawn rounded to zero", ACCOUNTING,
+           (("-math.expm1(sum(phase.steps * math.log1p(-phase.q) for phase in phases))",
+             "1 - math.prod((1 - phase.q) ** phase.steps for phase in phases)"),), CHANCE),
+    Mutant("rounding of many steps forgotten", "privacy/sampled_gaussian.py",
+           (("noise = 4 * UNIT * float(", "noise = 0 * float("),), MANY),
+    Mutant("steps without noise forgotten", "run_setup.py",
+           (('sum(record["sigma"] == 0 for record in ledger.state.records)', "0"),), WITHOUT),
 )
 
 

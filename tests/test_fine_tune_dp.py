@@ -257,6 +257,20 @@ def test_a_rank_that_draws_nobody_keeps_step(tmp_path):
     assert [loss is None for loss in losses] == [sum(drawn) == 0 for drawn in sizes]
 
 
+def test_steps_without_noise_are_not_forgotten(tmp_path):
+    """--disable_dp, resumed with noise: infinite to the end, in the table too; with a target: refused."""
+    work = tmp_path / "run"
+    changed = "--resume_changed sigma noise_multiplier disable_dp sampling max_steps steps target_epsilon".split()
+    train(flags(work, disable_dp=True, noise_multiplier=None, max_steps=2))
+    (rank,) = start([*flags(work, noise_multiplier=None, target_epsilon=8, resume=True), *changed])
+    assert rank.wait() == 2 and "--target_epsilon 8: " in rank.error and "2 steps without noise" in rank.error
+    (rank,) = train([*flags(work, resume=True), *changed])
+    assert "WARNING: 2 of the steps charged so far had no noise" in rank.stdout and not rank.stderr
+    assert "epsilon inf (PRV upper bound), inf (RDP)" in rank.stdout and "| Yes | 1xCPU |" in rank.stdout
+    assert rank.stdout.splitlines()[-1].split("|")[-3].strip() == "inf"
+    assert read(work)["epsilon_prv"] == read(work)["final_epsilon_prv"] == "inf"
+
+
 # ------------------------------------------------------------------ Hugging Face's meaning
 
 

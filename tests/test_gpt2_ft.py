@@ -10,8 +10,8 @@ import re
 import pytest
 import torch
 from conftest import ROOT
-from small_runs import (N, STEPS, equal, flags, free_port, ledger, material, metrics, read, server, start_ranks, train,
-                        weights, write_tokens)
+from small_runs import (N, STEPS, contents, equal, flags, free_port, ledger, material, metrics, read, server,
+                        start_ranks, train, weights, write_tokens)
 from scipy.optimize import brentq
 from scipy.stats import norm
 
@@ -158,6 +158,31 @@ def test_no_noise_is_said_to_be_no_privacy(tmp_path):
     assert all(record.get("epsilon", "inf") == "inf" for record in metrics(tmp_path / "run"))
     for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_steps_without_noise_are_not_forgotten(tmp_path):
+    """Noise that comes later takes nothing back: epsilon stays infinite, which is said before the first step and at the
+    end, and no target can be met; nothing is drawn or changed for one. And noise first, then none."""
+    work, changed = tmp_path / "run", ["--resume_changed", "sigma", "noise_multiplier", "steps", "max_step"]
+    train(flags(work, noise_multiplier=0, sampling="poisson", max_step=2))
+    before = {**contents(work), ".lock": None}
+    (rank,) = start_ranks([*flags(work, noise_multiplier=None, target_epsilon=8, sampling="poisson", resume=True),
+                           *changed, "target_epsilon"])
+    assert rank.wait() == 2 and "--target_epsilon 8: " in rank.error
+    assert "charges 2 steps without noise, epsilon is infinite" in rank.error
+    assert {**contents(work), ".lock": None} == before
+    (rank,) = train([*flags(work, sampling="poisson", resume=True), *changed])
+    assert "WARNING: 2 of the steps charged so far had no noise: epsilon is infinite" in rank.stdout
+    assert "epsilon inf (PRV upper bound), inf (RDP) at delta 1e-05; inf (PRV) at delta 0.0025;" in rank.stdout
+    report = read(work)
+    assert {report[key] for key in report if key.startswith("epsilon")} == {"inf"} and report["sigma"] == 0.8
+    assert not rank.stderr and report["steps_charged"] == STEPS == len(ledger(work))
+    rank = server().start("src/privacy_report.py", [work])
+    assert rank.wait() == 0 and "inf           inf  no noise, or no steps; the run's delta" in rank.stdout
+    other = tmp_path / "other"
+    train(flags(other, max_step=2))
+    (rank,) = train([*flags(other, noise_multiplier=0, sampling="poisson", resume=True), *changed])
+    assert read(other)["epsilon_prv"] == "inf" and "gives no privacy" in rank.stdout and not rank.stderr
 
 
 @pytest.mark.parametrize("sampling", ["poisson", "shuffle"])

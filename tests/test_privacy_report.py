@@ -13,6 +13,7 @@ from conftest import ROOT, assert_user_error, run_script
 from privacy import accounting
 from privacy.accounting import Phase
 from privacy.ledger import FILE_NAME, Ledger, epsilons
+from privacy.sampled_gaussian import ORDERS
 
 SCRIPT = ROOT / "src" / "privacy_report.py"
 SETTINGS = {"unit": "example", "N": 2000, "q": 0.02, "sigma": 0.8, "clip": 1.5, "sampling": "poisson",
@@ -75,7 +76,7 @@ def test_epsilon_of_raw_records_by_dp_accounting(report, tmp_path):
     counts = {}
     for record in records:
         counts[record["sigma"], record["q"]] = counts.get((record["sigma"], record["q"]), 0) + 1
-    total, rdp = None, dp_accounting.rdp.RdpAccountant(accounting.ORDERS)
+    total, rdp = None, dp_accounting.rdp.RdpAccountant(list(ORDERS))
     for (sigma, q), steps in counts.items():
         part = pld.from_gaussian_mechanism(sigma, sampling_prob=q).self_compose(steps)
         total = part if total is None else total.compose(part)
@@ -228,6 +229,11 @@ def test_plan_with_epsilon(report):
     assert list(printed(process.stdout))[1] == pytest.approx(1 / 420610, rel=1e-4)
 
 
+def test_a_plan_with_next_to_no_noise_is_infinite(report, tmp_path):
+    process = report(*PLAN, "--sigma", "1e-160", "--plot", tmp_path / "plan.png")
+    assert process.returncode == 0 and process.stdout.count(" inf ") > 50 and (tmp_path / "plan.png").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -255,6 +261,7 @@ def test_plan_with_epsilon(report):
         (("--plan", 100, 10, 3, "--sigma", "1", "--delta", "1e-5", "1e-6"), "exactly one"),
         (("--plan", 100, 200, 3, "--sigma", "1", "--delta", "1e-5"), "larger than the data"),
         (("--plan", 100, 10.5, 3, "--sigma", "1", "--delta", "1e-5"), "whole numbers"),
+        (("--plan", "1e300", 1, "1e-295", "--sigma", "1", "--delta", "1e-5"), "1e+15 units"),
         (("--plan", 100, 0, 3, "--sigma", "1", "--delta", "1e-5"), "above 0"),
         (("--plan", "nan", 10, 3, "--sigma", "1", "--delta", "1e-5"), "above 0"),
         (("--plan", 100, 10, 0.001, "--sigma", "1", "--delta", "1e-5"), "no step"),

@@ -1,19 +1,15 @@
 """Epsilon of a run, and the noise or the number of steps that an epsilon allows: numbers only, no tensors.
 
-Relation: add or remove one unit. Every function here returns an upper bound of the true epsilon, never an estimate.
-
-The tight bound is the privacy random variable (PRV) accountant of Gopi, Lee and Wutschitz (2021), "Numerical
-composition of differential privacy", with the grid and the error terms of Opacus's PRVAccountant. The discretisation
-and the composition are our own: Opacus's are several times slower, too slow for every log line and for calibration (the
-measured ratio is printed by tests/test_accounting.py), and take differences of 1 - tail, which loses the tail that a
-small delta is made of. The same tests hold them to Opacus's values and to dp_accounting's.
+Relation: add or remove one unit. Every function here returns an upper bound of the true epsilon, never an estimate, for
+any sigma, q and delta that a float holds and up to MOST_STEPS steps in a phase. The work is bounded, too: an epsilon
+takes at most MOST_PHASES times RDP and three PRV grids (see sampled_gaussian), a search MOST_TRIES epsilons.
 
 `epsilon_bound` returns the smallest of four sound bounds and names it:
   prv       the PRV upper bound. Its error term is Opacus's 0.01; less in proportion below an RDP epsilon of 0.5 (as
             far as FINE_POINTS reach), more in proportion above 16, and more where the grid would pass MAX_POINTS. Left
-            out where the grid cannot be trusted: an error term of 1, a span beyond what exp() holds, rounding noise of
-            delta / 20.
-  rdp       Renyi DP of the sampled Gaussian (Mironov, Talwar and Zhang 2019), computed by Opacus.
+            out where the grid cannot be trusted: an error term of 1, a span beyond what exp() holds, rounding that may
+            take half of delta.
+  rdp       Renyi DP of the sampled Gaussian (Mironov, Talwar and Zhang 2019).
   gaussian  the analytic Gaussian mechanism (Balle and Wang 2018) without amplification: exact where every q is 1, and
             sound for any q, since sampling cannot add to what full participation discloses.
   sampling  epsilon 0, where delta is not below the probability that the unit is drawn at all.
@@ -21,38 +17,19 @@ small delta is made of. The same tests hold them to Opacus's values and to dp_ac
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from opacus.accountants import RDPAccountant
-from opacus.accountants.analysis.prv import DiscretePRV, Domain
-from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
-from scipy import fft
 from scipy.special import erfcx, ndtr
 
 from cli import fail
+from privacy.sampled_gaussian import ROUNDING, Phase, prv_epsilon, rdp_epsilon
 
-MAX_POINTS = 2**22  # of the PRV grid: about 1 s and 0.4 GB, at 10^6 steps; an E2E run needs 0.7 million and 0.1 s
-FINE_POINTS = 2**21  # spent at the most on an error term below Opacus's
-MAX_SPAN = 700.0  # of the PRV grid in nats: exp() overflows at 709
+MOST_STEPS = 10**15  # of a phase; a float still counts them one by one
+MOST_PHASES = 32
+MOST_TRIES, MODEL_TRIES = 20, 10  # epsilons that a search computes; those beyond the latter halve the bracket
 SIGMA_RANGE = (0.01, 1e6)  # where calibration searches
 TOLERANCE = 0.002  # a calibrated epsilon lies between (1 - TOLERANCE) target and target
-
-# Opacus's orders end at 1.1 and 63 and it warns where the best one is at an end; these carry on at both ends, so that
-# its epsilons stay as they are wherever its own best order was an inner one.
-ORDERS = [1.001, 1.002, 1.005, 1.01, 1.02, 1.05, *RDPAccountant.DEFAULT_ALPHAS]
-ORDERS += [72, 80, 96, 128, 192, 256, 384, 512, 768, 1024]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """`steps` releases of a sum over units drawn with probability q, with noise of sigma times the sensitivity."""
-
-    sigma: float
-    q: float
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -69,10 +46,17 @@ def check_delta(delta: float) -> None:
         fail(f"delta {delta}: wanted a number above 0 and below 1, such as 1e-5")
 
 
+def check_steps(steps: float, least: int, words: str = "steps", purpose: str = "") -> None:
+    """UserError unless `steps` is a whole number from `least` to MOST_STEPS."""
+    if not least <= steps <= MOST_STEPS or steps != int(steps):
+        fail(f"{words} {steps}: wanted a whole number of {least} or more, at most {MOST_STEPS:g}{purpose}")
+
+
 def _merge(phases: Sequence[Phase]) -> tuple[Phase, ...]:
     """The same mechanism in a canonical form: one phase per (sigma, q), all full-participation phases as one Gaussian.
 
-    Raises UserError for a phase that is none. Order and splitting never change an epsilon, to the last bit.
+    Raises UserError for a phase that is none. Order and splitting never change an epsilon, to the last bit. Beyond
+    MOST_PHASES, the phases that are left disclose a little more (_coarser).
     """
     total: dict[tuple[float, float], int] = {}
     for phase in phases:
@@ -80,11 +64,13 @@ def _merge(phases: Sequence[Phase]) -> tuple[Phase, ...]:
             fail(f"noise multiplier sigma {phase.sigma}: wanted a finite number of 0 or more")
         if not 0 <= phase.q <= 1:
             fail(f"sampling probability q {phase.q}: wanted a number from 0 to 1; is the batch larger than the data?")
-        if phase.steps < 0 or phase.steps != int(phase.steps):
-            fail(f"steps {phase.steps}: wanted a whole number of 0 or more")
+        check_steps(phase.steps, 0)
         if phase.steps and phase.q:
             key = (float(phase.sigma), float(phase.q))
             total[key] = total.get(key, 0) + int(phase.steps)
+    fine, ratio = total, 1.01
+    while len(total) > MOST_PHASES:
+        total, ratio = _coarser(fine, ratio), ratio**1.3
     full = [(sigma, steps) for (sigma, q), steps in sorted(total.items()) if q == 1 and sigma > 0]
     merged = [Phase(sigma, q, steps) for (sigma, q), steps in sorted(total.items()) if q < 1 or sigma == 0]
     if full:
@@ -93,11 +79,24 @@ def _merge(phases: Sequence[Phase]) -> tuple[Phase, ...]:
     return tuple(merged)
 
 
-# --- the three bounds ---
+def _coarser(total: dict[tuple[float, float], int], ratio: float) -> dict[tuple[float, float], int]:
+    """Every sigma rounded down and every q up to a power of `ratio`, which can only disclose more: less noise is more
+    with some added, a smaller q is a larger one after a coin of the unit's own."""
+    found: dict[tuple[float, float], int] = {}
+    base = math.log(ratio)
+    for (sigma, q), steps in total.items():
+        if sigma > 0:
+            sigma = min(sigma, math.exp(math.floor(math.log(sigma) / base) * base))
+        q = max(q, min(1.0, math.exp(math.ceil(math.log(q) / base) * base)))
+        found[sigma, q] = found.get((sigma, q), 0) + steps
+    return found
+
+
+# --- the bounds ---
 
 
 def epsilon_gaussian(mu: float, delta: float) -> float:
-    """Exact epsilon at `delta` of a Gaussian mechanism with sensitivity / standard deviation = mu.
+    """Exact epsilon at `delta` of a Gaussian mechanism with sensitivity / standard deviation = mu, to ROUNDING.
 
     Balle and Wang (2018), theorem 8: delta = Phi(mu/2 - eps/mu) - exp(eps) Phi(-mu/2 - eps/mu). With y = eps/mu - mu/2
     this is exp(-y^2/2) (erfcx(y/sqrt 2) - erfcx((y + mu)/sqrt 2)) / 2, in which nothing overflows however large epsilon
@@ -108,159 +107,61 @@ def epsilon_gaussian(mu: float, delta: float) -> float:
         fail(f"mu {mu}: wanted a number of 0 or more")
     if mu == 0:
         return 0.0
-    if mu > 1e150:  # mu^2 overflows
+    if mu == math.inf:
         return math.inf
-    mu = max(mu, 1e-6)  # below it the difference loses its digits; epsilon grows with mu, so this stays a bound
+    log_delta = math.log(delta) - ROUNDING
 
-    def log_delta(y: float) -> float:
-        gap = erfcx(y / math.sqrt(2)) - erfcx((y + mu) / math.sqrt(2))
-        return -y * y / 2 + math.log(gap / 2)
+    def is_met(y: float) -> bool:
+        left, right = y / math.sqrt(2), (y + mu) / math.sqrt(2)
+        if delta > 0.5:  # 1 - delta is exact, and the sum of what is left has no cancellation
+            return ndtr(y) + math.exp(-y * y / 2) * erfcx(right) / 2 >= (1 - delta) * (1 + ROUNDING)
+        if mu > 1e-3:
+            gap = erfcx(left) - erfcx(right)
+        else:  # the difference loses its digits; -erfcx' is convex, so the trapezium is an upper bound, by mu^2/12
+            slopes = (2 / math.sqrt(math.pi) - 2 * x * erfcx(x) for x in (left, right))
+            gap = sum(slopes) * mu / math.sqrt(8)
+        return -y * y / 2 + math.log(gap / 2) <= log_delta
 
     low, high = max(-mu / 2, -10.0), 40.0  # epsilon = 0 or delta = 1 - 1e-23; delta = 1e-349
-    if log_delta(low) <= math.log(delta):
+    if is_met(low):
         return mu * (low + mu / 2)
-    while True:
-        middle = (low + high) / 2
-        if not low < middle < high:
-            return mu * (high + mu / 2)
-        if log_delta(middle) > math.log(delta):
-            low = middle
-        else:
-            high = middle
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (low, middle) if is_met(middle) else (middle, high)
+    return mu * (high + mu / 2) * (1 + 1e-14)  # mu and the product are rounded
 
 
-@functools.lru_cache(maxsize=4096)
-def _rdp_per_step(sigma: float, q: float) -> np.ndarray:
-    """RDP of one step at each of ORDERS; infinite where Opacus's series has no value, or takes millions of terms.
-
-    The latter is so for broken orders near q = 1/2 under much noise; the Gaussian bound is as good there.
-    """
-    slow = 0 < q < 1 and sigma > 10 and sigma * abs(math.log(1 / q - 1)) < 8
-    rdp = np.full(len(ORDERS), np.inf)
-    for index, order in enumerate(ORDERS):
-        if slow and order != int(order):
-            continue
-        try:
-            rdp[index] = compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=float(order))
-        except (ValueError, OverflowError, ZeroDivisionError):
-            continue
-    rdp = np.where(np.isnan(rdp), np.inf, np.maximum(rdp, 0))
-    rdp.setflags(write=False)  # it is shared by all callers of the cache
-    return rdp
-
-
-def _epsilon_rdp(phases: tuple[Phase, ...], delta: float) -> float:
-    rdp = sum(phase.steps * _rdp_per_step(phase.sigma, phase.q) for phase in phases)
-    if not np.isfinite(rdp).any():
-        return math.inf
-    with warnings.catch_warnings():
-        # "Optimal order is the smallest/largest alpha": the bound is looser there, and as sound.
-        warnings.simplefilter("ignore", UserWarning)
-        epsilon, _ = get_privacy_spent(orders=ORDERS, rdp=rdp, delta=delta)
-    return max(0.0, float(epsilon))
-
-
-def _tail(phase: Phase, t: np.ndarray) -> np.ndarray:
-    """P(Y > t) of one step's privacy loss Y under the data set with the unit (Gopi et al. 2021, proposition B.4).
-
-    Y = log(1 - q + q exp(z)), z the Gaussian's log-likelihood ratio, is above t where z > log((exp(t) - 1 + q) / q).
-    """
-    q, sigma = phase.q, phase.sigma
-    with np.errstate(divide="ignore"):
-        live = t > np.log1p(-q)
-    z = np.log(np.where(live, np.expm1(t) + q, 1.0)) - np.log(q)
-    upper = q * ndtr(0.5 / sigma - z * sigma) + (1 - q) * ndtr(-0.5 / sigma - z * sigma)
-    return np.where(live, upper, 1.0)
-
-
-def _mean(phase: Phase, span: float) -> float:
-    """E[Y | |Y| < span], by the trapezoidal rule over the Gaussian's own variable, where it converges geometrically."""
-    q, sigma = phase.q, phase.sigma
-    x = np.linspace(-20 * sigma, 1 + 20 * sigma, 8001)
-    density = (1 - q) * np.exp(-((x / sigma) ** 2) / 2) + q * np.exp(-(((x - 1) / sigma) ** 2) / 2)
-    exponent = (2 * x - 1) / (2 * sigma**2)
-    with np.errstate(over="ignore", divide="ignore"):
-        loss = np.where(exponent > 30, np.log(q) + exponent, np.log1p(q * np.expm1(np.minimum(exponent, 30))))
-    density[np.abs(loss) >= span] = 0
-    return float(np.dot(density, np.where(density > 0, loss, 0)) / density.sum())
-
-
-def _epsilon_prv(phases: tuple[Phase, ...], delta: float) -> float:
-    """The PRV upper bound, or infinity where the grid cannot be trusted (see the head of this file)."""
-    steps = sum(phase.steps for phase in phases)
-    delta_error = delta / 1000
-    # Gopi et al. (2021), remark 5.6, as Opacus has it: the sum of steps leaves the span with at most delta_error / 4.
-    span = 3 + max(
-        _epsilon_rdp(phases, delta_error / 4),
-        *(_epsilon_rdp((Phase(phase.sigma, phase.q, 1),), delta_error / (8 * steps)) for phase in phases),
-    )
-    if span > MAX_SPAN:
-        return math.inf
-    # Theorem 5.5: a grid of width h adds at most h sqrt(steps log(12 / delta_error) / 2) to epsilon.
-    spread = math.sqrt(steps * math.log(12 / delta_error) / 2)
-    rough = _epsilon_rdp(phases, delta)
-    error = 0.01 * max(min(1.0, rough / 0.5), rough / 16)
-    error = max(min(0.01, 2 * span * spread / FINE_POINTS), error, 2 * span * spread / MAX_POINTS)
-    if error >= 1:  # beyond what remark 5.6 is known to cover
-        return math.inf
-    width = error / spread
-    half = fft.next_fast_len(math.ceil(span / width) + 1, real=True)
-    points = (np.arange(-half, half)) * width  # (2 half,): 0 is a point, so a circular convolution keeps its place
-
-    edges = np.append(points, half * width) - width / 2
-    product, shift = None, 0.0
-    for phase in phases:
-        tail = _tail(phase, edges)
-        mass = tail[:-1] - tail[1:]
-        mass /= mass.sum()
-        offset = _mean(phase, half * width) - float(np.dot(points, mass))
-        if abs(offset) >= width / 2:
-            return math.inf
-        shift += phase.steps * offset
-        spectrum = _power(fft.rfft(fft.ifftshift(mass)), phase.steps)
-        product = spectrum if product is None else product * spectrum
-    mass = fft.fftshift(fft.irfft(product, n=2 * half))
-
-    # What rounding took below zero stands for what it took elsewhere; twice that is put on top of delta_error.
-    noise = -2 * float(mass[mass < 0].sum())
-    if not noise <= delta / 20:
-        return math.inf
-    domain = Domain(t_min=points[0] + shift, t_max=points[-1] + shift, size=2 * half)
-    try:
-        _, _, upper = DiscretePRV(mass, domain).compute_epsilon(delta, delta_error + noise, error)
-    except (ValueError, RuntimeError):
-        return math.inf
-    return max(0.0, float(upper)) if math.isfinite(upper) else math.inf
-
-
-def _power(base: np.ndarray, exponent: int) -> np.ndarray:
-    """base ** exponent for a whole exponent >= 1, by squaring: four times as fast as numpy's complex power."""
-    result = None
-    while True:
-        if exponent & 1:
-            result = base.copy() if result is None else result * base
-        exponent >>= 1
-        if not exponent:
-            return result
-        base = base * base
+def _chance_of_a_draw(phases: tuple[Phase, ...]) -> float:
+    """The probability that a unit is drawn in any step: 1 - prod (1 - q)^steps, which rounds to 0 for a small q."""
+    if any(phase.q == 1 for phase in phases):
+        return 1.0
+    return -math.expm1(sum(phase.steps * math.log1p(-phase.q) for phase in phases))
 
 
 # --- epsilon ---
 
 
 @functools.lru_cache(maxsize=4096)
-def _bound(phases: tuple[Phase, ...], delta: float) -> Bound:
+def _without_a_grid(phases: tuple[Phase, ...], delta: float) -> Bound:
+    """The least of all bounds but the PRV's: some milliseconds of work."""
     if not phases:
         return Bound(0.0, "none")
     if any(phase.sigma == 0 for phase in phases):
         return Bound(math.inf, "none")
-    if 1 - math.prod((1 - phase.q) ** phase.steps for phase in phases) < delta * (1 - 1e-6):
+    if _chance_of_a_draw(phases) < delta * (1 - 1e-6):
         return Bound(0.0, "sampling")
     mu = math.hypot(*(math.sqrt(phase.steps) / phase.sigma for phase in phases))
     bounds = [Bound(epsilon_gaussian(mu, delta), "gaussian")]
     if any(phase.q < 1 for phase in phases):
-        bounds += [Bound(_epsilon_prv(phases, delta), "prv"), Bound(_epsilon_rdp(phases, delta), "rdp")]
+        bounds.append(Bound(rdp_epsilon(phases, math.log(delta)), "rdp"))
     return min(bounds, key=lambda bound: bound.epsilon)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bound(phases: tuple[Phase, ...], delta: float) -> Bound:
+    quick = _without_a_grid(phases, delta)
+    if not 0 < quick.epsilon < math.inf or all(phase.q == 1 for phase in phases):
+        return quick
+    return min(Bound(prv_epsilon(phases, delta), "prv"), quick, key=lambda bound: bound.epsilon)
 
 
 def epsilon_bound(phases: Sequence[Phase], delta: float) -> Bound:
@@ -278,12 +179,12 @@ def epsilon_prv(phases: Sequence[Phase], delta: float) -> float:
 
 
 def epsilon_rdp(phases: Sequence[Phase], delta: float) -> float:
-    """Opacus's RDP epsilon at `delta`, over ORDERS."""
+    """The RDP epsilon at `delta`, over ORDERS: Opacus's where its own orders hold the best one."""
     check_delta(delta)
     merged = _merge(phases)
     if not merged:
         return 0.0
-    return math.inf if any(phase.sigma == 0 for phase in merged) else _epsilon_rdp(merged, delta)
+    return math.inf if any(phase.sigma == 0 for phase in merged) else rdp_epsilon(merged, math.log(delta))
 
 
 def epsilon_shuffle(sigma: float, participations: int, delta: float) -> float:
@@ -307,52 +208,53 @@ def _check_target(target_epsilon: float, delta: float) -> None:
         fail(f"target epsilon {target_epsilon}: wanted a finite number above 0")
 
 
-def _smallest_sigma(epsilon: Callable[[float], float], target: float, guess: float, words: str) -> float:
+Function = Callable[[float], float]
+
+
+def _next_place(tried: list[tuple[float, float]], quick: Function, target: float, low: float, high: float) -> float:
+    """Where to look for the place in (low, high) at which epsilon meets the target, or NaN.
+
+    tried: (place, epsilon) so far. Up to two of them, quick(place), an upper bound that costs little, times its ratio
+    to epsilon at the last place is taken for epsilon, and halved upon; then the secant of the logarithms.
+    """
+    known = [(math.log(place), math.log(epsilon)) for place, epsilon in tried if 0 < epsilon < math.inf][-2:]
+    if len(tried) < 2:
+        ratio = tried[-1][1] / quick(tried[-1][0]) if known else 1.0
+        falls = quick(high) < quick(low)
+        for _ in range(60):
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if (quick(middle) * ratio <= target) == falls else (middle, high)
+        return high
+    if len(known) < 2 or known[0][1] == known[1][1]:
+        return math.nan
+    (left, first), (right, second) = known
+    return math.exp(min(700.0, right + (math.log(target) - second) * (right - left) / (second - first)))
+
+
+def _smallest_sigma(epsilon: Function, quick: Function, target: float, aim: float, words: str) -> float:
     """The smallest sigma of SIGMA_RANGE with epsilon(sigma) <= target, to TOLERANCE; epsilon falls as sigma rises.
 
-    Regula falsi on log epsilon against log sigma (nearly a straight line), halved where it would crawl (Illinois).
+    quick(sigma): an upper bound of epsilon(sigma), see _next_place. aim: a number a little below the target.
     """
-    least, most = SIGMA_RANGE
-    sigma = min(max(guess, least), most)
-    low = high = None  # (log sigma, log epsilon / target): above the target, not above it
-    factor = 1.05
-    while low is None or high is None:
-        gap = _log_ratio(epsilon(sigma), target)
-        if gap <= 0:
-            high = (math.log(sigma), gap)
-            if gap >= -TOLERANCE / 2:
-                return sigma
-            if sigma <= least:
-                fail(f"{words}: noise multiplier {least:g} already meets it, which is next to no privacy; "
-                     "lower the target or the delta")
-            following = max(sigma / factor, least)
+    low, high = SIGMA_RANGE  # above the target, within it
+    if epsilon(low) <= target:
+        fail(f"{words}: noise multiplier {low:g} already meets it, which is next to no privacy; "
+             "lower the target or the delta")
+    if quick(high) > target and epsilon(high) > target:
+        fail(f"{words}: no noise multiplier up to {high:g} meets it; raise the target or take fewer steps")
+    tried: list[tuple[float, float]] = []
+    while len(tried) < MOST_TRIES and high / low > 1 + 1e-4:  # closer: the bound jumps over the target between them
+        sigma = _next_place(tried, quick, aim, low, high)
+        if len(tried) >= MODEL_TRIES or not low < sigma < high:
+            sigma = math.sqrt(low * high)
+        tried.append((sigma, epsilon(sigma)))
+        if tried[-1][1] > target:
+            low = sigma
         else:
-            low = (math.log(sigma), gap)
-            if sigma >= most:
-                fail(f"{words}: no noise multiplier up to {most:g} meets it; raise the target or take fewer steps")
-            following = min(sigma * factor, most)
-        sigma, factor = following, min(factor**2, 10.0)
-    weights = [1.0, 1.0]
-    for _ in range(100):
-        # Aim a little below the target, so that a good guess ends the search from its permitted side.
-        left, right = weights[0] * (low[1] + TOLERANCE / 2), weights[1] * (high[1] + TOLERANCE / 2)
-        place = low[0] + (high[0] - low[0]) * left / (left - right) if left < math.inf else low[0]
-        if not low[0] < place < high[0]:
-            place = (low[0] + high[0]) / 2
-        if not low[0] < place < high[0] or high[0] - low[0] < 1e-5:
-            break  # the bound jumps over the target here: the permitted side is the answer
-        gap = _log_ratio(epsilon(math.exp(place)), target)
-        if gap > 0:
-            low, weights = (place, gap), [1.0, weights[1] / 2]
-        else:
-            high, weights = (place, gap), [weights[0] / 2, 1.0]
-            if gap >= -TOLERANCE:
+            high = sigma
+            if tried[-1][1] >= target * (1 - TOLERANCE):
                 break
-    return math.exp(high[0])
-
-
-def _log_ratio(epsilon: float, target: float) -> float:
-    return math.log(epsilon / target) if epsilon > 0 else -math.inf
+    return high
 
 
 def calibrate_sigma(target_epsilon: float, delta: float, q: float, steps: int) -> float:
@@ -364,32 +266,24 @@ def calibrate_sigma(target_epsilon: float, delta: float, q: float, steps: int) -
     _check_target(target_epsilon, delta)
     if not 0 < q <= 1:
         fail(f"sampling probability q {q}: wanted a number above 0 and up to 1; is the batch larger than the data?")
-    if steps != int(steps) or steps < 1:
-        fail(f"steps {steps}: wanted a whole number of 1 or more to calibrate the noise for")
-    # First guess: the central limit of Bu, Dong, Long and Su (2020), mu = q sqrt(steps (exp(1 / sigma^2) - 1)).
-    mu = _largest_mu(target_epsilon, delta)
-    guess = 1 / math.sqrt(math.log1p((mu / q) ** 2 / steps))
+    check_steps(steps, 1, purpose=" to calibrate the noise for")
     words = f"target epsilon {target_epsilon:g} at delta {delta:g} over {steps} steps with q = {q:.4g}"
-    return _smallest_sigma(lambda sigma: epsilon_prv([Phase(sigma, q, steps)], delta), target_epsilon, guess, words)
+    return _smallest_sigma(
+        lambda sigma: epsilon_prv([Phase(sigma, q, steps)], delta),
+        lambda sigma: _without_a_grid(_merge([Phase(sigma, q, steps)]), delta).epsilon,
+        target_epsilon, target_epsilon * (1 - TOLERANCE / 2), words)
 
 
 def calibrate_sigma_shuffle(target_epsilon: float, delta: float, participations: int) -> float:
     """The smallest noise multiplier for which `participations` uses of a unit, not amplified, stay within target."""
     _check_target(target_epsilon, delta)
-    if participations != int(participations) or participations < 1:
-        fail(f"participations {participations}: wanted a whole number of 1 or more to calibrate the noise for")
-    guess = math.sqrt(participations) / _largest_mu(target_epsilon, delta)
+    check_steps(participations, 1, "participations", " to calibrate the noise for")
     words = f"target epsilon {target_epsilon:g} at delta {delta:g} over {participations} participations, not amplified"
-    return _smallest_sigma(lambda sigma: epsilon_shuffle(sigma, participations, delta), target_epsilon, guess, words)
 
+    def epsilon(sigma: float) -> float:
+        return epsilon_shuffle(sigma, participations, delta)
 
-def _largest_mu(target_epsilon: float, delta: float) -> float:
-    """The mu of Gaussian DP whose epsilon at `delta` is the target: where the searches start, no bound itself."""
-    low, high = 1e-6, 2 * math.sqrt(2 * target_epsilon) + 20
-    for _ in range(50):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if epsilon_gaussian(middle, delta) <= target_epsilon else (low, middle)
-    return low
+    return _smallest_sigma(epsilon, epsilon, target_epsilon, target_epsilon * (1 - 1e-9), words)
 
 
 def permitted_steps(
@@ -397,31 +291,30 @@ def permitted_steps(
 ) -> int:
     """The largest n <= wanted for which `spent` and n more steps of (sigma, q) stay within the target at `delta`.
 
-    0 where `spent` alone is at or above it. Epsilon grows with n, so all smaller n are permitted as well.
+    0 where `spent` alone is at or above it. Epsilon grows with n, so all smaller n are permitted as well. Exact up to
+    two million steps, to a millionth beyond; where the bound jumps, to a ten-thousandth, or what MOST_TRIES found.
     """
     _check_target(target_epsilon, delta)
-    if wanted != int(wanted) or wanted < 0:
-        fail(f"steps {wanted}: wanted a whole number of 0 or more")
+    check_steps(wanted, 0)
 
-    def over(count: int) -> float:
-        return epsilon_prv([*spent, Phase(sigma, q, count)], delta) - target_epsilon
+    def phases(count: float) -> tuple[Phase, ...]:
+        return _merge([*spent, Phase(sigma, q, math.floor(count))])
 
-    low, high = 0, int(wanted)  # low is permitted, high is not
-    excess_high = over(high)
-    if excess_high <= 0:
+    def epsilon(count: int) -> float:
+        return _bound(phases(count), float(delta)).epsilon
+
+    low, high = 0, int(wanted)  # permitted, not permitted
+    if epsilon(high) <= target_epsilon:
         return high
-    excess_low = over(0)
-    if excess_low > 0:
-        return 0
-    halve = excess_high == math.inf
-    while high - low > 1:
-        # Regula falsi and halving in turn: the first is quick on a smooth curve, the second on any.
-        share = 0.5 if halve else excess_low / (excess_low - excess_high)
-        middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
-        excess = over(middle)
-        halve = not halve if excess < math.inf and excess_high < math.inf else True
-        if excess <= 0:
-            low, excess_low = middle, excess
-        else:
-            high, excess_high = middle, excess
+    if epsilon(low) > target_epsilon:
+        return low
+    tried: list[tuple[float, float]] = []
+    while len(tried) < MOST_TRIES and high - low > max(1, low // (10**6 if len(tried) < MODEL_TRIES else 10**4)):
+        place = _next_place(tried, lambda count: _without_a_grid(phases(count), float(delta)).epsilon, target_epsilon,
+                            max(low, 1), high)
+        count = (low + high) // 2
+        if len(tried) < MODEL_TRIES and not math.isnan(place):
+            count = min(max(math.floor(place), low + 1), high - 1)
+        tried.append((count, epsilon(count)))
+        low, high = (count, high) if tried[-1][1] <= target_epsilon else (low, count)
     return low
