@@ -15,7 +15,7 @@ from privacy.clipping import MOST_TOKENS, BookKeeping, ClippingRule, rounding_sh
 from privacy.company import MOST, influence_of_company
 from privacy.opacus_hooks import OpacusHooks
 from privacy.plan import PlanSettings
-from small_runs import flags, train
+from small_runs import flags, start_ranks, train
 from test_company import as_examples, demo_model
 from test_privacy_plan import open_plan
 from training import autocast
@@ -140,3 +140,14 @@ def test_a_machine_whose_kernels_see_company_is_refused(tmp_path):
     process = run_script("-c", faulty, "src/gpt2_ft.py", *arguments)
     assert_user_error(process, "--bf16", "gradients of the others", "leave --bf16 out")
     assert not list((tmp_path / "work").glob("model.*"))
+
+
+@pytest.mark.parametrize("factor, status", [(1.001, 2), (1.0, 0)], ids=["unlike", "like"])
+def test_ranks_that_compute_in_different_ways_are_refused(tmp_path, factor, status):
+    """One more unit moves those behind it to another rank: of 60 + 60 units on AVX-512 and AVX2 kernels the sum of the
+    others moves by 0.8 C."""
+    ranks = start_ranks(flags(tmp_path / "work", bf16=True, lora_dropout=0.1), 2, {1: [["unlike", {"factor": factor}]]})
+    assert [rank.wait() for rank in ranks] == [status] * 2, ranks[0].stderr
+    assert bool(list((tmp_path / "work").glob("model.*"))) == (status == 0)
+    if status:
+        assert "--bf16" in ranks[0].error and "machines of one kind" in ranks[0].error and not ranks[1].stderr
