@@ -128,13 +128,18 @@ def test_company_has_no_influence_here(engine, lora):
     assert not flat.sums.any() and model.training
 
 
-def test_a_machine_whose_kernels_see_company_is_refused(tmp_path):
-    """A kernel that computes in another way when it has more rows; the product has no such switch, so one is put in."""
-    faulty = ("import runpy, sys; sys.path.insert(0, 'src'); import fast_linear; kept = fast_linear.product\n"
-              "def product(a, b, bias=None):\n"
-              "    busy = a.abs().sum(1).gt(0).sum() > 64\n"
-              "    return kept(a, b, bias) * (1.004 if busy else 1)\n"
-              "fast_linear.product = product\n"
+FAULTY = {
+    "products": "import fast_linear as place; name = 'product'; busy = lambda a: a.abs().sum(1).gt(0).sum() > 64",
+    "attention of many": "import torch.nn.functional as place; name = 'scaled_dot_product_attention'; "
+                         "busy = lambda a: len(a) > 40"}
+
+
+@pytest.mark.parametrize("kernel", FAULTY)
+def test_a_machine_whose_kernels_see_company_is_refused(tmp_path, kernel):
+    """A kernel that computes in another way when it has more rows, or forty texts; those of this machine have no
+    such switch, so one is put in."""
+    faulty = (f"import runpy, sys; sys.path.insert(0, 'src'); {FAULTY[kernel]}; kept = getattr(place, name)\n"
+              "setattr(place, name, lambda a, *rest, **more: kept(a, *rest, **more) * (1.004 if busy(a) else 1))\n"
               "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
     arguments = flags(tmp_path / "work", bf16=True)
     process = run_script("-c", faulty, "src/gpt2_ft.py", *arguments)

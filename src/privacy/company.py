@@ -16,14 +16,13 @@ from losses import MicroBatch
 from model import GPT2LMModel
 from optimizer import FlatParameters
 
-COMPANY = 17  # units beside the one that is watched: more than a block of the norms
 MOST = 1e-5  # relative: the order of float32 sums makes less than 1e-6, one bfloat16 kernel for another more than 1e-4
 
 
 def probe_batch(T: int, units: int, vocabulary: int) -> MicroBatch:
     """`units` texts of T tokens; the last one is always the same text, and alone has a loss."""
-    rng = np.random.default_rng(0)
-    texts = rng.integers(0, vocabulary, (COMPANY + 1, T + 1))[-units:]
+    texts = np.random.default_rng(0).integers(0, vocabulary, (units, T + 1))
+    texts[-1] = np.random.default_rng(1).integers(0, vocabulary, T + 1)
     lengths = np.full(units, T + 1)
     batch = collate(texts.ravel(), np.arange(units) * (T + 1), lengths, np.full(units, max(1, T // 2)), T)
     batch.weights[:-batch.counts[-1]] = 0.0
@@ -46,12 +45,6 @@ def contribution(engine, model: GPT2LMModel, flat: FlatParameters, T: int, units
     return found
 
 
-def probed_lengths(cut: PublicLengths) -> list[int]:
-    """The shortest, a middle and the length of most tokens that the budget allows with company."""
-    lengths = [T for T in cut.lengths if T * (COMPANY + 1) <= cut.token_budget] or [cut.lengths[0]]
-    return sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
-
-
 def change(one: Tensor, other: Tensor) -> float:
     """Of `one`, relative to its norm."""
     moved, norm = (other - one).double().norm().item(), one.double().norm().item()
@@ -59,10 +52,17 @@ def change(one: Tensor, other: Tensor) -> float:
 
 
 def influence_of_company(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, bf16: bool) -> float:
-    """The largest relative change of a unit's clipped gradient when COMPANY others, whose own gradients are zero, come
-    before it."""
-    return max(change(*(contribution(engine, model, flat, T, units, bf16) for units in (1, COMPANY + 1)))
-               for T in probed_lengths(cut))
+    """The largest relative change, over all lengths, of a unit's clipped gradient when as many others as the budget
+    allows, whose own gradients are zero, come before it.
+
+    Few would not do: how PyTorch's attention for CPUs with AMX goes about bfloat16 depends on the sizes of all texts.
+    """
+    worst = 0.0
+    for T in cut.lengths:
+        if (units := cut.token_budget // T) > 1:
+            one, other = (contribution(engine, model, flat, T, count, bf16) for count in (1, units))
+            worst = max(worst, change(one, other))
+    return worst
 
 
 def influence_of_rank(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, bf16: bool,
@@ -73,7 +73,7 @@ def influence_of_rank(engine, model: GPT2LMModel, flat: FlatParameters, cut: Pub
     of them contribute something else.
     """
     worst = 0.0
-    for T in probed_lengths(cut):
+    for T in cut.lengths:
         own = contribution(engine, model, flat, T, 1, bf16)
         worst = max(worst, change(world.broadcast(own.clone()), own))
     return max(world.gather(worst))
