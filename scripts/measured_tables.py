@@ -95,7 +95,7 @@ def audit(rows: list[dict]) -> str:
             "setting": row["setting"],
             "canaries": f"{row['canaries']:,} {row['canary_kind']}",
             "delta": f"{row['delta']:.0e}",
-            "claimed epsilon": f"{row['epsilon_claimed']:.2f}",
+            "claimed epsilon": f"{float(row['epsilon_claimed']):.2f}",
             "lower bound (95 %)": f"{row['epsilon_lower']:.2f}",
             "guesses right": f"{row['guesses_right']:,} of {row['guesses_made']:,}",
             "claim": verdict,

@@ -23,7 +23,7 @@ from fast_linear import BLOCK_ROWS
 from model import SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, Ordinary, rounding_share
-from privacy.company import MOST, influence_of_company
+from privacy.company import MOST, influence_of_company, influence_of_rank
 from privacy.ledger import Ledger
 from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
 from run_log import WorkDir
@@ -382,6 +382,8 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
         error = UserError(f"--resume: the ranks found checkpoints of different steps in {work_dir}: "
                           "all machines must see the same folder")
     world.agree(error)
+    if settings.private and args.bf16 and world.size > 1:
+        check_ranks_compute_alike(engine, model, flat, cut, world)
 
     options = training.LoopOptions(
         steps=request.steps, steps_per_epoch=request.N / request.batch, lr=request.lr, grad_clip=request.grad_clip,
@@ -401,9 +403,19 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
 def check_company(engine: training.Engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths) -> None:
     """Raise UserError where in bfloat16 a unit's gradient depends on the others in its micro-batch."""
     influence = influence_of_company(engine, model, flat, cut, bf16=True)
-    if influence > MOST:
+    if not influence <= MOST:
         fail(f"--bf16: on this machine one unit changes the gradients of the others by {influence:.1e} of themselves: "
              "the epsilon would not be true; leave --bf16 out")
+
+
+def check_ranks_compute_alike(engine: training.Engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths,
+                              world: World) -> None:
+    """Raise UserError, on every rank, where in bfloat16 a unit's gradient depends on the rank that computes it."""
+    influence = influence_of_rank(engine, model, flat, cut, True, world)
+    if not influence <= MOST:
+        world.agree(UserError(f"--bf16: the machines of this job compute a unit's gradient in different ways, by "
+                              f"{influence:.1e} of itself, and one unit more moves others to another rank: the epsilon "
+                              "would not be true; use machines of one kind, or leave --bf16 out"))
 
 
 def build_engine(name: str, model: GPT2LMModel, flat: FlatParameters, plan: PrivacyPlan,

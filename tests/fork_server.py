@@ -158,6 +158,13 @@ def fault_tf32(file: str) -> None:
          lambda *_: pathlib.Path(file).write_text(torch.get_float32_matmul_precision()))
 
 
+def fault_unlike(factor: float) -> None:
+    """A machine whose products come out otherwise."""
+    import fast_linear
+    product = fast_linear.product
+    fast_linear.product = lambda a, b, bias=None: product(a, b, bias) * factor
+
+
 def fault_file_limit(size: int, point: str) -> None:
     """From the first call of `point` on, no file of this process may grow beyond `size` bytes (EFBIG)."""
     import resource
@@ -172,7 +179,8 @@ def fault_weaken(name: str) -> None:
 FAULTS = {"signal": fault_signal, "tear": fault_tear, "count": fault_count, "sleep": fault_sleep, "error": fault_error,
           "allocate": fault_allocate,
           "dump": fault_dump, "released": fault_released, "entropy": fault_entropy, "late_ledger": fault_late_ledger,
-          "shell": fault_shell, "file_limit": fault_file_limit, "tf32": fault_tf32, "weaken": fault_weaken}
+          "shell": fault_shell, "file_limit": fault_file_limit, "unlike": fault_unlike, "tf32": fault_tf32,
+          "weaken": fault_weaken}
 
 
 # ------------------------------------------------------------------ the server

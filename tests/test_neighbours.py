@@ -15,7 +15,7 @@ from privacy.clipping import MOST_TOKENS, BookKeeping, ClippingRule, rounding_sh
 from privacy.company import MOST, influence_of_company
 from privacy.opacus_hooks import OpacusHooks
 from privacy.plan import PlanSettings
-from small_runs import flags, train
+from small_runs import flags, start_ranks, train
 from test_company import as_examples, demo_model
 from test_privacy_plan import open_plan
 from training import autocast
@@ -128,15 +128,31 @@ def test_company_has_no_influence_here(engine, lora):
     assert not flat.sums.any() and model.training
 
 
-def test_a_machine_whose_kernels_see_company_is_refused(tmp_path):
-    """A kernel that computes in another way when it has more rows; the product has no such switch, so one is put in."""
-    faulty = ("import runpy, sys; sys.path.insert(0, 'src'); import fast_linear; kept = fast_linear.product\n"
-              "def product(a, b, bias=None):\n"
-              "    busy = a.abs().sum(1).gt(0).sum() > 64\n"
-              "    return kept(a, b, bias) * (1.004 if busy else 1)\n"
-              "fast_linear.product = product\n"
+FAULTY = {
+    "products": "import fast_linear as place; name = 'product'; busy = lambda a: a.abs().sum(1).gt(0).sum() > 64",
+    "attention of many": "import torch.nn.functional as place; name = 'scaled_dot_product_attention'; "
+                         "busy = lambda a: len(a) > 40"}
+
+
+@pytest.mark.parametrize("kernel", FAULTY)
+def test_a_machine_whose_kernels_see_company_is_refused(tmp_path, kernel):
+    """A kernel that computes in another way when it has more rows, or forty texts; those of this machine have no
+    such switch, so one is put in."""
+    faulty = (f"import runpy, sys; sys.path.insert(0, 'src'); {FAULTY[kernel]}; kept = getattr(place, name)\n"
+              "setattr(place, name, lambda a, *rest, **more: kept(a, *rest, **more) * (1.004 if busy(a) else 1))\n"
               "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
     arguments = flags(tmp_path / "work", bf16=True)
     process = run_script("-c", faulty, "src/gpt2_ft.py", *arguments)
     assert_user_error(process, "--bf16", "gradients of the others", "leave --bf16 out")
     assert not list((tmp_path / "work").glob("model.*"))
+
+
+@pytest.mark.parametrize("factor, status", [(1.001, 2), (1.0, 0)], ids=["unlike", "like"])
+def test_ranks_that_compute_in_different_ways_are_refused(tmp_path, factor, status):
+    """One more unit moves those behind it to another rank: of 60 + 60 units on AVX-512 and AVX2 kernels the sum of the
+    others moves by 0.8 C."""
+    ranks = start_ranks(flags(tmp_path / "work", bf16=True, lora_dropout=0.1), 2, {1: [["unlike", {"factor": factor}]]})
+    assert [rank.wait() for rank in ranks] == [status] * 2, ranks[0].stderr
+    assert bool(list((tmp_path / "work").glob("model.*"))) == (status == 0)
+    if status:
+        assert "--bf16" in ranks[0].error and "machines of one kind" in ranks[0].error and not ranks[1].stderr
