@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from batching import Cut, collate
-from cli import UserError, atomic_write, fail, is_text, open_text
+from cli import UserError, atomic_write, check_file, fail, is_text, open_text
 from losses import MicroBatch
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -78,6 +78,7 @@ class Source:
 
 def scan(path: str, flag: str) -> tuple[str, list[tuple[int, int, int]]]:
     """(sha256 of the file, its parts of about CHUNK bytes as (offset, bytes, first line's number)), in one pass."""
+    check_file(path, flag)
     open_text(path, flag).close()  # its words for what cannot be opened
     digest, parts, offset, line = hashlib.sha256(), [], 0, 1
     with open(path, "rb") as handle:

@@ -119,6 +119,13 @@ def read_object(path: str, wanted: str, flag: str = "") -> dict:
     return content
 
 
+def check_file(path: str, flag: str) -> None:
+    """Raise UserError for a pipe or a device, which gives its content once, where it is read more than once."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        fail(f"{flag} {path}: is a pipe or a device, and is read more than once; write its content into a file, and "
+             "name that")
+
+
 def read_lines(path: str, flag: str = "") -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its end) of a UTF-8 text file. `flag` names the flag that gave the path.
 

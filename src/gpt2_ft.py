@@ -20,7 +20,7 @@ import torch
 import distributed
 import run_setup
 from checkpoint import load_model
-from cli import Parser, UserError, check_least, check_positive, check_range, fail, run_main
+from cli import Parser, UserError, check_file, check_least, check_positive, check_range, fail, run_main
 from data_utils import count_shared, read_examples
 from model import MODEL_CARDS
 from optimizer import SCHEDULES, schedule
@@ -128,6 +128,8 @@ def main() -> int:
         config = loaded.model.config
         if args.seq_len > config.n_positions:
             fail(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
+        check_file(args.train_data, "--train_data")
+        check_file(args.valid_data, "--valid_data")
         train = read_examples(args.train_data, "--train_data", config.vocab_size, args.seq_len, args.obj)
         valid = read_examples(args.valid_data, "--valid_data", config.vocab_size, args.seq_len)
         digests = {"train_sha256": run_setup.digest_file(args.train_data),

@@ -4,6 +4,7 @@ neighbouring data only those differ that it says to depend on the data."""
 import functools
 import importlib
 import json
+import os
 import pathlib
 import random
 import re
@@ -382,3 +383,21 @@ def test_shared_texts_are_those_of_a_plain_loop(tmp_path):
                     for name, objective in (("train", "jlm"), ("valid", "clm")))
     assert count_shared(valid, train) == expected
     assert count_shared(valid, valid) == 200
+
+
+@pytest.mark.parametrize("script, flag", [("e2e", "train_data"), ("e2e", "valid_data"), ("authors", "train_file")])
+def test_data_from_a_pipe_are_refused(tmp_path, script, flag):
+    """The file is read again for its digest. From a pipe that is the digest of nothing: a resumed run would not notice
+    other data, nor a run that its validation data are its training data. A named pipe would be waited for."""
+    reader, writer = os.pipe()
+    try:
+        pipe = f"/proc/{os.getpid()}/fd/{reader}"
+        if script == "e2e":
+            run, = start_ranks(small_runs.flags(tmp_path / "work", **{flag: pipe}))
+        else:
+            run, = author_runs.start(author_runs.flags(tmp_path / "work", **{flag: pipe}))
+        assert run.wait() == 2
+        assert f"--{flag} {pipe}: is a pipe" in run.error and not (tmp_path / "work").exists()
+    finally:
+        os.close(reader)
+        os.close(writer)
