@@ -23,7 +23,7 @@ from fast_linear import BLOCK_ROWS
 from model import SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, Ordinary, rounding_share
-from privacy.company import MOST, influence_of_company, influence_of_rank
+from privacy.company import check_company, check_ranks_compute_alike
 from privacy.ledger import Ledger
 from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
 from run_log import WorkDir
@@ -398,24 +398,6 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
         trainer.display.say(f"{work_dir}: begun by this job, {distributed.job_name()}, and started again: continued as "
                             "by --resume", important=True)
     return trainer
-
-
-def check_company(engine: training.Engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths) -> None:
-    """Raise UserError where in bfloat16 a unit's gradient depends on the others in its micro-batch."""
-    influence = influence_of_company(engine, model, flat, cut, bf16=True)
-    if not influence <= MOST:
-        fail(f"--bf16: on this machine one unit changes the gradients of the others by {influence:.1e} of themselves: "
-             "the epsilon would not be true; leave --bf16 out")
-
-
-def check_ranks_compute_alike(engine: training.Engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths,
-                              world: World) -> None:
-    """Raise UserError, on every rank, where in bfloat16 a unit's gradient depends on the rank that computes it."""
-    influence = influence_of_rank(engine, model, flat, cut, True, world)
-    if not influence <= MOST:
-        world.agree(UserError(f"--bf16: the machines of this job compute a unit's gradient in different ways, by "
-                              f"{influence:.1e} of itself, and one unit more moves others to another rank: the epsilon "
-                              "would not be true; use machines of one kind, or leave --bf16 out"))
 
 
 def build_engine(name: str, model: GPT2LMModel, flat: FlatParameters, plan: PrivacyPlan,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_user_error, run_script
 from matplotlib.image import imread
-from small_runs import equal, flags, metrics, start_ranks, train, weights
+from small_runs import equal, flags, metrics, read, start_ranks, train, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import refused
 
@@ -41,7 +41,8 @@ def test_the_norm_is_that_of_the_released_gradient(sigma, size, tmp_path):
     norms = [float((m1 / 0.5).norm()), float(((m2 - 0.5 * m1) / 0.5).norm())]
     (record,) = [line for line in metrics(tmp_path / "2") if "loss" in line]  # of two steps: --log_interval 2
     assert record["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-5)
-    assert record["noise_norm"] == pytest.approx(sigma * 1.0 * math.sqrt(len(m1)) / 8, rel=1e-12)
+    S = 1.0 * (1 + read(tmp_path / "2")["rounding"])
+    assert record["noise_norm"] == pytest.approx(sigma * S * math.sqrt(len(m1)) / 8, rel=1e-12)
     if size == 1:  # --clip bounds what the optimizer gets, not what is shown
         train(flags(tmp_path / "clipped", max_step=1, **same, clip=norms[0] / 10))
         assert metrics(tmp_path / "clipped")[0]["grad_norm"] == pytest.approx(norms[0], rel=1e-5)

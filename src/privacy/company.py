@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from batching import PublicLengths, collate
+from cli import UserError, fail
 from distributed import World
 from losses import MicroBatch
 from model import GPT2LMModel
@@ -77,3 +78,21 @@ def influence_of_rank(engine, model: GPT2LMModel, flat: FlatParameters, cut: Pub
         own = contribution(engine, model, flat, T, 1, bf16)
         worst = max(worst, change(world.broadcast(own.clone()), own))
     return max(world.gather(worst))
+
+
+def check_company(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths) -> None:
+    """Raise UserError where in bfloat16 a unit's gradient depends on the others in its micro-batch."""
+    influence = influence_of_company(engine, model, flat, cut, bf16=True)
+    if not influence <= MOST:
+        fail(f"--bf16: on this machine one unit changes the gradients of the others by {influence:.1e} of themselves: "
+             "the epsilon would not be true; leave --bf16 out")
+
+
+def check_ranks_compute_alike(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths,
+                              world: World) -> None:
+    """Raise UserError, on every rank, where in bfloat16 a unit's gradient depends on the rank that computes it."""
+    influence = influence_of_rank(engine, model, flat, cut, True, world)
+    if not influence <= MOST:
+        world.agree(UserError(f"--bf16: the machines of this job compute a unit's gradient in different ways, by "
+                              f"{influence:.1e} of itself, and one unit more moves others to another rank: the epsilon "
+                              "would not be true; use machines of one kind, or leave --bf16 out"))
