@@ -22,8 +22,7 @@ WEBNLG, DART, AUTHORS = "src/format_converting_webnlg.py", "src/format_convertin
 REDDIT, CORPUS, PLOT = "scripts/prepare_reddit.py", "scripts/make_author_corpus.py", "scripts/plot_run.py"
 DEMO_DATA, DEMO_VOCAB = "scripts/make_demo_data.py", "scripts/make_demo_vocab.py"
 TIME_BEAM, TIME_TRAINING = "scripts/benchmark_beam.py", "scripts/benchmark_training.py"
-FAULTS = "scripts/audit_faults.py"
-SCORE_TRIPLES = "eval/webnlg/webnlg_scores.py"
+FAULTS, SCORE_TRIPLES = "scripts/audit_faults.py", "eval/webnlg/webnlg_scores.py"
 ROW, TABLES, SCALING = "scripts/table_row.py", "scripts/results_tables.py", "scripts/project_scaling.py"
 GOOD = '{"context": [1, 2], "completion": [3]}\n'
 
