@@ -23,6 +23,7 @@ REDDIT, CORPUS, PLOT = "scripts/prepare_reddit.py", "scripts/make_author_corpus.
 DEMO_DATA, DEMO_VOCAB = "scripts/make_demo_data.py", "scripts/make_demo_vocab.py"
 TIME_BEAM, TIME_TRAINING = "scripts/benchmark_beam.py", "scripts/benchmark_training.py"
 FAULTS = "scripts/audit_faults.py"
+SCORE_TRIPLES = "eval/webnlg/webnlg_scores.py"
 ROW, TABLES, SCALING = "scripts/table_row.py", "scripts/results_tables.py", "scripts/project_scaling.py"
 GOOD = '{"context": [1, 2], "completion": [3]}\n'
 
@@ -241,10 +242,11 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (FORMAT, "@e2e.txt @absent/new", ["absent"]),
     *((script, "--no_such_flag", ["--help"]) for script in (
         FORMAT, ENCODE, DECODE, SCORE, BEAM, REPORT, EXPORT, AUDIT, WEBNLG, DART, AUTHORS, REDDIT, CORPUS, PLOT,
-        DEMO_DATA, DEMO_VOCAB, TIME_BEAM, TIME_TRAINING, FAULTS, ROW, TABLES, SCALING)),
+        DEMO_DATA, DEMO_VOCAB, TIME_BEAM, TIME_TRAINING, FAULTS, ROW, TABLES, SCALING,
+        SCORE_TRIPLES)),
     *((script, f"@{name} @new", [f"{name}"]) for script in (WEBNLG, DART)
       for name in ("absent", "folder", "empty", "half.json", "text.jsonl", "latin1.jsonl", "deep.jsonl")),
-    (WEBNLG, "@a_list/config.json @new", ["entries"]), (DART, "@a_list/config.json @new", ["holds no example"]),
+    (WEBNLG, "@a_list/config.json @new", ["entries"]), (DART, "@a_list/config.json @new", ["holds no text"]),
     *((script, "@train.jsonl @train.jsonl", ["input itself"]) for script in (WEBNLG, DART)),
     (WEBNLG, "@entries.json @new", ["entries.json: entry 1", "lex"]), (DART, "@triples.json @new", ["triples.json"]),
     (EXPORT, "--init_checkpoint @absent --output @new", ["--init_checkpoint", "absent"]),
@@ -278,6 +280,11 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (FAULTS, "--train_data @train.jsonl --model_card @tiny --output @new --only none --settings sea", ["sea"]),
     (ROW, row, ["folder/privacy.json"]), (ROW, row.replace("--seed 1", "--seed x"), ["--seed"]),
     (ROW, row.replace("@folder", "@a_list"), ["a_list/privacy.json"]),
+    (SCORE_TRIPLES, "@folder", ["has no SYS"]), (SCORE_TRIPLES, "@folder @sys.txt", ["folder", "no reference0"]),
+    (SCORE_TRIPLES, "@ref.txt @three.txt", ["ref.txt", "2", "three.txt", "3"]),
+    (SCORE_TRIPLES, "@ref.txt @sys.txt @ref.txt @sys.txt", ["a different name for each"]),
+    (SCORE_TRIPLES, "@ref.txt @sys.txt --json @sys.txt", ["--json", "another file"]),
+    (SCORE_TRIPLES, "@ref.txt @sys.txt --java_timeout 0", ["--java_timeout 0"]),
     (TABLES, "", ["--readme"]), (TABLES, "--check", ["--readme"]), (TABLES, "@folder", ["folder", "rows/*.json"]),
     (TABLES, "--readme @absent", ["absent"]),
     (SCALING, "--gpus 0", ["--gpus"]), (SCALING, "--N 0", ["--N 0"]), (SCALING, "--reached nan", ["--reached"]),

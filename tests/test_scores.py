@@ -371,6 +371,7 @@ def load(tmp_path, reference, output, source=None, reference_name="r.txt", outpu
 def test_plain_text(tmp_path):
     loaded = load(tmp_path, "a\n b \n\nc\n\n", "x\n\n")
     assert loaded.references == [["a", "b"], ["c"]] and loaded.outputs == ["x", ""]
+    assert load(tmp_path, "\ufeffa\n\nb\n", "\ufeffx\ny").outputs == ["x", "y"]  # a byte order mark is no text
     assert load(tmp_path, "a\nb\n", "x\ny").references == [["a"], ["b"]]  # no empty line: single references
     assert load(tmp_path, "a\nb\n", "x\n").references == [["a", "b"]]  # and one output: one segment
     assert load(tmp_path, "a\r\n\r\nb\r\n", "x\u2028x\r\ny\r\n").outputs == ["x\u2028x", "y"]  # only \n ends a line
