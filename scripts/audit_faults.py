@@ -25,13 +25,15 @@ import shutil
 import sys
 from collections.abc import Callable
 
-SRC = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "src")
-sys.path.insert(0, SRC)
+HERE = os.path.dirname(os.path.abspath(__file__))
+SRC = os.path.join(HERE, "..", "src")
+sys.path[:0] = [SRC, HERE]
 
 import torch
 
 import run_setup  # the product, imported once: a run is a fork of this process
 from cli import Parser, atomic_write, fail, read_lines, run_main
+from markdown_table import markdown, table_line
 from privacy.clipping import ClippingRule
 from privacy.noise import NoiseSource
 from privacy.sampling import PoissonSampler
@@ -141,18 +143,16 @@ def run(fault: Callable[[], None], flags: Flags, folder: str) -> dict:
         return {**json.load(handle), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
 
 
+HEAD = ("fault", "setting", "canaries", "delta", "claimed epsilon", "lower bound (95 %)", "guesses right", "claim",
+        "CPU [s]")
+
+
 def line(name: str, where: str, found: dict) -> list[str]:
     verdict = ("refuted" if name != "none" else "REFUTED, and should not be") if found["refuted"] else (
         "not refuted" if name == "none" else "NOT SEEN")
     return [name, where, f"{found['canaries']:,} {found['canary_kind']}", f"{found['delta']:.0e}",
             f"{found['epsilon_claimed']:.2f}", f"{found['epsilon_lower']:.2f}",
             f"{found['guesses_right']:,} of {found['guesses_made']:,}", verdict, f"{found['cpu_seconds']:.0f}"]
-
-
-def markdown(lines: list[list[str]]) -> str:
-    header = ["fault", "setting", "canaries", "delta", "claimed epsilon", "lower bound (95 %)", "guesses right",
-              "claim", "CPU [s]"]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, ["---"] * len(header), *lines])
 
 
 def main() -> int:
@@ -189,13 +189,13 @@ def main() -> int:
                             "seq_len": args.seq_len, **setting(where, examples)}, folder)
         results.append({"fault": name, "setting": where, **found})
         lines.append(line(name, where, found))
-        print(markdown(lines[-1:]).splitlines()[-1], flush=True)
+        print(table_line(lines[-1]), end="", flush=True)
         wrong |= found["refuted"] == (name == "none")
     os.unlink(short)
-    for name, content in (("table.md", markdown(lines)), ("faults.json", json.dumps(results, indent=1) + "\n")):
+    for name, content in (("table.md", markdown(HEAD, lines)), ("faults.json", json.dumps(results, indent=1) + "\n")):
         with atomic_write(os.path.join(args.output, name)) as handle:
             handle.write(content)
-    print(f"\n{markdown(lines)}\n{args.output}/table.md", end="\n")
+    print(f"\n{markdown(HEAD, lines)}\n{args.output}/table.md", end="\n")
     return int(wrong)
 
 

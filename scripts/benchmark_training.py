@@ -49,6 +49,7 @@ from cli import Parser, atomic_write, fail, run_main
 from cpu_memory import keep_memory
 from data_utils import Examples
 from losses import MicroBatch
+from markdown_table import markdown, table_line
 from model import MODEL_CARDS, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, Ordinary
@@ -266,10 +267,6 @@ def cells(row: dict) -> tuple[str, ...]:
             *(f"{one[name]:.2f}" for name in ("share_of_matmul_rate", "peak_gb") for one in (ours, other)))
 
 
-def print_line(*words: str) -> None:
-    print("| " + " | ".join(words) + " |", flush=True)
-
-
 def show(paths: list[str]) -> None:
     """The comparisons of JSON files as one table, each with its file."""
     rows = []
@@ -279,21 +276,18 @@ def show(paths: list[str]) -> None:
                 rows += [(*cells(row), os.path.basename(path)) for row in json.load(handle)["rows"] if "variant" in row]
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"--show {path}: no JSON of this benchmark ({error})")
-    print_line(*HEAD, "file")
-    print_line(*["---"] * (len(HEAD) + 1))
-    for row in sorted(rows, key=lambda row: (list(TASKS).index(row[0]), VARIANTS.index(row[1]))):
-        print_line(*row)
+    rows.sort(key=lambda row: (list(TASKS).index(row[0]), VARIANTS.index(row[1])))
+    print(markdown((*HEAD, "file"), rows), end="")
 
 
 def comparisons(options: argparse.Namespace, rate: float) -> list[dict]:
     """Ours against every asked variant in every asked task; prints a row each."""
-    print_line(*HEAD)
-    print_line(*["---"] * len(HEAD))
+    print(markdown(HEAD), end="")
     rows = []
     for task in options.tasks:
         for variant in options.variants:
             rows.append(compare(task, variant, options, rate))
-            print_line(*cells(rows[-1]))
+            print(table_line(cells(rows[-1])), end="", flush=True)
     return rows
 
 
@@ -302,8 +296,7 @@ def scaling(options: argparse.Namespace) -> list[dict]:
     rows = []
     cells = [("e2e_lora", units, options.length) for units in (32, 64, 128, 256, 512, 1024)]
     cells += [("author_full", 4096 // length, length) for length in (32, 64, 128, 256, 512, 1024)]
-    print("| task | logical batch | tokens of a text | real tokens | seconds a step | tokens/s |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(markdown(("task", "logical batch", "tokens of a text", "real tokens", "seconds a step", "tokens/s")), end="")
     for task, units, length in cells:
         one = Worker("book_keeping", task, argparse.Namespace(**{**vars(options), "units": units, "length": length}))
         for _ in range(options.repeats):
@@ -311,8 +304,9 @@ def scaling(options: argparse.Namespace) -> list[dict]:
         one.close()
         seconds = statistics.median(one.seconds)
         rows.append({"task": task, "units": units, "length": length, "tokens": one.tokens, "seconds": one.seconds})
-        print(f"| {task} | {units} | {'E2E' if task == 'e2e_lora' else length} | {one.tokens} | {seconds:.2f} | "
-              f"{one.tokens / seconds:.0f} |", flush=True)
+        line = (task, str(units), "E2E" if task == "e2e_lora" else str(length), str(one.tokens), f"{seconds:.2f}",
+                f"{one.tokens / seconds:.0f}")
+        print(table_line(line), end="", flush=True)
     return rows
 
 

@@ -14,7 +14,7 @@ import training  # noqa: E402
 from cli import UserError  # noqa: E402
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig  # noqa: E402
 from optimizer import FlatParameters  # noqa: E402
-from test_tables import lines_of  # noqa: E402
+from test_results_tables import lines_of  # noqa: E402
 
 SMALL = GPT2Config(n_embd=48, n_layer=3, n_head=4, vocab_size=101, n_positions=32)
 
