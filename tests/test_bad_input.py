@@ -19,12 +19,12 @@ TRAIN, ENCODE, FORMAT = "src/gpt2_ft.py", "src/gpt2_encode.py", "src/format_conv
 DECODE, SCORE, BEAM = "src/gpt2_decode.py", "eval/e2e/measure_scores.py", "src/gpt2_beam.py"
 REPORT, EXPORT, AUDIT = "src/privacy_report.py", "src/export.py", "src/privacy_audit.py"
 WEBNLG, DART, AUTHORS = "src/format_converting_webnlg.py", "src/format_converting_dart.py", "src/fine-tune-dp.py"
-REDDIT, CORPUS, PLOT = "scripts/prepare_reddit.py", "scripts/make_author_corpus.py", "scripts/plot_run.py"
-DEMO_DATA, DEMO_VOCAB = "scripts/make_demo_data.py", "scripts/make_demo_vocab.py"
-TIME_BEAM, TIME_TRAINING = "scripts/benchmark_beam.py", "scripts/benchmark_training.py"
+REDDIT, CORPUS, PLOT = "scripts/prepare_reddit.py", "scripts/demo/make_author_corpus.py", "scripts/plot_run.py"
+DEMO_DATA, DEMO_VOCAB = "scripts/demo/make_demo_data.py", "scripts/demo/make_demo_vocab.py"
+TIME_BEAM, TIME_TRAINING = "scripts/benchmarks/benchmark_beam.py", "scripts/benchmarks/benchmark_training.py"
 FAULTS = "scripts/audit_faults.py"
-RUNNER, TABLES, SCALING = "scripts/tables/runner.py", "scripts/results_tables.py", "scripts/project_scaling.py"
-SCORE_TRIPLES = "eval/webnlg/webnlg_scores.py"
+RUNNER, TABLES, SCORE_TRIPLES = "scripts/tables/runner.py", "scripts/results_tables.py", "eval/webnlg/webnlg_scores.py"
+SCALING = "scripts/benchmarks/project_scaling.py"
 GOOD = '{"context": [1, 2], "completion": [3]}\n'
 
 

@@ -1,9 +1,9 @@
 """How fast private training is, against ordinary training and the other ways to clip, in one run.
 
-    python scripts/benchmark_training.py                              # every task, every variant, on this machine
-    python scripts/benchmark_training.py --tasks e2e_lora --variants ordinary published --repeats 5
-    python scripts/benchmark_training.py --scaling                    # ours: seconds a step against batch and length
-    python scripts/benchmark_training.py --show results/2026-11-25_benchmark_training/*.json
+    python scripts/benchmarks/benchmark_training.py            # every task, every variant, on this machine
+    python scripts/benchmarks/benchmark_training.py --tasks e2e_lora --variants ordinary published --repeats 5
+    python scripts/benchmarks/benchmark_training.py --scaling  # ours: seconds a step against batch and length
+    python scripts/benchmarks/benchmark_training.py --show results/2026-11-25_benchmark_training/*.json
 
 Every variant lives in a process of its own, so that its peak memory is its own; a variant and ours then take turns,
 one logical step each (A B A B ...), and what is printed are medians of the pairwise ratios. A step is all of a step:
@@ -37,8 +37,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-sys.path.insert(0, os.path.join(ROOT, "src"))
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
+sys.path[:0] = [os.path.join(ROOT, "src"), os.path.join(ROOT, "scripts")]
 
 import numpy as np
 import torch

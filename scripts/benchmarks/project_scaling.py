@@ -1,8 +1,8 @@
 """How long a private training would take on 1 to 64 GPUs: a projection from stated rates, not a measurement.
 
-    python scripts/project_scaling.py --measure                      # what this machine can measure, as JSON
-    python scripts/project_scaling.py                                # gpt2.xl, all parameters, E2E, on A100s
-    python scripts/project_scaling.py --device h100 --reached 0.5 --node_bandwidth 50e9
+    python scripts/benchmarks/project_scaling.py --measure                      # what this machine can measure, as JSON
+    python scripts/benchmarks/project_scaling.py                                # gpt2.xl, all parameters, E2E, on A100s
+    python scripts/benchmarks/project_scaling.py --device h100 --reached 0.5 --node_bandwidth 50e9
 
 A step on n GPUs, g of them in each of m machines; P trained coordinates of W parameters, B examples:
 
@@ -31,8 +31,8 @@ import socket
 import sys
 import time
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-sys.path.insert(0, os.path.join(ROOT, "src"))
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
+sys.path[:0] = [os.path.join(ROOT, "src"), os.path.join(ROOT, "scripts")]
 
 import numpy as np
 import torch
