@@ -32,9 +32,9 @@ sha256_of() {
     if command -v sha256sum > /dev/null; then sha256sum "$1"; else shasum -a 256 "$1"; fi | cut -d ' ' -f 1
 }
 
-# matches FILE SHA256: FILE exists and has this digest.
+# matches FILE SHA256: FILE exists and has this digest; for - any.
 matches() {
-    [ -f "$1" ] && [ "$(sha256_of "$1")" = "$2" ]
+    [ -f "$1" ] && { [ "$2" = - ] || [ "$(sha256_of "$1")" = "$2" ]; }
 }
 
 # find_in_mirror NAME...: prints the files below MIRROR whose path ends in one of the names, a line each.
@@ -71,12 +71,14 @@ download() {
 }
 
 # fetch DESTINATION URL SHA256 [NAME...]: DESTINATION (relative to the repository) has the digest when this returns.
-# From a mirror, the file is found by DESTINATION's own name or by one of the names.
+# From a mirror, the file is found by DESTINATION's own name or by one of the names. SHA256 - is for what the caller
+# checks: then the names alone find it.
 fetch() {
-    local name="$1" destination="$ROOT/$1" url="$2" digest="$3" partial found candidate
+    local name="$1" destination="$ROOT/$1" url="$2" digest="$3" checked=", sha256 as expected" partial found candidate
     shift 3
+    if [ "$digest" = - ]; then checked=""; else set -- "$(basename "$name")" "$@"; fi
     if matches "$destination" "$digest"; then
-        echo "$name: already there, sha256 as expected"
+        echo "$name: already there$checked"
         return
     fi
     [ ! -e "$destination" ] || die "$name: is there with another sha256 than $digest; move it away and run again"
@@ -92,10 +94,10 @@ fetch() {
             cp "$candidate" "$partial" 2> /dev/null ||
                 { rm -f "$partial"; die "$name: cannot be copied from $candidate"; }
             break
-        done < <(find_in_mirror "$(basename "$name")" "$@")
-        [ -n "$found" ] || die "--mirror $MIRROR: holds no $(basename "$name")"
+        done < <(find_in_mirror "$@")
+        [ -n "$found" ] || die "--mirror $MIRROR: holds no $1"
         [ -f "$partial" ] || die "--mirror $MIRROR: $found does not have the sha256 $digest"
-    elif ! matches "$partial" "$digest"; then
+    elif [ "$digest" = - ] || ! matches "$partial" "$digest"; then
         download "$url" "$partial"
     fi
     if ! matches "$partial" "$digest"; then
@@ -104,5 +106,5 @@ fetch() {
         die "$name: what came has the sha256 $found, wanted $digest; removed, run again"
     fi
     mv "$partial" "$destination"
-    echo "$name: fetched, sha256 as expected"
+    echo "$name: fetched$checked"
 }

@@ -2,7 +2,8 @@
 
     python src/format_converting_dart.py data/dart/dart-v1.1.1-full-train.json data/dart/train_formatted.jsonl
 
-In: [{"tripleset": [[subject, relation, object], ...], "annotations": [{"source", "text"}, ...]}, ...]. Out: lines of
+In: [{"tripleset": [[subject, relation, object], ...], "annotations": [{"source", "text"}, ...]}, ...]; annotations
+may be one object of lists, {"source": [...], "text": [...]}. Out: lines of
 {"context": "subject : relation : object | ...", "completion": text}, relations in lower case.
 """
 
@@ -17,12 +18,15 @@ ENTRY = '{"tripleset": [[subject, relation, object], ...], "annotations": [{"tex
 
 def convert(path: str) -> Iterator[dict[str, object] | str]:
     """Yield the examples of a DART file, or why a text is none."""
-    data = read_json(path)
+    wanted = f"a JSON list of {ENTRY}, as in DART v1.1.1"
+    data = read_json(path, wanted)
     if not isinstance(data, list):
-        fail(f"{path}: want a JSON list of {ENTRY}, as in DART v1.1.1")
+        fail(f"{path}: want {wanted}")
     for number, entry in enumerate(data, start=1):
         where = f"{path}: entry {number}"
         triples, texts = (entry.get("tripleset"), entry.get("annotations")) if isinstance(entry, dict) else (None, None)
+        if isinstance(texts, dict) and isinstance(texts.get("text"), list):
+            texts = [{"text": text} for text in texts["text"]]
         if not isinstance(triples, list) or not isinstance(texts, list):
             fail(f"{where}: want {ENTRY}")
         if not all(isinstance(t, list) and len(t) == 3 and isinstance(t[1], str) for t in triples):

@@ -17,6 +17,11 @@ from cli import Parser, atomic_write, check_output, fail, read_lines, run_main
 def convert_line(line: str, where: str) -> dict[str, str]:
     """{"context": ..., "completion": ...} of one line. where: "file:line". UserError where it is not of the form."""
     context, bars, completion = line.strip().partition("||")
+    if "\r" in context + completion:
+        fail(f"{where}: carriage returns end the lines, got {line[:60]!r}; save the file with line feeds")
+    if not bars and line.lower().startswith("mr,ref"):
+        fail(f"{where}: is the challenge's CSV; wanted its .txt form, `name : A | Type : pub||text` a line, as "
+             "scripts/download_e2e.sh fetches it")
     if not bars:
         fail(f"{where}: wanted context||completion, got {line[:60]!r} without ||; mend or remove the line")
     if not context.strip() or not completion.strip():

@@ -216,6 +216,11 @@ def main() -> None:
     empty = sum(not group.prediction for group in groups)
     if empty:
         print(f"{empty} of the predictions are empty")
+    if args.ref_type != "e2e":
+        for name in os.listdir(args.output_ref_file):
+            if re.fullmatch(r"reference\d+", name) and int(name[9:]) >= args.ref_num:  # of an earlier call
+                os.unlink(os.path.join(args.output_ref_file, name))
+        print(f"score: python eval/webnlg/webnlg_scores.py {args.output_ref_file} {args.output_pred_file}")
 
 
 if __name__ == "__main__":

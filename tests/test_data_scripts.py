@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,8 @@ def test_special_tokens_go_where_the_flags_say(tmp_path, flags):
         (b"a||b\nc|| \n", [":2:", "empty completion"]),
         (b"||b\n", [":1:", "empty context"]),
         (b"a||b\nc\xff||d\n", [":2:", "not UTF-8", "0xff"]),
+        (b"mr,ref\n\"name[A]\",A is.\n", [":1:", "the challenge's CSV", ".txt"]),
+        (b"a||b\rc||d\r", [":1:", "carriage returns"]),
     ],
 )
 def test_converting_bad_text(tmp_path, content, words):
@@ -282,6 +285,36 @@ def test_a_mirror_s_file_is_found_by_name_and_checked(tmp_path):
     assert from_mirror().returncode == 0
     assert (copy / "data/x.bin").read_bytes() == BODY
     assert "already there" in from_mirror().stdout
+
+
+def test_webnlg_and_dart(tmp_path):
+    """WebNLG is checked by what its files say, DART by their bytes. Here by the digests of small files, which stand for
+    themselves: this Python formats and encodes by copying."""
+    copy, mirror, python = fresh_copy(tmp_path), tmp_path / "mirror", tmp_path / "python"
+    python.write_text('#!/bin/bash\necho ran\n[[ "$1" = *format* ]] && cp "$2" "$3" || cp "${@: -3:1}" "${@: -1}"')
+    python.chmod(0o755)
+    path = copy / "scripts/create_datasets.sh"
+    path.write_text(re.sub("[0-9a-f]{64}", SHA, path.read_text()).replace("-ne 4928", f"-ne {BODY.count(10)}"))
+    (copy / "scripts/download_vocab.sh").write_text("")
+
+    def make(name):
+        return bash(path, "--mirror", mirror, name, env={**os.environ, "PYTHON": str(python)})
+
+    for name in ("webnlg_challenge_2017/train.json", "webnlg/dev.json", "other/test.json",
+                 *(f"dart-v1.1.1-full-{part}.json" for part in ("train", "dev", "test"))):
+        (mirror / name).parent.mkdir(parents=True, exist_ok=True)
+        (mirror / name).write_bytes(BODY)
+    assert_user_error(make("webnlg"), "holds no webnlg/test.json")  # another data set's test.json is none
+    (mirror / "webnlg/test.json").write_bytes(BODY + b"\n")
+    assert_user_error(make("webnlg"), "data/webnlg/test.json", f"{BODY.count(10) + 1} texts", "wanted the 4928")
+    (copy / "data/webnlg/test.json").write_bytes(BODY)  # which is newer than what was made of the one before
+    assert make("webnlg").stdout.count("ran") == 2 and make("webnlg").stdout.count("already made") == 6
+    (copy / "data/webnlg/valid_formatted.jsonl").unlink()
+    (copy / "data/webnlg/dev.json").write_bytes(b"another")
+    assert_user_error(make("webnlg"), "data/webnlg/valid_formatted.jsonl", SHA, "data/webnlg/dev.json does not say")
+    first, second = make("dart"), make("dart")
+    assert first.stdout.count("ran") == second.stdout.count("already made") == 6, first.stderr
+    assert all((copy / f"data/dart/{part}.jsonl").read_bytes() == BODY for part in ("train", "valid", "test"))
 
 
 def test_mirror_mistakes(tmp_path):

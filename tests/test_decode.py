@@ -98,7 +98,9 @@ def test_parallel_references(job, ref_type):
     assert job.read("pred") == "Café B! one line\n\n"
     assert job.run("--ref_type", ref_type).returncode == 0  # again, with the default of four
     assert job.read("ref/reference3") == "The B, it's £5.\nAn A.\n"
-    assert "1 of the references are beyond" in job.run("--ref_type", ref_type, "--ref_num", 2).stdout
+    said = job.run("--ref_type", ref_type, "--ref_num", 2).stdout
+    assert "1 of the references are beyond" in said and f"webnlg_scores.py {job.folder}/ref {job.folder}/pred" in said
+    assert sorted(path.name for path in (job.folder / "ref").iterdir()) == ["reference0", "reference1"]  # of this call
 
 
 @pytest.mark.parametrize("keep, references, predictions", [

@@ -1,5 +1,6 @@
 """The WebNLG and DART converters: examples, order, `cate`, and what they refuse."""
 
+import hashlib
 import json
 
 import pytest
@@ -9,11 +10,11 @@ WEBNLG = ROOT / "src" / "format_converting_webnlg.py"
 DART = ROOT / "src" / "format_converting_dart.py"
 
 
-def convert(script, folder, data):
+def convert(script, folder, data, *flags):
     """Run a converter on a JSON value or a text; return (finished process, its examples or None)."""
     source, target = folder / "in.json", folder / "out.jsonl"
     source.write_text(data if isinstance(data, str) else json.dumps(data, ensure_ascii=False), encoding="utf-8")
-    done = run_script(script, source, target)
+    done = run_script(script, source, target, *flags)
     return done, target.read_text(encoding="ascii").splitlines() if target.exists() else None
 
 
@@ -38,7 +39,25 @@ def test_webnlg(tmp_path):
         soup + r'"A soup.", "cate": true}',
         '{"context": "He : does : Running", "completion": "He runs.", "cate": false}',
     ], done.stderr
-    assert "3 examples of 2 contexts; left out 1 texts not judged good" in done.stdout
+    assert "; left out 1 texts not judged good; 1 of categories not seen in training" in done.stdout
+
+
+def test_webnlg_releases_and_languages(tmp_path):
+    """A category that a release does not know is refused, for nobody knows whether it was trained on; a text of another
+    language is left out, and counted."""
+    entries = [{"1": entry(category, [("good", "A text.")], [("a", "b", "c")])}
+               for category in ("Artist", "Film", "Food")]
+    for text, language in zip(("En.", "Ру."), ("en", "ru")):
+        entries[0]["1"]["lexicalisations"].append({"comment": "good", "lang": language, "lex": text})
+    done, _ = convert(WEBNLG, tmp_path, {"entries": entries})
+    assert_user_error(done, "entry 2", "'Film' is not one of WebNLG 2017", "--seen 2017 or 3.0")
+    done, lines = convert(WEBNLG, tmp_path, {"entries": entries}, "--seen", "3.0")
+    examples = [json.loads(line) for line in lines]
+    assert [example["completion"] for example in examples] == ["A text.", "En.", "A text.", "A text."], done.stderr
+    assert [example["cate"] for example in examples] == [True, True, False, True]
+    assert "left out 1 texts of language 'ru'; 1 of categories not seen" in done.stdout
+    _, lines = convert(WEBNLG, tmp_path, {"entries": entries[:1]}, "--lang", "ru")
+    assert [json.loads(line)["completion"] for line in lines] == ["A text.", "Ру."]
 
 
 def test_webnlg_dev_set(tmp_path, shared):
@@ -56,6 +75,7 @@ def test_webnlg_dev_set(tmp_path, shared):
                 assert json.loads(next(lines)) == expected
                 count += 1
     assert next(lines, None) is None and count > 2000
+    assert hashlib.sha256(target.read_bytes()).hexdigest() in (ROOT / "scripts/create_datasets.sh").read_text()
 
 
 def test_dart(tmp_path):
@@ -73,7 +93,7 @@ def test_dart(tmp_path):
         {
             "tripleset": [["The Mill", "eatType", "pub"]],
             "subtree_was_extended": False,
-            "annotations": [{"source": "e2e", "text": "The Mill is a pub ."}],
+            "annotations": {"source": ["e2e"], "text": ["The Mill is a pub ."]},  # as a data hub serves them
         },
     ]
     done, lines = convert(DART, tmp_path, data)
@@ -92,7 +112,9 @@ GOOD = entry("Food", [("good", "Soup.")], [("Soup", "isA", "Dish")])
 @pytest.mark.parametrize("script, data, words", [
     (WEBNLG, '{"entries": [\n{"1": {', ["in.json:2", "not JSON"]),
     (WEBNLG, [], ["entries"]),
-    (WEBNLG, {"entries": []}, ["no example"]),
+    (WEBNLG, {"entries": []}, ["no text to take"]), (WEBNLG, "\ufeff<?xml?>", ["is XML", "the challenge's JSON"]),
+    (WEBNLG, {"entries": [{"1": GOOD | {"lexicalisations": [{"lex": "x"}]}}]}, ["left out 1 texts not judged good"]),
+    (DART, '{"tripleset": []}\n{"tripleset": []}\n', ["is JSON lines", "JSON list", "jq -s"]),
     (WEBNLG, {"entries": [{"1": GOOD}, {"2": GOOD | {"category": 3}}]}, ["entry 2", "category"]),
     (WEBNLG, {"entries": [{"1": GOOD | {"modifiedtripleset": []}}]}, ["entry 1", "no triple"]),
     (WEBNLG, {"entries": [{"1": GOOD | {"modifiedtripleset": [{"subject": "a"}]}}]}, ["entry 1", "three"]),

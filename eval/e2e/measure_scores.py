@@ -8,37 +8,28 @@ says how sure the difference to another system's outputs for the same references
 """
 
 import argparse
-import contextlib
 import itertools
 import json
-import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import IO, NoReturn
 
 import caption_metrics
 import java
 import ngrams
 import numpy as np
 from bootstrap import Comparison, Metric, compare
+from command import Parser, check_files, run, whole_file
 from segments import Segments, UserError, load_segments
 
 RULE = "=============="
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("ref_file", metavar="REF", help="references: groups parted by empty lines, or .tsv/.csv")
+    parser = Parser(__doc__)
+    parser.add_argument("ref_file", metavar="REF",
+                        help="references: groups parted by empty lines, .tsv/.csv, or a folder of reference0, ...")
     parser.add_argument("sys_file", metavar="SYS", help="system outputs, one a line; or .tsv/.csv")
     parser.add_argument("-l", "--sent-level", "--seg-level", "--sentence-level", "--segment-level", dest="segment_file",
                         metavar="FILE", help="also write the scores of each segment as TSV")  # fmt: skip
@@ -47,12 +38,9 @@ def parse_arguments() -> argparse.Namespace:
                         help="BLEU and NIST in Python; there is no other way here, so it changes nothing")  # fmt: skip
     parser.add_argument("-t", "--table", action="store_true", help="print a TSV line in place of the list")
     parser.add_argument("-H", "--header", action="store_true", help="with -t: print the TSV's header first")
-    parser.add_argument("--json", dest="json_file", metavar="FILE", help="write all scores with their signature")
     parser.add_argument("--compare", metavar="OTHER", help="outputs of another system, to be told apart by bootstrap")
     parser.add_argument("--bootstrap_samples", type=int, metavar="B", help="with --compare: resamples (default 1000)")
     parser.add_argument("--bootstrap_seed", type=int, metavar="S", help="with --compare: their seed (default 0)")
-    parser.add_argument("--java_timeout", type=float, default=300.0, metavar="SECONDS",
-                        help="silence after which Java counts as hung (default 300)")  # fmt: skip
     args = parser.parse_args()
     if args.header and not args.table:
         raise UserError("-H: is the header of -t's table; give -t as well")
@@ -64,17 +52,8 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--bootstrap_samples {args.bootstrap_samples}: want at least 100 for a 95 % interval")
     if args.bootstrap_seed < 0:
         raise UserError(f"--bootstrap_seed {args.bootstrap_seed}: want an integer >= 0")
-    if not 0 < args.java_timeout <= 86400:
-        raise UserError(f"--java_timeout {args.java_timeout:g}: want seconds, more than 0 and at most a day")
-    taken = [os.path.realpath(path) for path in (args.ref_file, args.sys_file, args.src_file, args.compare) if path]
-    for flag, path in (("-l", args.segment_file), ("--json", args.json_file)):
-        if path is None:
-            continue
-        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
-            raise UserError(f"{flag} {path}: cannot be written; want a file in an existing, writable folder")
-        if os.path.realpath(path) in taken:
-            raise UserError(f"{flag} {path}: is another file of this run, which would be lost; name another")
-        taken.append(os.path.realpath(path))
+    read = [path for path in (args.ref_file, args.sys_file, args.src_file, args.compare) if path]
+    check_files(args, read, l=args.segment_file, json=args.json_file)
     return args
 
 
@@ -141,22 +120,6 @@ def write_segment_scores(path: str, segments: Segments, metrics: Sequence[Metric
             handle.write("\t".join([*texts, *(f"{score:.4f}" for score in scores)]) + "\n")
 
 
-@contextlib.contextmanager
-def whole_file(path: str) -> Iterator[IO[str]]:
-    """Write a UTF-8 text file aside and rename it to `path` when the block ends without an exception."""
-    aside = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(aside, "w", encoding="utf-8", newline="\n") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
-        raise
-
-
 def print_table(args: argparse.Namespace, metrics: Sequence[Metric], comparisons: Sequence[Comparison]) -> None:
     """Print TSV lines: the system and, with --compare, the other system and what the bootstrap says."""
     if args.header:
@@ -214,26 +177,5 @@ def main() -> None:
     (print_table if args.table else print_list)(args, metrics, comparisons)
 
 
-def run() -> int:
-    """main() as a process status: a user's mistake is one line on standard error and 2."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no Java behind
-    try:
-        main()
-        sys.stdout.flush()
-    except UserError as error:
-        message = str(error)
-    except BrokenPipeError:  # the reader of our standard output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        return 130
-    except OSError as error:
-        message = f"{error.filename or 'input/output'}: {error.strerror}"
-    else:
-        return 0
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run(main))

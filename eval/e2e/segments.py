@@ -2,10 +2,12 @@
 
 Plain text: REF has a reference a line and an empty line after each group, or one reference a segment and no empty line;
 SYS has an output a line. TSV or CSV (told by the file's extension): a column of sources and one of texts, found by
-their headers or, without headers, the first and second of two.
+their headers or, without headers, the first and second of two. Beside these, REF may be a folder of parallel files
+reference0, reference1, ..., as the WebNLG challenge has them: the lines of one number are a group.
 """
 
 import csv
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -47,6 +49,8 @@ def read_lines(path: str) -> list[str]:
             rows = handle.readlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if rows:
+        rows[0] = rows[0].removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no text
     lines = []
     for number, row in enumerate(rows, start=1):
         try:
@@ -67,7 +71,6 @@ def is_table(path: str) -> bool:
 def read_table(path: str, text_header: re.Pattern[str]) -> list[Text]:
     """Read a TSV or CSV of sources and texts; which of the two it is, a tab in its first line tells."""
     lines = read_lines(path)
-    lines[0] = lines[0].replace("\ufeff", "")
     for broken, mended in BROKEN_ENCODINGS:
         lines = [line.replace(broken, mended) for line in lines]
     # A tab at either end of a line parts an empty field from its neighbour.
@@ -135,6 +138,29 @@ def read_groups(path: str) -> list[list[Text]]:
     return groups if groups[-1] else groups[:-1]
 
 
+def read_parallel(folder: str) -> list[list[Text]]:
+    """Read a folder of reference0, reference1, ...: the lines of one number are a group.
+
+    What fills a group up, an empty line or the first reference again, is left out.
+    """
+    numbers = sorted(int(name[9:]) for name in os.listdir(folder) if re.fullmatch(r"reference\d+", name))
+    if not numbers or numbers != list(range(len(numbers))):
+        found = ", ".join(f"reference{number}" for number in numbers) or "no reference0"
+        raise UserError(
+            f"{folder}: holds {found}; want reference0, reference1, ... as gpt2_decode.py --ref_type webnlg or dart "
+            "has written them"
+        )
+    paths = [os.path.join(folder, f"reference{number}") for number in numbers]
+    columns = [[line.strip() for line in read_lines(path)] for path in paths]
+    for path, column in zip(paths, columns, strict=True):
+        if len(column) != len(columns[0]):
+            raise UserError(f"{path}: {len(column)} lines, but {paths[0]} has {len(columns[0])}; decode anew")
+    if "" in columns[0]:
+        raise UserError(f"{paths[0]}:{columns[0].index('') + 1}: no reference; every text needs one here")
+    return [[Text(number, "", text) for text in (first, *(other for other in others if other not in ("", first)))]
+            for number, (first, *others) in enumerate(zip(*columns, strict=True), start=1)]
+
+
 def group_table(path: str, outputs: list[Text], output_path: str) -> list[list[Text]]:
     """Read references from a table: grouped by the outputs' sources, or where unknown by runs of one source."""
     rows = read_table(path, REFERENCE_HEADER)
@@ -176,7 +202,9 @@ def check_counts(path: str, lines: list[int], what: str, output_path: str, outpu
 def load_segments(reference_path: str, output_path: str, source_path: str | None = None) -> Segments:
     """Read the references and the outputs and line them up, or raise UserError."""
     outputs = read_outputs(output_path, source_path)
-    if is_table(reference_path):
+    if os.path.isdir(reference_path):
+        groups = read_parallel(reference_path)
+    elif is_table(reference_path):
         groups = group_table(reference_path, outputs, output_path)
     else:
         groups = read_groups(reference_path)

@@ -1,0 +1,79 @@
+"""What the scoring scripts do alike: one-line errors with status 2, and files that appear whole or not at all."""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import IO, NoReturn
+
+from segments import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the usage."""
+
+    def __init__(self, description: str | None) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
+        self.add_argument("--json", dest="json_file", metavar="FILE", help="write all scores with their signature")
+        self.add_argument("--java_timeout", type=float, default=300.0, metavar="SECONDS",
+                          help="silence after which Java counts as hung (default 300)")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def check_files(args: argparse.Namespace, read: list[str], **written: str | None) -> None:
+    """Raise UserError where a file of `written` (flag without its hyphens: path) cannot be written or would overwrite
+    one of `read` or another, and for a --java_timeout out of range."""
+    if not 0 < args.java_timeout <= 86400:
+        raise UserError(f"--java_timeout {args.java_timeout:g}: want seconds, more than 0 and at most a day")
+    taken = [os.path.realpath(path) for path in read]
+    for name, path in written.items():
+        flag = "-" * min(2, len(name)) + name
+        if path is None:
+            continue
+        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+            raise UserError(f"{flag} {path}: cannot be written; want a file in an existing, writable folder")
+        if os.path.realpath(path) in taken:
+            raise UserError(f"{flag} {path}: is another file of this run, which would be lost; name another")
+        taken.append(os.path.realpath(path))
+
+
+@contextlib.contextmanager
+def whole_file(path: str) -> Iterator[IO[str]]:
+    """Write a UTF-8 text file aside and rename it to `path` when the block ends without an exception."""
+    aside = f"{path}.{os.getpid()}.partial"
+    try:
+        with open(aside, "w", encoding="utf-8", newline="\n") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
+        raise
+
+
+def run(main: Callable[[], None]) -> int:
+    """main() as a process status: a user's mistake is one line on standard error and 2."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no Java behind
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        message = str(error)
+    except BrokenPipeError:  # the reader of our standard output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        message = f"{error.filename or 'input/output'}: {error.strerror}"
+    else:
+        return 0
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
