@@ -251,8 +251,8 @@ def row(run: pathlib.Path, task: str) -> None:
     """Write the run's row of a table."""
     (run / "commands.txt").write_text("python src/gpt2_ft.py\n")
     (run / "rows").mkdir(exist_ok=True)
-    write_row(str(run / "rows" / "run.json"), str(run), {"task": task, "model": "tiny", "method": "lora", "epsilon": "8",
-              "seed": 1, "processes": 1}, trained=True, scored=task == "e2e")
+    facts = {"task": task, "model": "tiny", "method": "lora", "epsilon": "8", "seed": 1, "processes": 1}
+    write_row(str(run / "rows" / "run.json"), str(run), facts, trained=True, scored=task == "e2e")
 
 
 # ------------------------------------------------------------------ names
