@@ -54,7 +54,7 @@ from model import MODEL_CARDS, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, Ordinary
 from privacy.noise import NoiseSource
-from privacy.opacus_hooks import OpacusHooks
+from privacy.opacus_engine import OpacusEngine
 from run_setup import DEFAULT_TOKENS
 
 VARIANTS = ("ordinary", "book_keeping", "opacus", "ghost", "padded", "published", "plain")
@@ -156,7 +156,7 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
     else:
         if variant == "published":
             fast_linear.AVAILABLE = False  # in this process, which is its own
-        kind = {"book_keeping": BookKeeping, "published": PublishedWay}.get(variant, OpacusHooks)
+        kind = {"book_keeping": BookKeeping, "published": PublishedWay}.get(variant, OpacusEngine)
         engine = kind(model, flat, rule, smoothing)
     optimizer = AdamW(flat, (0.9, 0.999), 1e-6, 0.01, True)
     examples = make_examples(task, logical, options.length, 50257)

@@ -15,7 +15,7 @@ from losses import MicroBatch
 from model import MLP, MODEL_CARDS, Attention, Conv1D, GPT2LMModel
 from optimizer import FlatParameters
 from privacy.clipping import ClippingRule
-from privacy.opacus_hooks import OpacusHooks
+from privacy.opacus_engine import OpacusEngine, UnitLosses
 
 
 class LinearHead(nn.Linear):
@@ -84,11 +84,24 @@ class PublishedLayerNorm(nn.LayerNorm):
         return self.weight * (centred / torch.sqrt(variance + self.eps)) + self.bias
 
 
-class PublishedWay(OpacusHooks):
+class PublishedLosses(UnitLosses):
+    """A log-softmax of the logits of every position."""
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        log_p = torch.log_softmax(self.model(batch.ids).float().flatten(0, 1), dim=-1)  # (M*T, V)
+        targets, weights = dense_targets(batch)
+        nll = -log_p.gather(1, targets[:, None]).squeeze(1)
+        losses = (1 - self.smoothing) * nll - self.smoothing * log_p.mean(dim=-1)
+        return (losses * weights).view(batch.units, -1).sum(1)
+
+
+class PublishedWay(OpacusEngine):
     """Opacus's hooks under the published code's arithmetic: that of LoRA's NLG example, on which Yu et al. build.
 
     A layer norm that trains stays PyTorch's, as in dp-transformers: Opacus has no rule for another.
     """
+
+    losses = PublishedLosses
 
     def __init__(self, model: GPT2LMModel, flat: FlatParameters, rule: ClippingRule, smoothing: float):
         for block in model.transformer.h:
@@ -97,13 +110,6 @@ class PublishedWay(OpacusHooks):
             if type(module) is nn.LayerNorm and not module.weight.requires_grad:
                 module.__class__ = PublishedLayerNorm
         super().__init__(model, flat, rule, smoothing)
-
-    def losses(self, batch: MicroBatch) -> torch.Tensor:
-        log_p = torch.log_softmax(self.model(batch.ids).float().flatten(0, 1), dim=-1)  # (M*T, V)
-        targets, weights = dense_targets(batch)
-        nll = -log_p.gather(1, targets[:, None]).squeeze(1)
-        losses = (1 - self.smoothing) * nll - self.smoothing * log_p.mean(dim=-1)
-        return (losses * weights).view(batch.units, -1).sum(1)
 
 
 class GhostClipping:

@@ -96,7 +96,8 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
                             "seeded: for tests, whoever knows --noise_seed can subtract the noise")
     group.add_argument("--noise_seed", type=int, help="the seed of --noise_source seeded")
     group.add_argument("--grad_engine", choices=("book_keeping", "opacus"), default="book_keeping",
-                       help="how the clipped sum is computed; opacus = Opacus's hooks, for comparison")
+                       help="how the clipped sum is computed; opacus = by Opacus's GradSampleModule and, with several "
+                            "processes, its DistributedDataParallel, as the paper's code does, for comparison")
     group.add_argument("--bf16", **SWITCH, help="matrix products in bfloat16; norms, sums and noise stay float32")
     group.add_argument("--micro_batch_tokens", type=int, help="padded tokens of a physical batch; changes nothing but "
                        f"speed and memory (default {DEFAULT_TOKENS['cpu']} on CPU, {DEFAULT_TOKENS['cuda']} on a GPU)")
@@ -371,9 +372,6 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
             work.open_board(done)
         plan = PrivacyPlan(settings, world, ledger, done)
         disclosed = [*DISCLOSED, *disclosed, *map(provenance.describe, origin["initial_weights"])]
-        engine = build_engine(args.grad_engine, model, flat, plan, request.smoothing)
-        if settings.private and args.bf16:
-            check_company(engine, model, flat, cut)
     except (UserError, OSError) as failure:
         error = failure if isinstance(failure, UserError) else UserError(
             f"{request.flags.folder} {failure.filename or work_dir}: {failure.strerror}")
@@ -382,8 +380,11 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
         error = UserError(f"--resume: the ranks found checkpoints of different steps in {work_dir}: "
                           "all machines must see the same folder")
     world.agree(error)
-    if settings.private and args.bf16 and world.size > 1:
-        check_ranks_compute_alike(engine, model, flat, cut, world)
+    engine = build_engine(args.grad_engine, model, flat, plan, request.smoothing, world)
+    if settings.private and args.bf16:
+        check_company(engine, model, flat, cut, world)
+        if world.size > 1:
+            check_ranks_compute_alike(engine, model, flat, cut, world)
 
     options = training.LoopOptions(
         steps=request.steps, steps_per_epoch=request.N / request.batch, lr=request.lr, grad_clip=request.grad_clip,
@@ -401,13 +402,13 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
 
 
 def build_engine(name: str, model: GPT2LMModel, flat: FlatParameters, plan: PrivacyPlan,
-                 smoothing: float) -> training.Engine:
-    """The gradient engine; the clipping norm comes from the plan."""
+                 smoothing: float, world: World) -> training.Engine:
+    """The gradient engine; the clipping norm comes from the plan. Collective."""
     if not plan.settings.private:
         return Ordinary(model, flat, smoothing)
     if name == "opacus":
-        from privacy.opacus_hooks import OpacusHooks
-        return OpacusHooks(model, flat, plan.clipping_rule, smoothing)
+        from privacy.opacus_engine import OpacusEngine
+        return OpacusEngine(model, flat, plan.clipping_rule, smoothing, world)
     return BookKeeping(model, flat, plan.clipping_rule, smoothing)
 
 

@@ -14,14 +14,14 @@ from model import GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import FlatParameters
 from privacy import clipping
 from privacy.clipping import BookKeeping, ClippingRule
-from privacy.opacus_hooks import OpacusHooks
+from privacy.opacus_engine import OpacusEngine
 from torch import Tensor
 
 CONFIG = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=37, n_positions=208)
 RULES = ("flat", "per_layer", "automatic")
 # name -> (class, TRAFFIC_COST): at 0 the ghost norm is never the cheaper one, at infinity always
 ENGINES = {"ghost": (BookKeeping, math.inf), "materialise": (BookKeeping, 0),
-           "chosen": (BookKeeping, clipping.TRAFFIC_COST), "opacus": (OpacusHooks, clipping.TRAFFIC_COST)}
+           "chosen": (BookKeeping, clipping.TRAFFIC_COST), "opacus": (OpacusEngine, clipping.TRAFFIC_COST)}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRELOADED = ("torch", "opacus", "opacus.distributed", "torch.distributed.distributed_c10d", "tokenizers", "training",
-             "privacy.opacus_hooks", "safetensors.torch", "kv_cache", "beam_search", "run_setup", "tqdm", "scipy.stats")
+             "privacy.opacus_engine", "safetensors.torch", "kv_cache", "beam_search", "run_setup", "tqdm",
+             "scipy.stats")
 
 
 # ------------------------------------------------------------------ faults

@@ -137,7 +137,7 @@ MUTANTS = (
            (("torch.where(finite[:, None], factors, 0.0), finite", "factors.nan_to_num(1.0, 1.0), finite | True"),),
            FAULTY),
     Mutant("rounding of cancelling sums forgotten", CLIPPING, (("\nROUNDING = 8\n", "\nROUNDING = 0\n"),), CANCEL),
-    Mutant("sums in bfloat16", "privacy/opacus_hooks.py",
+    Mutant("sums in bfloat16", "privacy/opacus_engine.py",
            ((", torch.autocast(batch.ids.device.type, enabled=False)", ""),), BF16),
     Mutant("padded to what was drawn", "run_setup.py",
            (("cut=cut if settings.private else", "cut=cut if not settings.private else"),), NEIGHBOURS),

@@ -21,7 +21,7 @@ LAYERS = {
             "author_data", "tokenizer", "triples", "vocabulary", "kv_cache", "beam_search"},
     RUN: {"run_setup", "training", "checkpoint", "peft_format", "run_log", "canaries", "provenance"},
 }
-OPACUS = {"lora_grad_samplers", "privacy.opacus_hooks"}
+OPACUS = {"lora_grad_samplers", "privacy.opacus_engine"}
 MOST_LINES, LONGEST_LINE = 450, 120
 
 

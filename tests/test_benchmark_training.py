@@ -11,7 +11,7 @@ from data_utils import Examples
 from model import GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule
-from privacy.opacus_hooks import OpacusHooks
+from privacy.opacus_engine import OpacusEngine
 
 sys.path.append(str(ROOT / "scripts"))
 from benchmark_variants import GhostClipping, PublishedWay, pad_to, untie  # noqa: E402
@@ -47,12 +47,12 @@ def test_every_way_gives_the_same_sum(lora):
     rule = ClippingRule("flat", C)
     ours = clipped_sum(lambda model, flat: BookKeeping(model, flat, rule, 0.1), lora)
     others = {
-        "opacus": clipped_sum(lambda model, flat: OpacusHooks(model, flat, rule, 0.1), lora),
+        "opacus": clipped_sum(lambda model, flat: OpacusEngine(model, flat, rule, 0.1), lora),
         "published": clipped_sum(lambda model, flat: PublishedWay(model, flat, rule, 0.1), lora, seq_len=40)}
     if lora:  # where the whole model trains, the head of ghost clipping is untied: another model
         others["ghost"] = clipped_sum(lambda model, flat: GhostClipping(model, flat, C, 0.1), lora, prepare=untie)
     # float32: some 2,000 terms in another order, each rounded to 2^-24 of itself, over sums that cancel in part
     for name, other in others.items():
         assert (other - ours).norm() < 1e-5 * ours.norm(), name
-    unclipped = clipped_sum(lambda model, flat: OpacusHooks(model, flat, ClippingRule("flat", 1e6), 0.1), lora)
+    unclipped = clipped_sum(lambda model, flat: OpacusEngine(model, flat, ClippingRule("flat", 1e6), 0.1), lora)
     assert (unclipped - ours).norm() > 0.1 * ours.norm()

@@ -20,9 +20,9 @@ from fast_linear import by_rows
 from losses import MicroBatch
 from model import GPT2Config, LoRAConfig
 from optimizer import FlatParameters
-from privacy import clipping, opacus_hooks
+from privacy import clipping, opacus_engine
 from privacy.clipping import BookKeeping, ClippingRule, Lookup, Outer, Ragged, Rows
-from privacy.opacus_hooks import OpacusHooks
+from privacy.opacus_engine import OpacusEngine
 from training import autocast
 
 SMALL = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=515, n_positions=72)
@@ -128,7 +128,7 @@ class OpacusSpy(ClippingRule):
             self.grads.clear()
             return run_part(batch)
 
-        monkeypatch.setattr(opacus_hooks, "sum_of_squares", keep)
+        monkeypatch.setattr(opacus_engine, "sum_of_squares", keep)
         monkeypatch.setattr(engine, "accumulate_part", part)
         return self
 
@@ -148,7 +148,7 @@ def contributions(engine: str, model, data, draws, cut, rule: str, bf16: bool, m
     model = copy.deepcopy(model)
     flat = FlatParameters(model)
     if engine == "opacus":
-        runner = OpacusHooks(model, flat, ClippingRule(rule, 0.5), 0.1)
+        runner = OpacusEngine(model, flat, ClippingRule(rule, 0.5), 0.1)
         spy = OpacusSpy(rule, 0.5).attach(runner, monkeypatch)
     else:
         runner = BookKeeping(model, flat, ClippingRule(rule, 0.5), 0.1)

@@ -7,6 +7,7 @@ import os
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -15,6 +16,7 @@ from small_runs import (N, STEPS, contents, equal, flags, free_port, ledger, mat
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+DPDDP = "opacus.distributed:DifferentiallyPrivateDistributedDataParallel"
 DRAW = "privacy.sampling:PoissonSampler.draw"
 SPEC_KEYS = {"unit", "relation", "N", "q", "sigma", "clip", "steps_charged", "delta", "epsilon_prv", "epsilon_rdp",
              "sampling",
@@ -321,6 +323,40 @@ def test_ranks_agree_with_one_another_and_with_one_process(tmp_path):
     assert largest_difference(found[1], start) > 1e-3
     for size in (2, 4):
         assert largest_difference(found[size], found[1]) < 1e-4
+
+
+@pytest.mark.parametrize("lora_dim", [2, 0], ids=["lora", "full"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_opacus_releases_the_same_gradient(tmp_path, size, lora_dim):
+    """--grad_engine opacus with several ranks: each one's passes go through Opacus's DPDDP, and the first step releases
+    book-keeping's sum, of all N units (q = 1) under the same noise.
+
+    Every rounding is 2^-24 of its value, in both engines; independent ones add like their roots. The noise, `size` - 1
+    sums over ranks and the division round what is released. Before them come N additions to a sum of norm N C at most,
+    and N gradients of norm C at most, each through some 20 products of 64 addends at most: C sqrt(20 x 64) = 36 C.
+    After six steps the weights differ by no more than in test_how_a_batch_is_cut_changes_rounding_alone.
+    """
+    sums, found = {}, {}
+    for engine in ("book_keeping", "opacus"):
+        work, passes = tmp_path / engine, [tmp_path / f"{engine}.{rank}" for rank in range(size)]
+        faults = {rank: [["count", {"point": f"{DPDDP}.forward", "file": str(passes[rank])}]] for rank in range(size)}
+        faults[0].append(["released", {"file": f"{work}.sum"}])
+        train(flags(work, grad_engine=engine, lora_dim=lora_dim, lora_dropout=0, train_batch_size=N // size), size,
+              faults)
+        assert [path.exists() for path in passes] == [engine == "opacus" and size > 1] * size
+        sums[engine], found[engine] = np.fromfile(f"{work}.sum"), weights(work)
+    released, difference = (np.linalg.norm(x) for x in (sums["opacus"], sums["opacus"] - sums["book_keeping"]))
+    assert difference < 2 * 2**-24 * ((size + 1) * released + math.sqrt(N) * (N + 36))
+    assert largest_difference(found["opacus"], found["book_keeping"]) < 2e-6
+
+
+def test_opacus_resumes_on_two_ranks(tmp_path):
+    arguments = {"grad_engine": "opacus", "eval_interval": 2}
+    train(flags(tmp_path / "whole", **arguments), 2)
+    faults = {rank: [kill("training:Trainer.after_step", 3)] for rank in range(2)}
+    assert [rank.wait() for rank in start_ranks(flags(tmp_path / "run", **arguments), 2, faults)] == [-9, -9]
+    train(flags(tmp_path / "run", resume=True, **arguments), 2)
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
 def test_the_whole_model_trains_too(tmp_path):

@@ -13,7 +13,7 @@ from conftest import ROOT, assert_user_error, run_script
 from optimizer import FlatParameters
 from privacy.clipping import MOST_TOKENS, BookKeeping, ClippingRule, rounding_share
 from privacy.company import MOST, influence_of_company
-from privacy.opacus_hooks import OpacusHooks
+from privacy.opacus_engine import OpacusEngine
 from privacy.plan import PlanSettings
 from small_runs import flags, start_ranks, train
 from test_company import as_examples, demo_model
@@ -118,7 +118,7 @@ def test_what_rounding_may_move_is_paid_for(tmp_path):
 # ------------------------------------------------------------------ what is tried before a run
 
 
-@pytest.mark.parametrize("engine", [BookKeeping, OpacusHooks])
+@pytest.mark.parametrize("engine", [BookKeeping, OpacusEngine])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_company_has_no_influence_here(engine, lora):
     model = demo_model(lora)

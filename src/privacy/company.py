@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from batching import PublicLengths, collate
-from cli import UserError, fail
+from cli import UserError
 from distributed import World
 from losses import MicroBatch
 from model import GPT2LMModel
@@ -80,12 +80,12 @@ def influence_of_rank(engine, model: GPT2LMModel, flat: FlatParameters, cut: Pub
     return max(world.gather(worst))
 
 
-def check_company(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths) -> None:
-    """Raise UserError where in bfloat16 a unit's gradient depends on the others in its micro-batch."""
+def check_company(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, world: World) -> None:
+    """Raise UserError, on every rank, where in bfloat16 a unit's gradient depends on the others in its micro-batch."""
     influence = influence_of_company(engine, model, flat, cut, bf16=True)
-    if not influence <= MOST:
-        fail(f"--bf16: on this machine one unit changes the gradients of the others by {influence:.1e} of themselves: "
-             "the epsilon would not be true; leave --bf16 out")
+    world.agree(None if influence <= MOST else UserError(
+        f"--bf16: on this machine one unit changes the gradients of the others by {influence:.1e} of themselves: "
+        "the epsilon would not be true; leave --bf16 out"))
 
 
 def check_ranks_compute_alike(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths,

@@ -1,13 +1,18 @@
-"""The clipped sum through Opacus's own hooks (GradSampleModule), which hold every per-text gradient: to compare with.
+"""The clipped sum by Opacus, as the code of Yu et al. (2022) trains: a reference for privacy.clipping.BookKeeping.
+
+Opacus's DifferentiallyPrivateDistributedDataParallel gives every rank rank 0's parameters; around it, GradSampleModule
+computes and holds every per-text gradient. Neither sums over the ranks: in Opacus its optimizer does, here the plan.
 
 Shapes: M texts, U units, V vocabulary.
 """
 
 import torch
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.grad_sample import GradSampleModule
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora_grad_samplers  # noqa: F401  (registers the rules of this project's layers with Opacus)
+from distributed import World
 from fast_linear import BLOCK_ROWS, row_blocks
 from losses import MicroBatch, unit_losses
 from model import GPT2LMModel
@@ -15,20 +20,35 @@ from optimizer import FlatParameters
 from privacy.clipping import UNITS, ClippingRule, sum_of_squares
 
 
-class OpacusHooks:
-    """Same contract as privacy.clipping.BookKeeping."""
+class UnitLosses(nn.Module):
+    """What Opacus wraps: a model whose output is its loss, as the published one's is."""
 
-    def __init__(self, model: GPT2LMModel, flat: FlatParameters, rule: ClippingRule, smoothing: float = 0.0):
-        self.model, self.flat, self.rule, self.smoothing = model, flat, rule, smoothing
-        self.head_trains = model.lm_head.weight.requires_grad
-        # "sum": the losses of a micro-batch are added, never averaged, so backpropagated values are per-text gradients.
-        self.hooks = GradSampleModule(model, batch_first=True, loss_reduction="sum")
-        self.hooks.disable_hooks()
+    def __init__(self, model: GPT2LMModel, smoothing: float):
+        super().__init__()
+        self.model, self.smoothing, self.head_trains = model, smoothing, model.lm_head.weight.requires_grad
 
-    def losses(self, batch: MicroBatch) -> Tensor:
+    def forward(self, batch: MicroBatch) -> Tensor:
         """The units' losses, (U,). The head runs over all positions where it trains: Opacus needs the texts in the
         first dimension."""
         return unit_losses(self.model, batch, self.smoothing, self.head_trains, all_positions=self.head_trains)
+
+
+class OpacusEngine:
+    """Same contract as privacy.clipping.BookKeeping, but that all ranks build it together; `model` itself is left as it
+    is, under the names that checkpoints have."""
+
+    losses: type[nn.Module] = UnitLosses
+
+    def __init__(self, model: GPT2LMModel, flat: FlatParameters, rule: ClippingRule, smoothing: float = 0.0,
+                 world: World = World()):
+        self.model, self.flat, self.rule = model, flat, rule
+        module = self.losses(model, smoothing)
+        if world.size > 1:  # alone there is no process group to broadcast in
+            with world.answered():
+                module = DifferentiallyPrivateDistributedDataParallel(module)
+        # "sum": the losses of a micro-batch are added, never averaged, so backpropagated values are per-text gradients.
+        self.module = GradSampleModule(module, batch_first=True, loss_reduction="sum")
+        self.module.disable_hooks()
 
     def accumulate(self, batch: MicroBatch) -> Tensor:
         """Add the clipped gradients of a micro-batch's units to `flat.grad`; return their losses, (U,).
@@ -42,13 +62,13 @@ class OpacusHooks:
     def accumulate_part(self, batch: MicroBatch) -> Tensor:
         if not len(batch.targets):
             return torch.zeros(batch.units, device=batch.ids.device)
-        self.hooks.enable_hooks()
+        self.module.enable_hooks()
         try:
             with row_blocks(BLOCK_ROWS[batch.ids.device.type]):
-                losses = self.losses(batch)
+                losses = self.module(batch)
                 losses.sum().backward()
         finally:
-            self.hooks.disable_hooks()
+            self.module.disable_hooks()
         with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False):
             grads = []
             for name, parameter in self.flat.named:
@@ -59,7 +79,7 @@ class OpacusHooks:
                 sample = sample.to(self.flat.data.dtype)
                 grads.append(sample.view(batch.units, batch.rows_per_unit, -1).sum(1))  # (U, size)
             factors, finite = self.rule.factors(torch.stack([sum_of_squares(grad) for grad in grads], dim=1))
-            for (_, parameter), grad, factor in zip(self.flat.named, grads, factors.T):
+            for (_, parameter), grad, factor in zip(self.flat.named, grads, factors.T, strict=True):
                 if not bool(finite.all()):
                     grad = grad.masked_fill(~finite[:, None], 0)
                 self.flat.grad_of(parameter).add_((factor @ grad).view_as(parameter))
