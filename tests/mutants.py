@@ -142,7 +142,7 @@ MUTANTS = (
     Mutant("padded to what was drawn", "run_setup.py",
            (("cut=cut if settings.private else", "cut=cut if not settings.private else"),), NEIGHBOURS),
     Mutant("ranks that compute in different ways let through", "run_setup.py",
-           (("args.bf16 and world.size > 1", "args.bf16 and world.size > 9"),), UNLIKE),
+           (("if world.size > 1:", "if world.size > 9:"),), UNLIKE),
     Mutant("products of all rows at once", "privacy/clipping.py",
            (("row_blocks(BLOCK_ROWS[batch.ids.device.type])", "row_blocks(0)"),), COMPANY),
     Mutant("matrices that begin anywhere", CLIPPING,

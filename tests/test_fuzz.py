@@ -41,7 +41,7 @@ def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
         for part in author_data.scan(path, source.flag)[1]:
             author_data.tokenise(part, source, words)
     elif kind == "webnlg":
-        list(format_converting_webnlg.convert(path))
+        list(format_converting_webnlg.convert(path, "2017", "en"))
     elif kind == "ledger":
         epsilons(read_ledger(path), 1e-5)
     elif kind in ("safetensors", "bin", "ours"):
