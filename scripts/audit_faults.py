@@ -25,13 +25,15 @@ import shutil
 import sys
 from collections.abc import Callable
 
-SRC = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "src")
-sys.path.insert(0, SRC)
+HERE = os.path.dirname(os.path.abspath(__file__))
+SRC = os.path.join(HERE, "..", "src")
+sys.path[:0] = [SRC, HERE]
 
 import torch
 
 import run_setup  # the product, imported once: a run is a fork of this process
 from cli import Parser, atomic_write, fail, read_lines, run_main
+from measured_tables import audit
 from privacy.clipping import ClippingRule
 from privacy.noise import NoiseSource
 from privacy.sampling import PoissonSampler
@@ -142,8 +144,6 @@ def run(fault: Callable[[], None], flags: Flags, folder: str) -> dict:
 
 
 def main() -> int:
-    from measured_tables import audit  # here: tests read the faults of this file without its folder on the path
-
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_data", required=True, help="token file; its first --examples are trained on")
     parser.add_argument("--examples", type=int, default=200, help="training examples beside the canaries (default 200)")

@@ -11,6 +11,7 @@ import os
 import statistics
 
 from cli import fail, open_text
+from markdown_table import dict_table
 
 Line = dict[str, str]  # head -> cell
 TASKS = {"e2e_lora": "E2E, LoRA", "author_full": "authors, full", "author_lora": "authors, LoRA"}
@@ -22,14 +23,6 @@ VARIANTS = {
     "padded": "Opacus hooks, padded",
     "published": "Yu et al.'s arithmetic",
 }
-
-
-def markdown(lines: list[Line]) -> str:
-    """A table of lines with the same heads; columns without a cell are left out."""
-    heads = [head for head in lines[0] if any(line[head] for line in lines)]
-    widths = [max(len(head), *(len(line[head]) for line in lines)) for head in heads]
-    rows = [heads, ["-" * width for width in widths], *([line[head] for head in heads] for line in lines)]
-    return "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows)
 
 
 def comparison(result: dict, row: dict) -> Line:
@@ -80,7 +73,7 @@ def speed(results: list[dict]) -> str:
     alone = [scaled(row) for _, row in pairs if "variant" not in row]
     if len(compared) + len(alone) != len(pairs):
         raise ValueError("a task or a variant without a name")
-    return "\n".join(markdown(lines) for lines in (compared, alone) if lines)
+    return "\n".join(dict_table(lines) for lines in (compared, alone) if lines)
 
 
 def audit(rows: list[dict]) -> str:
@@ -102,7 +95,7 @@ def audit(rows: list[dict]) -> str:
             "CPU [s]": f"{row['cpu_seconds']:.0f}",
         }
 
-    return markdown([line(row) for row in rows])
+    return dict_table([line(row) for row in rows])
 
 
 def measured_table(folder: str, place: str) -> str | None:
@@ -128,7 +121,8 @@ def measured_table(folder: str, place: str) -> str | None:
             said = {"device": f"{first['options']['model_card']} on {first['device']}", "torch": first["torch"], **said}
         commit = said["commit"][:8] if "commit" in said else None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        fail(f"{where}: scripts/benchmark_training.py or audit_faults.py did not write it so ({error!r}); remove it")
+        fail(f"{where}: scripts/benchmarks/benchmark_training.py or audit_faults.py did not write it so "
+             f"({error!r}); remove it")
     named = {"": said.get("device"), " ": said.get("note"), "commit ": commit, "torch ": said.get("torch")}
     facts = "; ".join(f"{name}{value}".strip() for name, value in named.items() if value)
     return f"{text}\n{facts + '. ' if facts else ''}Command and every figure: `{place}/`.\n"

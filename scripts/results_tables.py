@@ -5,7 +5,7 @@
     python scripts/results_tables.py --readme README.md docs/*.md --check    # status 1 where one does not hold them
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`: NAME is the folder results/DATE_NAME (the newest of
-that name), whose rows/*.json are written by scripts/table_row.py; or a folder of scripts/measured_tables.py. The key
+that name), whose rows/*.json are written by the scripts *_table.sh; or a folder of scripts/measured_tables.py. The key
 `note` of a row is printed beside it.
 """
 
@@ -21,11 +21,15 @@ ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, os.path.join(ROOT, "src"))
 
 from cli import Parser, atomic_write, fail, open_text, run_main
-from measured_tables import markdown, measured_table
+from markdown_table import dict_table
+from measured_tables import measured_table
 
-SCORES = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+E2E_SCORES, TRIPLES_SCORES = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"), ("BLEU", "METEOR", "TER", "chrF++")
+SETS = ("all", "seen", "unseen")  # of categories, where a task parts them
+SCORES = {"e2e": E2E_SCORES, "webnlg": [f"{name} {part}" for name in TRIPLES_SCORES for part in SETS],
+          "dart": TRIPLES_SCORES, "author": ()}
 KEYS = {"task", "model", "method", "epsilon", "seed", "processes", "commit", "hardware", "versions"}
-PARTS = {"hardware": {"machines", "gpus", "cores", "device"}, "scores": set(SCORES),
+PARTS = {"hardware": {"machines", "gpus", "cores", "device"},
          "privacy": {"epsilon_prv", "delta", "relation", "sampling"}}
 METHODS = {"lora": "LoRA", "full": "full", "none": "untrained"}
 # BLEU without privacy on E2E's test set, as LoRA's authors report it (Hu et al., 2021, table 3). Other published
@@ -48,12 +52,21 @@ Cell = Callable[[Rows], str]
 
 
 def is_row(row: dict) -> bool:
-    """Whether a row has what its table shows: scores of E2E; privacy where anything was trained, and of authors."""
-    parts = {"hardware", "scores" if row["task"] == "e2e" else "privacy"}
-    if row["epsilon"] != "0":
-        parts.add("privacy")
-    return KEYS <= row.keys() and row["method"] in METHODS and isinstance(row.get("note", ""), str) and all(
-        PARTS[part] <= row[part].keys() for part in parts)
+    """Whether a row has what its table shows: scores but of authors; privacy where anything was trained, and of
+    authors."""
+    parts = {"hardware"} | ({"privacy"} if row["epsilon"] != "0" or row["task"] == "author" else set())
+    scored = {name for name in SCORES[row["task"]] if not name.endswith("seen")}  # a test set may lack them
+    return (KEYS <= row.keys() and row["method"] in METHODS and scored <= row.get("scores", {}).keys()
+            and isinstance(row.get("note", ""), str) and all(PARTS[part] <= row[part].keys() for part in parts))
+
+
+def flat(row: dict) -> dict:
+    """The row with the scores of several sets under "BLEU seen" and the like, of one set alone under "BLEU"."""
+    scores = row.get("scores", {})
+    if not any(isinstance(found, dict) for found in scores.values()):
+        return row
+    return {**row, "scores": {f"{name} {part}" if row["task"] == "webnlg" else name: value
+                              for part, found in scores.items() for name, value in found.items()}}
 
 
 def read_rows(folder: str) -> Rows:
@@ -62,14 +75,14 @@ def read_rows(folder: str) -> Rows:
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "rows", "*.json"))):
         with open_text(path) as handle:
             try:
-                row = json.load(handle)
+                row = flat(json.load(handle))
                 if not is_row(row):
                     raise ValueError
                 rows.append({**row, "order": (row["model"], budget_order(row), row["method"], row["seed"])})
             except (ValueError, KeyError, TypeError, AttributeError):
                 fail(f"{path}: not a row of results; remove it, and its run will be written again")
     if not rows:
-        fail(f"{folder}: holds no rows/*.json; wanted a folder that e2e_table.sh or author_table.sh has made")
+        fail(f"{folder}: holds no rows/*.json; wanted a folder that one of the scripts *_table.sh has made")
     tasks = sorted({row["task"] for row in rows})
     if len(tasks) > 1:
         fail(f"{folder}: holds rows of {' and '.join(tasks)}, which are different tables; part them")
@@ -148,7 +161,8 @@ def columns(task: str) -> list[tuple[str, Cell]]:
     if task == "author":
         return [*first, ("training loss", trained(lambda rows: spread(rows, report("train_loss"), ".3f"))),
                 ("held-out loss", lambda rows: spread(rows, report("eval_loss"), ".3f")), *last]
-    scores = [(name, lambda rows, name=name: spread(rows, lambda row: row["scores"][name], ".4f")) for name in SCORES]
+    scores = [(name, lambda rows, name=name: spread(rows, lambda row: row["scores"].get(name), ".4f"))
+              for name in SCORES[task]]
     return [*first, *scores, *last, ("published BLEU", published)]
 
 
@@ -195,7 +209,9 @@ def table(folder: str) -> str:
             return measured
     rows = read_rows(folder)
     lines = [{head: cell(group) for head, cell in columns(group[0]["task"])} for group in groups(rows)]
-    return markdown(lines) + "\n" + provenance(folder, rows)
+    lacking = {head for head in lines[0] if head.endswith("seen") and {line[head] for line in lines} == {"-"}}
+    lines = [{head: line[head] for head in line if head not in lacking} for line in lines]  # sets of no such category
+    return dict_table(lines) + "\n" + provenance(folder, rows)
 
 
 def rewritten(text: str, path: str, results: str) -> str:

@@ -28,7 +28,7 @@ from privacy.ledger import Ledger
 from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
 from run_log import WorkDir
 
-# Padded tokens of a micro-batch where --micro_batch_tokens is not given; measured in scripts/benchmark_training.py.
+# Padded tokens of a micro-batch where --micro_batch_tokens is not given: see scripts/benchmarks/benchmark_training.py.
 DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Settings that change how a run goes about its work, not what it computes: a resumed run may differ in them.
 # Data and vocabulary are compared by their digests, wherever the files lie.

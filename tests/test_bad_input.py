@@ -19,11 +19,12 @@ TRAIN, ENCODE, FORMAT = "src/gpt2_ft.py", "src/gpt2_encode.py", "src/format_conv
 DECODE, SCORE, BEAM = "src/gpt2_decode.py", "eval/e2e/measure_scores.py", "src/gpt2_beam.py"
 REPORT, EXPORT, AUDIT = "src/privacy_report.py", "src/export.py", "src/privacy_audit.py"
 WEBNLG, DART, AUTHORS = "src/format_converting_webnlg.py", "src/format_converting_dart.py", "src/fine-tune-dp.py"
-REDDIT, CORPUS, PLOT = "scripts/prepare_reddit.py", "scripts/make_author_corpus.py", "scripts/plot_run.py"
-DEMO_DATA, DEMO_VOCAB = "scripts/make_demo_data.py", "scripts/make_demo_vocab.py"
-TIME_BEAM, TIME_TRAINING = "scripts/benchmark_beam.py", "scripts/benchmark_training.py"
-FAULTS, SCORE_TRIPLES = "scripts/audit_faults.py", "eval/webnlg/webnlg_scores.py"
-ROW, TABLES, SCALING = "scripts/table_row.py", "scripts/results_tables.py", "scripts/project_scaling.py"
+REDDIT, CORPUS, PLOT = "scripts/prepare_reddit.py", "scripts/demo/make_author_corpus.py", "scripts/plot_run.py"
+DEMO_DATA, DEMO_VOCAB = "scripts/demo/make_demo_data.py", "scripts/demo/make_demo_vocab.py"
+TIME_BEAM, TIME_TRAINING = "scripts/benchmarks/benchmark_beam.py", "scripts/benchmarks/benchmark_training.py"
+FAULTS = "scripts/audit_faults.py"
+RUNNER, TABLES, SCORE_TRIPLES = "scripts/tables/runner.py", "scripts/results_tables.py", "eval/webnlg/webnlg_scores.py"
+SCALING = "scripts/benchmarks/project_scaling.py"
 GOOD = '{"context": [1, 2], "completion": [3]}\n'
 
 
@@ -237,7 +238,6 @@ authors = ("--output_dir @new --model_name @tiny --vocab @vocab --noise_multipli
            "--cache_dir @folder --train_file ")
 canaries = ("--train_data @train.jsonl --model_card @tiny --init_checkpoint @tiny --seq_len 32 --noise_multiplier 1 "
             "--max_step 2 --canaries 100 --work_dir @new")
-row = "--task e2e --run @folder --model tiny --method lora --epsilon 8 --seed 1 --processes 1 --out @new"
 search = "--data @contexts.jsonl --init_checkpoint @run --work_dir @new --seq_len 40 --eval_len 8 --eos_token_id 5"
 OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for script, line, words in [
     (FORMAT, "@absent @new", ["absent"]), (FORMAT, "@empty @new", ["empty"]),
@@ -247,8 +247,7 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (FORMAT, "@e2e.txt @absent/new", ["absent"]),
     *((script, "--no_such_flag", ["--help"]) for script in (
         FORMAT, ENCODE, DECODE, SCORE, BEAM, REPORT, EXPORT, AUDIT, WEBNLG, DART, AUTHORS, REDDIT, CORPUS, PLOT,
-        DEMO_DATA, DEMO_VOCAB, TIME_BEAM, TIME_TRAINING, FAULTS, ROW, TABLES, SCALING,
-        SCORE_TRIPLES)),
+        DEMO_DATA, DEMO_VOCAB, TIME_BEAM, TIME_TRAINING, FAULTS, TABLES, SCALING, SCORE_TRIPLES)),
     *((script, f"@{name} @new", [f"{name}"]) for script in (WEBNLG, DART)
       for name in ("absent", "folder", "empty", "half.json", "text.jsonl", "latin1.jsonl", "deep.jsonl")),
     (WEBNLG, "@a_list/config.json @new", ["entries"]), (DART, "@a_list/config.json @new", ["holds no text"]),
@@ -286,8 +285,8 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (TIME_TRAINING, "--seq_len 2000", ["--seq_len 2000"]),
     (FAULTS, "--train_data @train.jsonl --model_card @tiny --output @new --examples 0", ["--examples 0"]),
     (FAULTS, "--train_data @train.jsonl --model_card @tiny --output @new --only none --settings sea", ["sea"]),
-    (ROW, row, ["folder/privacy.json"]), (ROW, row.replace("--seed 1", "--seed x"), ["--seed"]),
-    (ROW, row.replace("@folder", "@a_list"), ["a_list/privacy.json"]),
+    (RUNNER, "", ["no table"]), (RUNNER, "e2e --no_such_flag", ["--no_such_flag: unknown flag", "--help"]),
+    (RUNNER, "author --dry-run --batch 0", ["--batch 0"]), (RUNNER, "dart --seeds", ["--seeds: wants a value"]),
     (SCORE_TRIPLES, "@folder", ["has no SYS"]), (SCORE_TRIPLES, "@folder @sys.txt", ["folder", "no reference0"]),
     (SCORE_TRIPLES, "@ref.txt @three.txt", ["ref.txt", "2", "three.txt", "3"]),
     (SCORE_TRIPLES, "@ref.txt @sys.txt @ref.txt @sys.txt", ["a different name for each"]),

@@ -1,4 +1,4 @@
-"""What scripts/benchmark_training.py times does the same work: every way to clip gives the same clipped sum."""
+"""What scripts/benchmarks/benchmark_training.py times does the same work: all ways to clip give one clipped sum."""
 
 import sys
 
@@ -13,7 +13,7 @@ from optimizer import FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule
 from privacy.opacus_engine import OpacusEngine
 
-sys.path.append(str(ROOT / "scripts"))
+sys.path[1:1] = [str(ROOT / "scripts" / "benchmarks"), str(ROOT / "scripts")]
 from benchmark_variants import GhostClipping, PublishedWay, pad_to, untie  # noqa: E402
 
 CONFIG = GPT2Config(32, 2, 4, vocab_size=97, n_positions=64)

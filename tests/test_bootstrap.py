@@ -1,5 +1,6 @@
 """The paired bootstrap against a plain resampling that scores every drawn test set anew, and its error rate."""
 
+import contextlib
 import itertools
 import math
 import sys
@@ -47,8 +48,16 @@ SAMPLES, SEED = 120, 3
 
 
 @pytest.fixture(scope="module")
-def scored():
-    return measure_scores.score_systems(REFERENCES, [FIRST, SECOND], patience=200)
+def meteor():
+    with java.Meteor(patience=200) as program:
+        yield program
+
+
+@pytest.fixture(scope="module")
+def scored(meteor):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(java, "Meteor", lambda patience: contextlib.nullcontext(meteor))  # it takes seconds to start
+        return measure_scores.score_systems(REFERENCES, [FIRST, SECOND], patience=200)
 
 
 def plain_scores(
@@ -71,20 +80,19 @@ def plain_scores(
     return [float(bleu), float(nist), float(total), float(rouge), float(cider)]
 
 
-def test_is_a_plain_resampling(scored):
+def test_is_a_plain_resampling(scored, meteor):
     """Differences, interval and p-value, with METEOR's jar scoring each drawn test set anew."""
     first, second = scored
     comparisons = compare(first, second, SAMPLES, SEED)
     flat, *outputs = java.tokenize_ptb([list(itertools.chain.from_iterable(REFERENCES)), FIRST, SECOND], patience=200)
     groups = [flat[2 * i : 2 * i + 2] for i in range(len(REFERENCES))]
     differences = []
-    with java.Meteor(patience=200) as meteor:
-        for counts in np.concatenate(list(draw_test_sets(len(FIRST), SAMPLES, SEED))):
-            draw = np.repeat(np.arange(len(FIRST)), counts.astype(int))
-            assert len(draw) == len(FIRST)
-            pair = [plain_scores(draw, texts, tokens, groups, meteor)
-                    for texts, tokens in zip((FIRST, SECOND), outputs, strict=True)]  # fmt: skip
-            differences.append([one - other for one, other in zip(*pair, strict=True)])
+    for counts in np.concatenate(list(draw_test_sets(len(FIRST), SAMPLES, SEED))):
+        draw = np.repeat(np.arange(len(FIRST)), counts.astype(int))
+        assert len(draw) == len(FIRST)
+        pair = [plain_scores(draw, texts, tokens, groups, meteor)
+                for texts, tokens in zip((FIRST, SECOND), outputs, strict=True)]
+        differences.append([one - other for one, other in zip(*pair, strict=True)])
     for comparison, row in zip(comparisons, zip(*differences, strict=True), strict=True):
         ordered, mean = sorted(row), sum(row) / SAMPLES
         for bound, share in ((comparison.low, 0.025), (comparison.high, 0.975)):

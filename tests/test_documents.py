@@ -10,9 +10,9 @@ import pytest
 
 from conftest import ROOT, run_script
 from test_launchers import COMMAND
-from test_tables import lines_of
+from test_results_tables import lines_of
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "benchmarks"))
 
 import project_scaling
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from conftest import assert_user_error, run_script
-from test_tables import lines_of, synthetic
+from test_results_tables import lines_of, synthetic
 
 TABLES = "scripts/results_tables.py"
 
@@ -93,7 +93,8 @@ def test_the_audit_s_table(tmp_path, fault, refuted, verdict):
 def test_what_is_no_result_is_one_line(tmp_path, file, content):
     write_benchmark(tmp_path / "speed")
     (tmp_path / "speed" / file).write_text(content)
-    assert_user_error(run_script(TABLES, tmp_path / "speed"), f"{tmp_path}/speed", "scripts/benchmark_training.py")
+    assert_user_error(run_script(TABLES, tmp_path / "speed"), f"{tmp_path}/speed",
+                      "scripts/benchmarks/benchmark_training.py")
 
 
 def test_several_files_are_rewritten(tmp_path):

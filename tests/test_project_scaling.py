@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_script
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts" / "benchmarks"), str(ROOT / "scripts")]
 
 import project_scaling  # noqa: E402
 import training  # noqa: E402
 from cli import UserError  # noqa: E402
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig  # noqa: E402
 from optimizer import FlatParameters  # noqa: E402
-from test_tables import lines_of  # noqa: E402
+from test_results_tables import lines_of  # noqa: E402
 
 SMALL = GPT2Config(n_embd=48, n_layer=3, n_head=4, vocab_size=101, n_positions=32)
 
@@ -79,7 +79,7 @@ def test_mistakes(project, flag, value):
 
 @pytest.mark.slow
 def test_what_is_measured():
-    done = run_script("scripts/project_scaling.py", "--measure", "--model_card", "gpt2.sm", timeout=900)
+    done = run_script("scripts/benchmarks/project_scaling.py", "--measure", "--model_card", "gpt2.sm", timeout=900)
     found = json.loads(done.stdout)
     assert 0 < found["private_share_of_rate"] < 1.2 and 0 < found["link_bytes_per_s"] < 1e12
     assert found["private_share_of_rate"] < 1.2 * found["ordinary_share_of_rate"]

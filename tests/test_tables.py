@@ -1,4 +1,4 @@
-"""The tables: batch arithmetic of the shell scripts, a whole table that is killed and goes on, Slurm, the markdown."""
+"""The tables: what the scripts would do, a whole table that is killed and goes on, one of WebNLG, Slurm."""
 
 import json
 import os
@@ -7,18 +7,23 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 
 import pytest
 from author_runs import material as author_material
-from conftest import ROOT, assert_user_error, run_script
+from conftest import ROOT, assert_user_error
 from small_runs import equal, ledger, read, start_ranks, weights
 from test_disclosed import Left, e2e_flags
 from test_launchers import COMMAND, until
+from test_results_tables import lines_of
 
-E2E, AUTHORS, SLURM = (f"scripts/{name}.sh" for name in ("e2e_table", "author_table", "slurm_e2e"))
+sys.path.insert(0, str(ROOT / "scripts" / "tables"))
+import runner  # noqa: E402
+from cli import UserError  # noqa: E402
+
+E2E, WEBNLG, SLURM = (f"scripts/{name}.sh" for name in ("e2e_table", "webnlg_table", "slurm_e2e"))
+AUTHORS = "scripts/author_table.sh"
 DEMO = ["--data", "data/demo", "--vocab", "vocab/demo", "--seq_len", "256", "pretrained_checkpoints/demo"]
 
 
@@ -36,12 +41,18 @@ def run(script: str, *arguments: object, **variables: object) -> subprocess.Comp
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def dry(script: str, *arguments: object, **variables: object) -> list[list[str]]:
-    """The words of each command of a dry run, which must write nothing."""
-    done = run(script, "--dry-run", "--name", "never", *arguments, **variables)
-    assert done.returncode == 0, done.stderr
-    assert not (ROOT / "trained_models" / "table_never").exists()
-    return [shlex.split(line) for line in done.stdout.splitlines()]
+@pytest.fixture
+def dry(capsys, monkeypatch):
+    """A function: the words of each command of a task's dry run, which must write nothing."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(ROOT)
+
+    def run_dry(task: str, *arguments: object) -> list[list[str]]:
+        assert runner.main([task, "--dry-run", "--name", "never", *map(str, arguments)]) == 0
+        assert not (ROOT / "trained_models" / "table_never").exists()
+        return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run_dry
 
 
 def commands(lines: list[list[str]], script: str) -> list[list[str]]:
@@ -68,23 +79,23 @@ def programs(folder: pathlib.Path, **scripts: str) -> str:
 
 
 @pytest.mark.parametrize("processes", [1, 2, 8, 16, 32, 128])
-def test_the_logical_batch_is_kept(processes):
-    (training,) = commands(dry(E2E, "gpt2.md", "--nproc", processes), "src/gpt2_ft.py")
+def test_the_logical_batch_is_kept(dry, processes):
+    (training,) = commands(dry("e2e", "gpt2.md", "--nproc", processes), "src/gpt2_ft.py")
     per_device, accumulation = int(value(training, "--train_batch_size")), int(value(training, "--grad_acc"))
     assert per_device * accumulation * processes == 128 and per_device <= 8
     assert (f"--nproc_per_node={processes}" in training) == (processes > 1)
-    for training in commands(dry(AUTHORS, "--nproc", processes), "src/fine-tune-dp.py"):
+    for training in commands(dry("author", "--nproc", processes), "src/fine-tune-dp.py"):
         assert int(value(training, "--per_device_train_batch_size")) * int(value(
             training, "--gradient_accumulation_steps")) * processes == 1024
 
 
-def test_sixteen_processes_are_the_published_command():
-    (training,) = commands(dry(E2E, "gpt2.md", "--nproc", 16), "src/gpt2_ft.py")
+def test_sixteen_processes_are_the_published_command(dry):
+    (training,) = commands(dry("e2e", "gpt2.md", "--nproc", 16), "src/gpt2_ft.py")
     published, folder = shlex.split(COMMAND), value(training, "--work_dir")
     ours = [word.replace(folder, "trained_models/GPT2_M/e2e") for word in training]
     cut = [word.removeprefix("./") for word in published[published.index("--train_data"):]]
     assert ours[ours.index("--train_data"):] == cut
-    full, adapter = commands(dry(AUTHORS, "--nproc", 16), "src/fine-tune-dp.py")
+    full, adapter = commands(dry("author", "--nproc", 16), "src/fine-tune-dp.py")
     for training, batch, accumulation, rate in ((full, "32", "2", "1e-4"), (adapter, "64", "1", "3e-4")):
         assert [value(training, flag) for flag in ("--per_device_train_batch_size", "--gradient_accumulation_steps",
                                                    "--learning_rate", "--target_epsilon", "--seed")] == [
@@ -94,18 +105,18 @@ def test_sixteen_processes_are_the_published_command():
 
 @pytest.mark.parametrize("gpus, cores, batch, expected", [
     (0, 6, 128, 4), (0, 12, 128, 8), (0, 2, 128, 2), (3, 16, 128, 2), (8, 4, 128, 8), (0, 7, 98, 7)])
-def test_processes_are_the_gpus_or_else_the_cores_as_far_as_they_divide(tmp_path, gpus, cores, batch, expected):
-    path = programs(tmp_path / "bin", nproc=f"echo ${{OMP_NUM_THREADS:-{cores}}}",  # as coreutils has it
-                    nvidia_smi=f"for i in $(seq {gpus}); do echo GPU $i; done")
-    lines = dry(E2E, "gpt2.sm", "--batch", batch, PATH=path, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7"[:2 * gpus - 1]
-                if gpus else "")
-    (row,) = commands(lines, "scripts/table_row.py")
-    assert value(row, "--processes") == str(expected)
+def test_processes_are_the_gpus_or_else_the_cores_as_far_as_they_divide(monkeypatch, gpus, cores, batch, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(runner, "output_of", lambda *_: "GPU 0: A100\n" * 9 if gpus else None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7"[:2 * gpus - 1] if gpus else "0")
+    assert runner.count_processes(batch, None) == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # GPUs that are not to be used
+    assert batch % runner.count_processes(batch, None) == 0 and runner.count_processes(batch, None) <= cores
 
 
-def test_every_combination_is_a_run():
-    lines = dry(E2E, "--epsilon", "0 3 inf", "--method", "lora,full", "--seeds=1 2", "--nproc", 2, *DEMO, "--", "--lr",
-                "0.5", "--lora_dim", "2")
+def test_every_combination_is_a_run(dry):
+    lines = dry("e2e", "--epsilon", "0 3 inf", "--method", "lora,full", "--seeds=1 2", "--nproc", 2, *DEMO, "--",
+                "--lr", "0.5", "--lora_dim", "2")
     trainings = commands(lines, "src/gpt2_ft.py")
     assert len(trainings) == 8 and len({value(line, "--work_dir") for line in trainings}) == 8
     assert {(value(line, "--target_epsilon"), value(line, "--noise_multiplier")) for line in trainings} == {
@@ -115,25 +126,47 @@ def test_every_combination_is_a_run():
     started_from = [value(line, "--init_checkpoint") for line in searches]
     assert len(searches) == 9 and started_from.count("pretrained_checkpoints/demo") == 1
     assert not any("--eos_token_id" in line for line in searches)  # this vocabulary has no token of two line feeds
-    published = commands(dry(E2E, "gpt2.sm"), "src/gpt2_beam.py")
+    published = commands(dry("e2e", "gpt2.sm"), "src/gpt2_beam.py")
     assert [value(line, "--eos_token_id") for line in published] == ["628"]
 
 
-@pytest.mark.parametrize("script, arguments, words", [
-    (E2E, ["--nproc", "3"], ["--nproc 3", "does not divide", "128"]), (E2E, ["--nproc", "0"], ["--nproc 0"]),
-    (E2E, ["--epsilon", "low"], ["--epsilon low"]), (E2E, ["--method", "half"], ["--method half"]),
-    (E2E, ["--seeds", "a"], ["--seeds a"]), (E2E, ["--batch"], ["--batch: wants a value"]),
-    (E2E, ["--colour", "red"], ["--colour: unknown flag"]), (E2E, ["gpt3"], ["gpt3: no such model"]),
-    (E2E, ["--data", "/no/such"], ["--data /no/such", "there is no /no/such/train.txt"]),
-    (E2E, ["--name", "a/b"], ["--name a/b"]), (E2E, ["--vocab", "vocab/demo"], ["--vocab vocab/demo", "--data"]),
-    (E2E, ["--data", "data/demo", "--vocab", "nosuch"], ["--vocab nosuch", "there is no nosuch/encoder.json"]),
-    (E2E, ["gpt2.sm", "--", "--train_batch_size", "4"], ["--train_batch_size after --", "--batch"]),
-    (E2E, ["gpt2.sm", "--", "--noise_multiplier=1"], ["--noise_multiplier after --", "--epsilon"]),
-    (AUTHORS, ["--epsilon", "published"], ["--epsilon published"]), (AUTHORS, ["--nproc", "48"], ["does not divide"]),
-    (AUTHORS, ["--", "--disable_dp"], ["--disable_dp after --"]),
+def test_the_steps_of_webnlg_and_dart(dry):
+    """The E2E command on other data; what is decoded is what is scored."""
+    (published,) = commands(dry("e2e", "gpt2.md", "--nproc", 16, "--epsilon", 8), "src/gpt2_ft.py")
+    for task, sets in (("webnlg", ["all", "seen", "unseen"]), ("dart", ["all"])):
+        lines = dry(task, "gpt2.md", "--nproc", 16, "--mirror", "/m")
+        assert lines[0] == ["bash", "scripts/create_datasets.sh", "--mirror", "/m", task]
+        (training,) = commands(lines, "src/gpt2_ft.py")
+        assert training == [word.replace("data/e2e", f"data/{task}") for word in published]
+        decodings = commands(lines, "src/gpt2_decode.py")
+        assert [value(line, "--filter") for line in decodings] == sets
+        assert all({"--tokenize", "--lower"} <= {*line} and value(line, "--ref_type") == task
+                   and value(line, "--ref_num") == "6" for line in decodings)
+        (score,) = commands(lines, "eval/webnlg/webnlg_scores.py")
+        assert score[2:-2] == [value(line, f"--output_{what}_file") for line in decodings for what in ("ref", "pred")]
+
+
+@pytest.mark.parametrize("task, arguments, words", [
+    ("e2e", ["--nproc", "3"], ["--nproc 3", "does not divide", "128"]), ("e2e", ["--nproc", "0"], ["--nproc 0"]),
+    ("e2e", ["--epsilon", "low"], ["--epsilon low"]), ("e2e", ["--method", "half"], ["--method half"]),
+    ("e2e", ["--seeds", "a"], ["--seeds a"]), ("e2e", ["--batch"], ["--batch: wants a value"]),
+    ("e2e", ["--colour", "red"], ["--colour: unknown flag"]), ("e2e", ["gpt3"], ["gpt3: no such model"]),
+    ("e2e", ["--data", "/no/such"], ["--data /no/such", "there is no /no/such/train.txt"]),
+    ("e2e", ["--name", "a/b"], ["--name a/b"]), ("e2e", ["--vocab", "vocab/demo"], ["--vocab vocab/demo", "--data"]),
+    ("e2e", ["--data", "data/demo", "--vocab", "nosuch"], ["--vocab nosuch", "there is no nosuch/encoder.json"]),
+    ("e2e", ["gpt2.sm", "--", "--train_batch_size", "4"], ["--train_batch_size after --", "--batch"]),
+    ("e2e", ["gpt2.sm", "--", "--noise_multiplier=1"], ["--noise_multiplier after --", "--epsilon"]),
+    ("author", ["--epsilon", "published"], ["--epsilon published"]), ("author", ["--nproc", "48"], ["does not divide"]),
+    ("author", ["--", "--disable_dp"], ["--disable_dp after --"]),
+    ("webnlg", ["--test", "t.json"], ["--test", "t.json: wanted --data"]), ("maps", [], ["maps: no table"]),
+    ("webnlg", ["--data", "data/demo"], ["there is no data/demo/train.json", "--test FILE"]),
+    ("dart", ["--data", "/no"], ["/no/dart-v1.1.1-full-train.json"]),
 ])
-def test_mistakes(script, arguments, words):
-    assert_user_error(run(script, "--dry-run", *arguments), *words)
+def test_mistakes(dry, task, arguments, words):
+    with pytest.raises(UserError) as caught:
+        dry(task, *arguments)
+    for word in words:
+        assert word in str(caught.value)
 
 
 # ------------------------------------------------------------------ a whole table
@@ -199,12 +232,42 @@ def test_a_table_that_is_stopped_goes_on(tmp_path, small):
     assert rank.wait(300) == 0, rank.stderr
     assert equal(weights(work, 40), weights(tmp_path / "again", 40))
 
+    other = RUN.replace("lora", "full")  # a row of an earlier call: table and plot are of all rows
+    shutil.copytree(work, work.with_name(other))
+    (folder / "rows" / f"{other}.json").write_text(json.dumps({**row, "method": "full"}))
     once_more = run(E2E, *arguments)  # nothing is left to do
     assert once_more.returncode == 0 and "already there" in once_more.stdout
     assert "src/gpt2_ft.py" not in once_more.stdout and (folder / "table.md").read_text() in once_more.stdout
+    assert f"scripts/plot_run.py {work.with_name(other)} {work} --out" in once_more.stdout
+    assert {line["method"] for line in lines_of(once_more.stdout)} == {"LoRA", "full"}
     assert_user_error(run(E2E, *arguments, "--weight_decay", "0.5"), RUN, "other data or commands")
-    untrained = run(E2E, "--epsilon", 0, *arguments[2:])  # a later call: its table and plot are of all rows
-    assert untrained.returncode == 0 and f"scripts/plot_run.py {work}" in untrained.stdout
+
+
+def test_webnlg_from_data_to_table(tmp_path):
+    """Seen and unseen categories are scored apart and together, from a test set that holds both; untrained."""
+    def entry(category: str, name: str, *texts: str) -> dict:
+        return {"1": {"category": category, "lexicalisations": [{"comment": "good", "lex": text} for text in texts],
+                      "modifiedtripleset": [{"subject": name, "property": "isA", "object": category}]}}
+
+    sets = {"train": [entry("Food", "Soup", "Soup is food.")], "dev": [entry("City", "Paris", "Paris is a city.")],
+            "new": [entry("Artist", "Bach", "Bach wrote music.", "Bach, an artist."),
+                    entry("Food", "Rice", "Rice is food.")]}
+    for name, entries in sets.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"entries": entries}))
+    done = run(WEBNLG, "--data", tmp_path, "--test", tmp_path / "new.json", "--epsilon", 0, "--vocab", "vocab/demo",
+               "--seq_len", 128, "--nproc", 1, "--name", "small", *places(tmp_path), "pretrained_checkpoints/demo")
+    assert done.returncode == 0, done.stderr
+    work = tmp_path / "runs/demo-none-epsilon_0-seed_110"
+    texts = {path.relative_to(work / "references").as_posix(): path.read_text().splitlines()
+             for path in (work / "references").glob("*/reference[01]")}
+    bach, rice = ["bach wrote music .", "bach , an artist ."], ["rice is food ."] * 2
+    assert texts == {f"{part}/reference{i}": [group[i] for group in groups] for i in range(2)
+                     for part, groups in (("all", (bach, rice)), ("seen", [rice]), ("unseen", [bach]))}
+    row = row_of(tmp_path)
+    assert row["scores"] == read(work, "scores.json")["scores"] and row["scores"].keys() == {"all", "seen", "unseen"}
+    (line,) = lines_of(done.stdout)
+    assert [line[f"{name} {part}"] for part, found in row["scores"].items() for name in found] == [
+        f"{value:.4f}" for found in row["scores"].values() for value in found.values()]
 
 
 def test_tokens_are_of_the_data_and_the_vocabulary_that_are_named(tmp_path, small):
@@ -215,7 +278,7 @@ def test_tokens_are_of_the_data_and_the_vocabulary_that_are_named(tmp_path, smal
     arguments = ["--epsilon", 0, *places(tmp_path), "--data", data, "--vocab", vocabulary, "--name", "small", small[-1]]
     path = programs(tmp_path / "bin", python=f"""
         [ "$1" = -c ] && exec {sys.executable} "$@"
-        case "$1" in src/format* | src/gpt2_encode.py) exec {sys.executable} "$@" ;; *) exit 7 ;; esac""")
+        case "$1" in *runner.py | src/format* | src/gpt2_encode.py) exec {sys.executable} "$@" ;; *) exit 7 ;; esac""")
     options = {"PATH": path, "PYTHON": "python"}  # nothing beyond the tokens is made
     tokens.mkdir(parents=True)
     (tokens / "train.jsonl").write_text("of nobody knows what")
@@ -287,7 +350,7 @@ JOB = {"SLURM_JOB_ID": 77, "SLURM_JOB_NUM_NODES": 4, "SLURM_JOB_NODELIST": "node
 
 def test_slurm_starts_the_table_on_every_gpu(tmp_path):
     """The words that reach srun for the training, on 32 GPUs of four machines."""
-    path = programs(tmp_path / "bin", srun=f'printf "%s\\n" "$@" > {tmp_path}/words; exit 7', idle="exit 0",
+    path = programs(tmp_path / "bin", srun=f'printf "%s\\n" "$@" > {tmp_path}/words; exit 7', idle=IDLE,
                     scontrol="for i in $(seq 4); do echo node$i; done")
     done = run(SLURM, *places(tmp_path), *DEMO, PATH=path, PYTHON="idle", **JOB)
     assert done.returncode == 7  # srun's own: what fails is not put back into the queue
@@ -299,7 +362,7 @@ def test_slurm_starts_the_table_on_every_gpu(tmp_path):
 
 
 def test_slurm_s_warning_saves_and_puts_the_job_back(tmp_path):
-    path = programs(tmp_path / "bin", scontrol=f'echo "$@" >> {tmp_path}/scontrol', idle="exit 0", srun=f"""
+    path = programs(tmp_path / "bin", scontrol=f'echo "$@" >> {tmp_path}/scontrol', idle=IDLE, srun=f"""
         trap 'echo stopped > {tmp_path}/srun; exit 143' TERM
         touch {tmp_path}/started
         for i in $(seq 600); do sleep 0.1; done""")
@@ -310,6 +373,9 @@ def test_slurm_s_warning_saves_and_puts_the_job_back(tmp_path):
     assert process.returncode == 143 and (tmp_path / "srun").read_text() == "stopped\n"
     assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 77"
 
+
+# a Python that makes no data
+IDLE = f"""case "$1" in -c | *runner.py) exec {sys.executable} "$@" ;; esac"""
 
 # srun on one machine: the command once for each node, on which a signal is handed to all
 SRUN = """
@@ -357,90 +423,3 @@ def test_slurm_mistakes(changed, words):
 def test_slurm_launch_mistakes(tmp_path, changed, arguments, words):
     (tmp_path / "bash").symlink_to(shutil.which("bash"))
     assert_user_error(run("scripts/slurm_launch.sh", *arguments, **{**JOB, "PATH": tmp_path, **changed}), *words)
-
-
-# ------------------------------------------------------------------ markdown
-
-
-def synthetic(folder: pathlib.Path, **changed: object) -> dict:
-    """A row in folder/rows, as table_row.py writes it."""
-    row = {"task": "e2e", "model": "gpt2.md", "method": "lora", "epsilon": "8", "seed": 1, "processes": 4,
-           "scores": {"BLEU": 0.5, "NIST": 6.0, "METEOR": 0.4, "ROUGE_L": 0.6, "CIDEr": 2.0},
-           "privacy": {"epsilon_prv": 7.96, "delta": 1e-5, "train_runtime": 100.0, "peak_memory_bytes": 2_500_000_000,
-                       "relation": "add or remove one example", "sampling": "poisson"},
-           "settings": {"train_sha256": "other"}, "commands": [], "commit": {"hash": "a" * 40, "modified": False},
-           "hardware": {"machines": 2, "device": "A100", "gpus": 4, "cores": 32}, "versions": {"torch": "2.13.0"},
-           **changed}
-    rows = folder / "rows"
-    rows.mkdir(parents=True, exist_ok=True)
-    (rows / f"{len(list(rows.iterdir()))}.json").write_text(json.dumps(row))
-    return row
-
-
-def lines_of(text: str) -> list[dict[str, str]]:
-    """A markdown table's lines as head -> cell."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    return [dict(zip(rows[0], line, strict=True)) for line in rows[2:]]
-
-
-def test_the_table_of_rows(tmp_path):
-    folder = tmp_path / "2026-01-02_e2e"
-    scores = [0.41, 0.47, 0.44]
-    for seed, score in enumerate(scores):
-        synthetic(folder, seed=seed, scores={"BLEU": score, "NIST": 6, "METEOR": 0.4, "ROUGE_L": 0.6, "CIDEr": 2})
-    e2e = {"train_sha256": "dbc41b098ac523651894eabb7fe140f272445efe3bb4654d4666f2a1976c86b2"}
-    free = {"epsilon_prv": "inf", "delta": 1e-5, "train_runtime": 9.0, "peak_memory_bytes": 10**9,
-            "relation": "add or remove one example", "sampling": "shuffle"}
-    synthetic(folder, epsilon="inf", privacy=free, settings=e2e)
-    synthetic(folder, epsilon="inf", privacy=free, settings=e2e, method="full")
-    synthetic(folder, epsilon="inf", privacy=free, settings=e2e, model="gpt2.sm")
-    synthetic(folder, epsilon="8", settings=e2e, method="full")
-    untrained = synthetic(folder, epsilon="0", method="none")
-    del untrained["privacy"], untrained["settings"]
-    done = run_script("scripts/results_tables.py", folder)
-    assert done.returncode == 0, done.stderr
-    table = {(line["model"], line["method"], line["epsilon"]): line for line in lines_of(done.stdout)}
-    assert len(table) == 6
-    line = table["gpt2.md", "LoRA", "7.96"]
-    assert line["BLEU"] == f"{statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f}"
-    assert (line["seeds"], line["memory [GB]"].split()[0], line["delta"]) == ("3", "2.50", "1e-05")
-    assert table["gpt2.md", "untrained", "0"]["time [s]"] == "-"
-    known = {key: line["published BLEU"] for key, line in table.items() if line["published BLEU"]}
-    assert known == {("gpt2.md", "LoRA", "inf"): "0.704", ("gpt2.md", "full", "inf"): "0.682"}
-    assert "4 processes on 2 machines of 4 x A100; commit aaaaaaaa; torch 2.13.0" in done.stdout
-    assert "Epsilon (PRV upper bound): add or remove one example; poisson sampling. ±" in done.stdout
-
-
-def test_a_mean_is_over_seeds_alone(tmp_path):
-    for seed, rate, processes in ((1, 0.01, 2), (2, 0.01, 4)):
-        synthetic(tmp_path, seed=seed, settings={"lr": rate, "random_seed": seed, "world_size": processes})
-    assert lines_of(run_script("scripts/results_tables.py", tmp_path).stdout)[0]["seeds"] == "2"
-    synthetic(tmp_path, seed=3, settings={"lr": 0.02, "random_seed": 3, "world_size": 2})
-    assert_user_error(run_script("scripts/results_tables.py", tmp_path), "seeds 1 and 3", "lr: 0.01 and 0.02", "--name")
-
-
-def test_the_readme_s_tables(tmp_path):
-    """The newest folder of a name, between the marks alone; twice changes nothing; --check tells."""
-    for date, score in (("2026-01-02", 0.1), ("2026-02-01", 0.2)):
-        scores = dict.fromkeys(("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"), score)
-        synthetic(tmp_path / f"results/{date}_e2e", scores=scores)
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- table e2e -->\nold\n<!-- end -->\nafter\n")
-    command = ["scripts/results_tables.py", "--readme", readme, "--results", tmp_path / "results"]
-    assert run_script(*command, "--check").returncode == 1 and "old" in readme.read_text()
-    assert run_script(*command).returncode == 0
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- table e2e -->\n| model") and text.endswith("\n<!-- end -->\nafter\n")
-    assert "0.2000" in text and "0.1000" not in text and "old" not in text and "published" not in text
-    assert run_script(*command, "--check").returncode == 0 and readme.read_text() == text
-    readme.write_text("<!-- table none -->\n<!-- end -->\n")
-    assert_user_error(run_script(*command), "table none", "there is no")
-    readme.write_text("<!-- table e2e -->\n")
-    assert_user_error(run_script(*command), "has no <!-- end -->")
-    assert_user_error(run_script("scripts/results_tables.py", tmp_path), "holds no rows")
-    sound = synthetic(tmp_path / "sound")
-    damaged = [{name: sound[name] for name in sound if name != part} for part in ("scores", "privacy", "commit")]
-    damaged += [{**sound, "task": "author", "epsilon": "0", "privacy": {}}, {**sound, "scores": {"BLEU": 1.0}}]
-    for damage in ("{", "[]", '{"task": "e2e"}', *map(json.dumps, damaged)):
-        (tmp_path / "results/2026-02-01_e2e/rows/0.json").write_text(damage)
-        assert_user_error(run_script("scripts/results_tables.py", tmp_path / "results/2026-02-01_e2e"), "rows/0.json")

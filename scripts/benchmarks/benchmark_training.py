@@ -1,9 +1,9 @@
 """How fast private training is, against ordinary training and the other ways to clip, in one run.
 
-    python scripts/benchmark_training.py                              # every task, every variant, on this machine
-    python scripts/benchmark_training.py --tasks e2e_lora --variants ordinary published --repeats 5
-    python scripts/benchmark_training.py --scaling                    # ours: seconds a step against batch and length
-    python scripts/benchmark_training.py --show results/2026-11-25_benchmark_training/*.json
+    python scripts/benchmarks/benchmark_training.py            # every task, every variant, on this machine
+    python scripts/benchmarks/benchmark_training.py --tasks e2e_lora --variants ordinary published --repeats 5
+    python scripts/benchmarks/benchmark_training.py --scaling  # ours: seconds a step against batch and length
+    python scripts/benchmarks/benchmark_training.py --show results/2026-11-25_benchmark_training/*.json
 
 Every variant lives in a process of its own, so that its peak memory is its own; a variant and ours then take turns,
 one logical step each (A B A B ...), and what is printed are medians of the pairwise ratios. A step is all of a step:
@@ -37,8 +37,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-sys.path.insert(0, os.path.join(ROOT, "src"))
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
+sys.path[:0] = [os.path.join(ROOT, "src"), os.path.join(ROOT, "scripts")]
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ from cli import Parser, atomic_write, fail, run_main
 from cpu_memory import keep_memory
 from data_utils import Examples
 from losses import MicroBatch
+from markdown_table import markdown, table_line
 from model import MODEL_CARDS, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, Ordinary
@@ -272,10 +273,6 @@ def cells(row: dict) -> tuple[str, ...]:
             *(f"{one[name]:.2f}" for name in ("share_of_matmul_rate", "peak_gb") for one in (ours, other)))
 
 
-def print_line(*words: str) -> None:
-    print("| " + " | ".join(words) + " |", flush=True)
-
-
 def show(paths: list[str]) -> None:
     """The comparisons of JSON files as one table, each with its file."""
     rows = []
@@ -285,21 +282,18 @@ def show(paths: list[str]) -> None:
                 rows += [(*cells(row), os.path.basename(path)) for row in json.load(handle)["rows"] if "variant" in row]
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"--show {path}: no JSON of this benchmark ({error})")
-    print_line(*HEAD, "file")
-    print_line(*["---"] * (len(HEAD) + 1))
-    for row in sorted(rows, key=lambda row: (list(TASKS).index(row[0]), VARIANTS.index(row[1]))):
-        print_line(*row)
+    rows.sort(key=lambda row: (list(TASKS).index(row[0]), VARIANTS.index(row[1])))
+    print(markdown((*HEAD, "file"), rows), end="")
 
 
 def comparisons(options: argparse.Namespace, rate: float) -> list[dict]:
     """Ours against every asked variant in every asked task; prints a row each."""
-    print_line(*HEAD)
-    print_line(*["---"] * len(HEAD))
+    print(markdown(HEAD), end="")
     rows = []
     for task in options.tasks:
         for variant in options.variants:
             rows.append(compare(task, variant, options, rate))
-            print_line(*cells(rows[-1]))
+            print(table_line(cells(rows[-1])), end="", flush=True)
     return rows
 
 
@@ -308,8 +302,7 @@ def scaling(options: argparse.Namespace) -> list[dict]:
     rows = []
     cells = [("e2e_lora", units, options.length) for units in (32, 64, 128, 256, 512, 1024)]
     cells += [("author_full", 4096 // length, length) for length in (32, 64, 128, 256, 512, 1024)]
-    print("| task | logical batch | tokens of a text | real tokens | seconds a step | tokens/s |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(markdown(("task", "logical batch", "tokens of a text", "real tokens", "seconds a step", "tokens/s")), end="")
     for task, units, length in cells:
         one = Worker("book_keeping", task, argparse.Namespace(**{**vars(options), "units": units, "length": length}))
         for _ in range(options.repeats):
@@ -317,8 +310,9 @@ def scaling(options: argparse.Namespace) -> list[dict]:
         one.close()
         seconds = statistics.median(one.seconds)
         rows.append({"task": task, "units": units, "length": length, "tokens": one.tokens, "seconds": one.seconds})
-        print(f"| {task} | {units} | {'E2E' if task == 'e2e_lora' else length} | {one.tokens} | {seconds:.2f} | "
-              f"{one.tokens / seconds:.0f} |", flush=True)
+        line = (task, str(units), "E2E" if task == "e2e_lora" else str(length), str(one.tokens), f"{seconds:.2f}",
+                f"{one.tokens / seconds:.0f}")
+        print(table_line(line), end="", flush=True)
     return rows
 
 

@@ -1,10 +1,10 @@
 """Write a generated corpus with authors, {"author", "content"} a line; author r writes 1/r^s of what the first does.
 
-    python scripts/make_author_corpus.py --authors 600 --records 6000 --words 40 --out authors.jsonl
-    python scripts/make_author_corpus.py --authors 304279 --records 500000 --words 270 --out reddit_size.jsonl
+    python scripts/demo/make_author_corpus.py --authors 600 --records 6000 --words 40 --out authors.jsonl
+    python scripts/demo/make_author_corpus.py --authors 304279 --records 500000 --words 270 --out reddit_size.jsonl
 
 The second is as large as the part of the Reddit corpus that training uses. The texts are made with the demonstration's
-grammar (scripts/demo_grammar.py); an author writes about a few restaurants of their own, so authors differ.
+grammar (scripts/demo/demo_grammar.py); an author writes about a few restaurants of their own, so authors differ.
 The same arguments give the same bytes, with the pinned numpy.
 """
 
@@ -13,7 +13,7 @@ import math
 import os
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "src"))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "src"))
 
 import numpy as np
 from tqdm import tqdm

@@ -1,7 +1,7 @@
 """Write the demonstration's text: a private restaurant domain, and a public domain to pre-train on.
 
-    python scripts/make_demo_data.py --domain restaurants --out data/demo    # train.txt valid.txt test.txt
-    python scripts/make_demo_data.py --domain public --out data/demo         # public_train.txt public_valid.txt
+    python scripts/demo/make_demo_data.py --domain restaurants --out data/demo    # train.txt valid.txt test.txt
+    python scripts/demo/make_demo_data.py --domain public --out data/demo         # public_train.txt public_valid.txt
 
 Both are in E2E's line format, `field : value | field : value||text`, and come from one small generator (Reiter and
 Dale, 1997: choose what to say, plan the sentences, choose the words) with the two vocabularies of demo_grammar.py. A
@@ -14,7 +14,7 @@ import os
 import re
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "src"))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "src"))
 
 from tqdm import tqdm
 

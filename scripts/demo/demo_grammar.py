@@ -77,68 +77,30 @@ def tavern_name(draw: Draw) -> str:
 
 
 RESTAURANT_PHRASES: Phrases = {
-    "food": {
-        "pre": ("@",),
-        "post": ("that serves @ food", "serving @ food"),
-        "verb": ("serves @ food", "serves @ food", "offers @ food"),
-    },
-    "price": {
-        "post": ("with prices @",),
-        "verb": ("has prices @", "has a price range @"),
-    },
-    "price=cheap": {
-        "pre": ("cheap", "low priced"),
-        "post": ("with cheap prices",),
-        "verb": ("is cheap", "has cheap prices"),
-    },
-    "price=moderate": {
-        "pre": ("moderately priced",),
-        "post": ("with moderate prices",),
-        "verb": ("is moderately priced", "has moderate prices"),
-    },
-    "price=high": {
-        "pre": ("high priced", "expensive"),
-        "post": ("with high prices",),
-        "verb": ("is expensive", "has high prices"),
-    },
-    "customer rating": {
-        "post": ("with a customer rating of @",),
-        "verb": ("has a customer rating of @", "is rated @ by customers"),
-    },
-    "customer rating=low": {
-        "pre": ("low rated", "poorly rated"),
-        "post": ("with a low customer rating",),
-        "verb": ("has a low customer rating", "is rated low by customers"),
-    },
-    "customer rating=average": {
-        "pre": ("average rated",),
-        "post": ("with an average customer rating",),
-        "verb": ("has an average customer rating",),
-    },
-    "customer rating=high": {
-        "pre": ("highly rated",),
-        "post": ("with a high customer rating",),
-        "verb": ("has a high customer rating", "is highly rated by customers"),
-    },
-    "area": {
-        "post": ("in the @", "in the @ area"),
-        "front": ("in the @", "in the @ area"),
-        "verb": ("is located in the @", "is in the @ area"),
-    },
-    "family friendly=yes": {
-        "pre": ("family friendly", "child friendly"),
-        "post": ("that welcomes families",),
-        "verb": ("is family friendly", "is child friendly", "welcomes families"),
-    },
-    "family friendly=no": {
-        "post": ("that is not family friendly",),
-        "verb": ("is not family friendly", "is not child friendly"),
-    },
-    "near": {
-        "post": ("near @",),
-        "front": ("near @",),
-        "verb": ("is near @", "is located near @"),
-    },
+    "food": {"pre": ("@",), "post": ("that serves @ food", "serving @ food"),
+             "verb": ("serves @ food", "serves @ food", "offers @ food")},
+    "price": {"post": ("with prices @",), "verb": ("has prices @", "has a price range @")},
+    "price=cheap": {"pre": ("cheap", "low priced"), "post": ("with cheap prices",),
+                    "verb": ("is cheap", "has cheap prices")},
+    "price=moderate": {"pre": ("moderately priced",), "post": ("with moderate prices",),
+                       "verb": ("is moderately priced", "has moderate prices")},
+    "price=high": {"pre": ("high priced", "expensive"), "post": ("with high prices",),
+                   "verb": ("is expensive", "has high prices")},
+    "customer rating": {"post": ("with a customer rating of @",),
+                        "verb": ("has a customer rating of @", "is rated @ by customers")},
+    "customer rating=low": {"pre": ("low rated", "poorly rated"), "post": ("with a low customer rating",),
+                            "verb": ("has a low customer rating", "is rated low by customers")},
+    "customer rating=average": {"pre": ("average rated",), "post": ("with an average customer rating",),
+                                "verb": ("has an average customer rating",)},
+    "customer rating=high": {"pre": ("highly rated",), "post": ("with a high customer rating",),
+                             "verb": ("has a high customer rating", "is highly rated by customers")},
+    "area": {"post": ("in the @", "in the @ area"), "front": ("in the @", "in the @ area"),
+             "verb": ("is located in the @", "is in the @ area")},
+    "family friendly=yes": {"pre": ("family friendly", "child friendly"), "post": ("that welcomes families",),
+                            "verb": ("is family friendly", "is child friendly", "welcomes families")},
+    "family friendly=no": {"post": ("that is not family friendly",),
+                           "verb": ("is not family friendly", "is not child friendly")},
+    "near": {"post": ("near @",), "front": ("near @",), "verb": ("is near @", "is located near @")},
 }
 
 
@@ -229,22 +191,15 @@ def spot(draw: Draw) -> str:
     return place(draw) if draw.chance(0.4) else public_name(draw)
 
 
-QUARTER = or_made_up(
-    "north harbour", "lake shore", "west hill", "city walls", "town centre", "east side", "riverside walk"
-)
+QUARTER = or_made_up("north harbour", "lake shore", "west hill", "city walls", "town centre", "east side",
+                     "riverside walk")
 PRICE = number(4, 60, 2, "£ @")
 
 PLACE_PHRASES: Phrases = {
-    "area": {
-        "post": ("by the @", "down by the @"),
-        "front": ("by the @", "down by the @"),
-        "verb": ("stands by the @", "can be found by the @", "is to be located by the @"),
-    },
-    "near": {
-        "post": ("beside @", "close to @"),
-        "front": ("beside @", "close to @"),
-        "verb": ("lies close to @", "sits beside @", "stands near @"),
-    },
+    "area": {"post": ("by the @", "down by the @"), "front": ("by the @", "down by the @"),
+             "verb": ("stands by the @", "can be found by the @", "is to be located by the @")},
+    "near": {"post": ("beside @", "close to @"), "front": ("beside @", "close to @"),
+             "verb": ("lies close to @", "sits beside @", "stands near @")},
     "ticket": {"post": ("for @", "at @ a ticket"), "verb": ("charges @ a ticket", "costs under @ to enter")},
     "rating": {"pre": ("@ rated",), "verb": ("gets a rating that is @", "is thought to rate as @")},
     "step free=yes": {"pre": ("step free",), "verb": ("can be entered without steps", "has step free doors")},
@@ -327,9 +282,8 @@ def public_kinds() -> list[Kind]:
             "acres": {"pre": ("@ acre",), "post": ("of @ acres",), "verb": ("covers @ acres", "spreads over @ acres")},
             "known for": {"post": ("known for its @",), "verb": ("is loved for its @", "boasts @")},
             "playground=yes": {"post": ("with a playground",), "verb": ("has swings for a child", "suits families")},
-            "playground=no": {
-                "post": ("without a playground",), "verb": ("has no swings for a child", "bores families")
-            },
+            "playground=no": {"post": ("without a playground",),
+                              "verb": ("has no swings for a child", "bores families")},
         },
     )
     shop = public_place(

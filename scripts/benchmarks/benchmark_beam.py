@@ -1,6 +1,6 @@
 """Time beam search: this project's, Hugging Face transformers' at its best batch size, and the arithmetic floor.
 
-    python scripts/benchmark_beam.py --init_checkpoint pretrained_checkpoints/demo \
+    python scripts/benchmarks/benchmark_beam.py --init_checkpoint pretrained_checkpoints/demo \
         --data quickstart_runs/data/test.jsonl
 
 These --data are what scripts/quickstart.sh leaves; their tokens must be of the model's vocabulary. Everything runs in
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "src"))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "src"))
 
 import torch
 

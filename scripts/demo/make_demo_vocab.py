@@ -1,6 +1,6 @@
 """Train the demonstration's byte-level BPE and write it in GPT-2's file format: encoder.json and vocab.bpe.
 
-    python scripts/make_demo_vocab.py --train data/demo/public_train.txt --out vocab/demo
+    python scripts/demo/make_demo_vocab.py --train data/demo/public_train.txt --out vocab/demo
 
 It reads the *public* domain's text alone. A vocabulary is a function of its training text and is published with the
 model, and no noise protects it: had the private text shaped it, a merge could give away a word of a single record, and
@@ -14,7 +14,7 @@ import json
 import os
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "src"))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "src"))
 
 import tokenizers
 

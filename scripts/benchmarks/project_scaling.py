@@ -1,8 +1,8 @@
 """How long a private training would take on 1 to 64 GPUs: a projection from stated rates, not a measurement.
 
-    python scripts/project_scaling.py --measure                      # what this machine can measure, as JSON
-    python scripts/project_scaling.py                                # gpt2.xl, all parameters, E2E, on A100s
-    python scripts/project_scaling.py --device h100 --reached 0.5 --node_bandwidth 50e9
+    python scripts/benchmarks/project_scaling.py --measure                      # what this machine can measure, as JSON
+    python scripts/benchmarks/project_scaling.py                                # gpt2.xl, all parameters, E2E, on A100s
+    python scripts/benchmarks/project_scaling.py --device h100 --reached 0.5 --node_bandwidth 50e9
 
 A step on n GPUs, g of them in each of m machines; P trained coordinates of W parameters, B examples:
 
@@ -31,8 +31,8 @@ import socket
 import sys
 import time
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-sys.path.insert(0, os.path.join(ROOT, "src"))
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
+sys.path[:0] = [os.path.join(ROOT, "src"), os.path.join(ROOT, "scripts")]
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from scipy.stats import poisson
 from cli import Parser, check_positive, fail, run_main
 from cpu_memory import keep_memory
 from losses import MicroBatch
+from markdown_table import markdown
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, Ordinary
@@ -105,12 +106,12 @@ def show(args, config: GPT2Config) -> None:
           f"{args.memory_bandwidth:.3g} B/s, links {args.link_bandwidth:.3g} B/s a GPU, {args.node_bandwidth:.3g} B/s "
           f"a machine of {args.gpus_per_machine} GPUs.\n")
     alone = project(args, config, 1)["hours"]
-    print("| GPUs | compute [ms] | load [ms] | sum [ms] | update [ms] | step [ms] | run [h] | efficiency |")
-    print("| ---- | ------------ | --------- | -------- | ----------- | --------- | ------- | ---------- |")
+    parts, lines = ("compute", "load", "sum", "update", "step"), []
     for n in args.gpus:
         found = project(args, config, n)
-        times = " | ".join(f"{1e3 * found[name]:.0f}" for name in ("compute", "load", "sum", "update", "step"))
-        print(f"| {n} | {times} | {found['hours']:.2f} | {alone / found['hours'] / n:.0%} |")
+        lines.append([str(n), *(f"{1e3 * found[name]:.0f}" for name in parts), f"{found['hours']:.2f}",
+                      f"{alone / found['hours'] / n:.0%}"])
+    print(markdown(["GPUs", *(f"{name} [ms]" for name in parts), "run [h]", "efficiency"], lines), end="")
 
 
 # ------------------------------------------------------------------ what this machine can measure

@@ -1,0 +1,298 @@
+"""What each table runs: its defaults, its data, and the steps of a run from the data to the scores.
+
+A new table is a Task here, named in TASKS, and a scripts/NAME_table.sh like the others; what its columns are is in
+scripts/results_tables.py. `table` is the runner's Table.
+"""
+
+import argparse
+import glob
+import hashlib
+import json
+import os
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cli import fail, read_object
+
+HUGGING_FACE = {"gpt2.sm": "gpt2", "gpt2.md": "gpt2-medium", "gpt2.lg": "gpt2-large", "gpt2.xl": "gpt2-xl"}
+LORA = "--lora_dim 4 --lora_alpha 32 --lora_dropout 0.0".split()
+# The published commands, in which $name is filled in.
+TEXT_TRAINING = """
+    $launch --train_data $tokens/train.jsonl --valid_data $tokens/valid.jsonl --train_batch_size $per_device
+    --grad_acc $accumulation $noise --max_grad_norm 1.0 --valid_batch_size 4 --seq_len $seq_len --model_card $model
+    --init_checkpoint $checkpoint --platform local --clip 0.0 --lr 0.0004 --weight_decay 0.01 --correct_bias
+    --adam_beta2 0.999 --scheduler constant --warmup_step 0 --max_epoch 20 --save_interval 1000 $adapter
+    --label_smooth 0.1 --work_dir $run --random_seed $seed $extra"""
+TEXT_SEARCH = """
+    $launch --data $tokens/test.jsonl --batch_size 1 --seq_len $seq_len --eval_len 64 --model_card $model
+    --init_checkpoint $checkpoint --platform local --beam 10 --length_penalty 0.8 --no_repeat_ngram_size 4
+    --repetition_penalty 1.0 $end --work_dir $run --output_file predict.jsonl"""
+TEXT_DECODING = """
+    python src/gpt2_decode.py --vocab $vocab --sample_file $run/predict.jsonl --input_file $tokens/test_formatted.jsonl
+    $references --output_ref_file $refs --output_pred_file $texts"""
+AUTHOR_TRAINING = """
+    $launch --output_dir $run --model_name $model --train_file $train_file --vocab $vocab --sequence_len 128
+    --per_device_train_batch_size $per_device --gradient_accumulation_steps $accumulation --evaluation_strategy steps
+    --eval_steps 45 --log_level info --per_device_eval_batch_size 64 --eval_accumulation_steps 1 --seed $seed
+    --prediction_loss_only --weight_decay 0.01 --remove_unused_columns False --num_train_epochs 3 --logging_steps 5
+    --max_grad_norm 0 --lr_scheduler_type constant --learning_rate $rate --disable_tqdm True --label_names labels
+    --dataloader_num_workers 2 $adapter $extra $privacy"""
+
+
+def fill(command: str, **values: object) -> list[str]:
+    """The words of a command: $name is a part of a word, or alone the words of a list."""
+    words: list[str] = []
+    for word in command.split():
+        value = values.get(word[1:])
+        words += value if word[0] == "$" and isinstance(value, list) else [string.Template(word).substitute(values)]
+    return words
+
+
+@dataclass(frozen=True)
+class Run:
+    """A line of a table and one seed. model: a name, or a folder from the repository's root. folder: where it works."""
+
+    model: str
+    method: str
+    epsilon: str
+    seed: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of a run. It is left out where it is done, and gets --resume where an earlier call began it."""
+
+    command: list[str]
+    is_done: Callable[[], bool] = lambda: False
+    is_begun: Callable[[], bool] = lambda: False
+
+
+def training_step(run: Run, command: list[str]) -> Step:
+    def is_done() -> bool:
+        report = os.path.join(run.folder, "privacy.json")
+        return os.path.exists(report) and "train_runtime" in read_object(report, "what the run wrote")
+
+    ledger = os.path.join(run.folder, "privacy_ledger.jsonl")
+    return Step(command, is_done, lambda: os.path.exists(ledger) and os.path.getsize(ledger) > 0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A table's name, its --help and its defaults.
+
+    models: names, and their checkpoints' names. options: of its own, (name, metavar, default, help). fixed: flags of
+    its training script that may not stand behind --. instead: what to use in their place.
+    """
+
+    name: str
+    title: str
+    models: dict[str, str]
+    default_models: list[str]
+    epsilons: str
+    methods: str
+    seeds: str
+    batch: int
+    options: list[tuple[str, str, object, str]]
+    fixed: str
+    instead: str
+    script: str
+    is_scored: bool = True  # scores.json, and no training where nothing is trained
+
+    def checkpoint(self, model: str) -> str:
+        """The file or folder that the training of a model starts from."""
+        return f"pretrained_checkpoints/{self.models[model]}-pytorch_model.bin" if model in self.models else model
+
+    def fetch_checkpoints(self, table) -> None:
+        for model in table.args.models:
+            if not os.path.exists(self.checkpoint(model)):
+                table.start("bash", "scripts/download_pretrained_checkpoints.sh", *table.mirror, self.models[model])
+
+
+@dataclass(frozen=True)
+class TextTask(Task):
+    """Examples of a context and a completion; beam search and scores. parts: the files of train, valid and test."""
+
+    parts: tuple[str, str, str] = ("train.txt", "valid.txt", "test.txt")
+    references: str = ""  # flags of gpt2_decode.py for parallel files; none: groups in one file, as E2E's
+    parted: bool = False  # the scores: into categories that training has seen, and others
+
+    def check(self, args: argparse.Namespace) -> None:
+        """UserError for a mistake in the options."""
+        for flag, value in (("--vocab", args.vocab), ("--test", args.test)) if args.data is None else ():
+            if value is not None:
+                fail(f"{flag} {value}: wanted --data beside it; the tokens of data/{self.name} are of GPT-2's "
+                     "vocabulary" + " and of its own test set" * (flag == "--test"))
+        args.vocab = args.vocab or "vocab"
+        for file in self.sources(args) if args.data is not None else ():
+            if not os.path.isfile(file):
+                fail(f"--data {args.data}, --vocab {args.vocab}: there is no {file}; wanted {', '.join(self.parts)} "
+                     "(or --test FILE), and encoder.json and vocab.bpe (GPT-2's: bash scripts/download_vocab.sh)")
+
+    def sources(self, args: argparse.Namespace) -> list[str]:
+        """The files that the tokens are made of."""
+        train, valid, test = (os.path.join(args.data, part) for part in self.parts)
+        return [train, valid, args.test or test, *(f"{args.vocab}/{name}" for name in ("encoder.json", "vocab.bpe"))]
+
+    def prepare(self, table) -> None:
+        """Data, vocabulary and checkpoints, where they are not there yet."""
+        args, dry = table.args, table.args.dry_run
+        if args.data is None:
+            table.start("bash", "scripts/create_datasets.sh", *table.mirror, *[self.name] * (self.name != "e2e"))
+            args.data = args.tokens = f"data/{self.name}"
+        else:
+            args.tokens = f"{args.runs}/data"
+            if not dry:
+                if not os.path.exists(f"{args.tokens}/made_of.txt"):  # nobody knows what they are made of
+                    for path in glob.glob(f"{glob.escape(args.tokens)}/*.jsonl"):
+                        os.unlink(path)
+                table.keep(f"{args.tokens}/made_of.txt", [f"{sha256(path)}  {path}" for path in self.sources(args)])
+            for part, source in zip(("train", "valid", "test"), self.sources(args)[:3], strict=True):
+                tokens = f"{args.tokens}/{part}.jsonl"
+                if not os.path.exists(tokens):
+                    formatted = f"{args.tokens}/{part}_formatted.jsonl"
+                    table.start("python", f"src/format_converting_{self.name}.py", source, formatted)
+                    table.start("python", "src/gpt2_encode.py", "--vocab", args.vocab, "--add_bos", "--add_eos",
+                                "--input", formatted, "--output", tokens)
+        self.fetch_checkpoints(table)
+        end: object = 628  # two line feeds end a text, as published: this token of GPT-2's vocabulary
+        if args.vocab != "vocab":
+            wanted = "a JSON object of tokens and their numbers; make the vocabulary anew"
+            end = read_object(f"{args.vocab}/encoder.json", wanted).get("\u010a\u010a")
+        args.end = [] if end is None else ["--eos_token_id", str(end)]
+
+    def steps(self, table, run: Run) -> tuple[list[str], list[Step]]:
+        """(lines that say what the run is made of, its steps)."""
+        args, predictions, scores = table.args, f"{run.folder}/predict.jsonl", f"{run.folder}/scores.json"
+        names = {**vars(args), "model": run.model, "run": run.folder, "seed": run.seed,
+                 "checkpoint": self.checkpoint(run.model)}
+        training = Step([], lambda: True)
+        if run.method != "none":
+            noise = {"published": ["--noise_multiplier", "0.6"], "inf": ["--noise_multiplier", "0"]}
+            per_device, accumulation = table.split_batch(8)  # as published, where there are 16 processes
+            training = training_step(run, fill(
+                TEXT_TRAINING, launch=table.launch(self.script), per_device=per_device, accumulation=accumulation,
+                noise=noise.get(run.epsilon, ["--target_epsilon", run.epsilon]),
+                adapter=LORA if run.method == "lora" else ["--lora_dim", "0"], **names))
+            names["checkpoint"] = run.folder
+        search = Step(fill(TEXT_SEARCH, launch=table.launch("src/gpt2_beam.py"), **names),
+                      lambda: os.path.exists(predictions),
+                      lambda: bool(glob.glob(f"{glob.escape(predictions)}.journal.*")))
+        if self.references:
+            decoded = [(f"{run.folder}/references/{keep}", f"{run.folder}/predictions_{keep}.txt",
+                        [*self.references.split(), "--filter", keep]) for keep in self.sets(args.tokens)]
+            scorer = ["eval/webnlg/webnlg_scores.py", *(path for *pair, _ in decoded for path in pair)]
+        else:
+            decoded = [(f"{run.folder}/e2e_ref.txt", f"{run.folder}/e2e_pred.txt", [])]
+            scorer = ["eval/e2e/measure_scores.py", *decoded[0][:2], "-p"]
+        decoding = [Step(fill(TEXT_DECODING, refs=refs, texts=texts, references=flags, **names))
+                    for refs, texts, flags in decoded]
+        score = Step(["python", *scorer, "--json", scores], lambda: os.path.exists(scores))
+        return [f"# data: {args.data}, vocabulary: {args.vocab}"], [training, search, *decoding, score]
+
+    def sets(self, tokens: str) -> list[str]:
+        """all; and where they are scored apart, seen and unseen as far as the test set has them, or both in a dry run
+        whose data are not there yet."""
+        formatted = f"{tokens}/test_formatted.jsonl"
+        if not self.parted or not os.path.exists(formatted):
+            return ["all", "seen", "unseen"] if self.parted else ["all"]
+        with open(formatted, encoding="utf-8") as handle:
+            found = {json.loads(line)["cate"] for line in handle}
+        return ["all", *["seen"] * (True in found), *["unseen"] * (False in found)]
+
+
+@dataclass(frozen=True)
+class AuthorTask(Task):
+    """Texts of authors: a training, which ends in an evaluation."""
+
+    is_scored: bool = False
+
+    def check(self, args: argparse.Namespace) -> None:
+        """UserError for a mistake in the options."""
+        if "published" in args.epsilon:
+            fail("--epsilon published: is 8 here")
+        args.vocab, args.train_file = args.vocab or "vocab", args.train_file or "data/reddit/train.jsonl"
+
+    def prepare(self, table) -> None:
+        """Corpus, vocabulary and checkpoints, where they are not there yet."""
+        args = table.args
+        if args.vocab == "vocab":
+            table.start("bash", "scripts/download_vocab.sh", *table.mirror)
+        if args.train_file == "data/reddit/train.jsonl" and not os.path.isfile(args.train_file):
+            table.start("python", "scripts/prepare_reddit.py")
+        if not args.dry_run and os.path.isfile(args.train_file):
+            table.keep(f"{args.runs}/made_of.txt", [f"{sha256(args.train_file)}  {args.train_file}"])
+        self.fetch_checkpoints(table)
+
+    def steps(self, table, run: Run) -> tuple[list[str], list[Step]]:
+        """(no lines, the training)."""
+        rate, adapter, largest = ("1e-4", [], 32) if run.method == "full" else ("3e-4", [*LORA, "--enable_lora"], 64)
+        privacy = {"inf": ["--disable_dp"],  # of an untrained model the rate is 0, whatever stands behind --
+                   "0": ["--disable_dp", "--max_steps", "1", "--learning_rate", "0"]}
+        per_device, accumulation = table.split_batch(largest)
+        return [], [training_step(run, fill(
+            AUTHOR_TRAINING, launch=table.launch(self.script), run=run.folder, model=run.model, seed=run.seed,
+            per_device=per_device, accumulation=accumulation, adapter=adapter, rate="0" if run.epsilon == "0" else rate,
+            privacy=privacy.get(run.epsilon, ["--target_epsilon", run.epsilon, "--per_sample_max_grad_norm", "1.0"]),
+            **vars(table.args)))]
+
+
+def sha256(path: str) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def text_task(name: str, title: str, epsilons: str, parts: tuple[str, str, str], references: str = "",
+              parted: bool = False) -> TextTask:
+    """A task whose runs are those of E2E on other data."""
+    return TextTask(
+        name, title, HUGGING_FACE, [*HUGGING_FACE], epsilons, "lora", "110", 128,
+        [("data", "DIR", None,
+          f"folder of {', '.join(parts)} (default: data/{name}, fetched where it is missing)"),
+         ("test", "FILE", None, f"with --data: another test set than its {parts[2]}"),
+         ("vocab", "DIR", None, "with --data: folder of encoder.json and vocab.bpe to encode it with (default: vocab)"),
+         ("seq_len", "T", 512, "longest example in tokens (default 512)")],
+        "--train_batch_size --grad_acc --noise_multiplier --target_epsilon --random_seed --seq_len --train_data "
+        "--valid_data --model_card --init_checkpoint --work_dir --resume",
+        "--epsilon, --seeds, --batch, --seq_len, --data, --method or MODEL", "src/gpt2_ft.py", parts=parts,
+        references=references, parted=parted)
+
+
+AnyTask = TextTask | AuthorTask
+E2E = """\
+The E2E experiment as a table: for each model the four published steps (training, beam search, decoding, scores), one
+row each in results/DATE_NAME/: BLEU, NIST, METEOR, ROUGE-L, CIDEr, epsilon, delta, time, peak memory."""
+WEBNLG = """\
+WebNLG 2017 as a table, one row a run in results/DATE_NAME/: the steps and flags of the E2E table, six references as in
+LoRA's example, and BLEU, METEOR, TER and chrF++ of all categories, those that training has seen, and the others.
+The challenge's test set has 4,928 texts. Without it, --data DIR --test DIR/dev.json scores seen categories."""
+DART = """\
+DART v1.1.1 as a table, one row a run in results/DATE_NAME/: the steps and flags of the E2E table, six references as in
+LoRA's example, and BLEU, METEOR, TER and chrF++."""
+AUTHOR = """\
+The author-level experiment as a table: full fine-tuning and LoRA, one row each in results/DATE_NAME/: training and
+held-out loss, epsilon, delta, time, peak memory. A seed chooses the held-out authors too.
+
+A small corpus (Shakespeare's 299 speakers), four texts of an author a step:
+  bash scripts/author_table.sh --train_file plays.jsonl --name plays-4 --batch 64 --method full --epsilon "0 8 inf" \\
+      --seeds "1 2 3" MODEL -- --samples_per_author 4 --learning_rate 1e-3 --lr_scheduler_type linear \\
+      --sequence_len 32 --eval_fraction 0.1 --num_train_epochs 10
+and --method lora --epsilon "8 inf" with --learning_rate 1e-2. Of so few authors a table compares methods and is no
+example of a private release: delta = 1/N is 4e-3, which publishing all of one author, drawn at random, would keep."""
+TASKS: dict[str, AnyTask] = {task.name: task for task in (
+    text_task("e2e", E2E, "published", ("train.txt", "valid.txt", "test.txt")),
+    text_task("webnlg", WEBNLG, "8", ("train.json", "dev.json", "test.json"),
+              "--ref_type webnlg --ref_num 6 --tokenize --lower", parted=True),
+    text_task("dart", DART, "8",
+              ("dart-v1.1.1-full-train.json", "dart-v1.1.1-full-dev.json", "dart-v1.1.1-full-test.json"),
+              "--ref_type dart --ref_num 6 --tokenize --lower"),
+    AuthorTask(
+        "author", AUTHOR, {name: name for name in HUGGING_FACE.values()}, ["gpt2"], "8", "full lora", "42", 1024,
+        [("train_file", "FILE", None,
+          "JSON lines with an author and a content (default data/reddit/train.jsonl, made where it is missing)"),
+         ("vocab", "DIR", None, "folder of encoder.json and vocab.bpe (default: vocab, fetched where it is missing)")],
+        "--per_device_train_batch_size --gradient_accumulation_steps --noise_multiplier --target_epsilon --disable_dp "
+        "--seed --train_file --vocab --model_name --output_dir --resume --resume_from_checkpoint --dry_run "
+        "--enable_lora", "--epsilon, --seeds, --batch, --train_file, --vocab, --method or MODEL",
+        "src/fine-tune-dp.py"))}
