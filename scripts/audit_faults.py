@@ -31,8 +31,9 @@ sys.path[:0] = [SRC, HERE]
 
 import torch
 
-import run_setup  # the product, imported once: a run is a fork of this process
-from cli import Parser, atomic_write, fail, read_lines, run_main
+from base.errors import fail, run_main
+from base.files import atomic_write, read_lines
+from base.flags import Parser
 from measured_tables import audit
 from privacy.clipping import ClippingRule
 from privacy.noise import NoiseSource

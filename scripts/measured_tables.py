@@ -10,7 +10,8 @@ import json
 import os
 import statistics
 
-from cli import fail, open_text
+from base.errors import fail
+from base.files import open_text
 from markdown_table import dict_table
 
 Line = dict[str, str]  # head -> cell

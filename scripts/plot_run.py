@@ -20,7 +20,9 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from cli import Parser, atomic_write, fail, read_lines, run_main
+from base.errors import fail, run_main
+from base.files import atomic_write, read_lines
+from base.flags import Parser
 
 PANELS = {"loss": "training loss [nats per scored token]", "valid_loss": "validation loss [nats per scored token]",
           "epsilon": "epsilon spent (PRV upper bound)", "grad_norm": "norm of the released gradient"}

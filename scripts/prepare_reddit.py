@@ -20,8 +20,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from tqdm import tqdm
 
-from author_data import PSEUDO_AUTHORS
-from cli import Parser, atomic_write, fail, is_text, run_main
+from base.errors import fail, run_main
+from base.files import atomic_write, is_text
+from base.flags import Parser
+from corpus.authors import PSEUDO_AUTHORS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ARCHIVE = os.path.join(ROOT, "data", "reddit", "corpus-webis-tldr-17.zip")

@@ -20,7 +20,9 @@ from collections.abc import Callable
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, os.path.join(ROOT, "src"))
 
-from cli import Parser, atomic_write, fail, open_text, run_main
+from base.errors import fail, run_main
+from base.files import atomic_write, open_text
+from base.flags import Parser
 from markdown_table import dict_table
 from measured_tables import measured_table
 

@@ -7,7 +7,7 @@ merged  config.json and model.safetensors, for transformers' from_pretrained; --
 peft    adapter_config.json and adapter_model.safetensors, for peft's PeftModel.from_pretrained(base, folder).
 
 Where the weights come from runs with a ledger, what each of them spent is said in the weights' metadata and in a
-privacy.json beside them, so that a run that starts from here can name it (provenance.py).
+privacy.json beside them, so that a run that starts from here can name it (run/provenance.py).
 """
 
 import json
@@ -18,13 +18,15 @@ import safetensors.torch
 from torch import Tensor
 
 import loralib as lora
-import peft_format
-import provenance
-from checkpoint import Loaded, fingerprint, load_model
-from cli import Parser, atomic_write, fail, read_object, run_main
+from base.errors import fail, run_main
+from base.files import atomic_write, read_object
+from base.flags import Parser
+from corpus.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from model import GPT2Config, GPT2LMModel
 from privacy.ledger import FILE_NAME
-from tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from run import provenance
+from weights import peft_format
+from weights.checkpoint import Loaded, fingerprint, load_model
 
 WEIGHTS = {"merged": "model.safetensors", "peft": "adapter_model.safetensors"}
 # The tokenizer's files: ours, and Hugging Face's names for the same content.

@@ -22,17 +22,18 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-import author_data
-import distributed
-import run_setup
-from author_data import AuthorTexts, Corpus, Source
-from checkpoint import Loaded, latest_resumable, load_model, model_path
-from cli import Parser, UserError, check_least, check_positive, check_range, fail, run_main
-from data_utils import count_shared
-from distributed import World
+from base import distributed
+from base.distributed import World
+from base.errors import UserError, fail, run_main
+from base.flags import Parser, check_least, check_positive, check_range
+from corpus import authors as author_data
+from corpus.authors import AuthorTexts, Corpus, Source
+from corpus.examples import count_shared
 from optimizer import schedule
-from run_setup import SWITCH
-from training import Trainer
+from run import setup
+from run.loop import Trainer
+from run.setup import SWITCH
+from weights.checkpoint import Loaded, latest_resumable, load_model, model_path
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHECKPOINTS = os.path.join(ROOT, "pretrained_checkpoints")
@@ -43,7 +44,7 @@ QUANTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "90 %": 0.9,
 # Flags of Hugging Face's Trainer that steer nothing here.
 WITHOUT_EFFECT = ("remove_unused_columns", "label_names", "prediction_loss_only", "eval_accumulation_steps",
                   "per_device_eval_batch_size", "dataloader_num_workers")
-FLAGS = run_setup.FlagNames(
+FLAGS = setup.FlagNames(
     batch="--per_device_train_batch_size x --gradient_accumulation_steps x processes", steps="--max_steps",
     folder="--output_dir")
 
@@ -114,7 +115,7 @@ def parse(argv: list[str]) -> Namespace:
                        help="evaluation batches are bounded by --micro_batch_tokens")
     group.add_argument("--dataloader_num_workers", type=int,
                        help="1,024 authors are cut from a memory map in 7 ms, without workers")
-    run_setup.add_shared_flags(parser)
+    setup.add_shared_flags(parser)
     args = parser.parse_args(argv)
     args.without_effect = [name for name in WITHOUT_EFFECT if any(word.split("=")[0] == f"--{name}" for word in argv)]
     return args
@@ -124,7 +125,7 @@ def check(args: Namespace) -> None:
     """Raise UserError for what can be known to be wrong before any file is read."""
     if args.resume_from_checkpoint is not None:
         args.resume = resume_asked(args.resume_from_checkpoint, args.output_dir) or args.resume
-    run_setup.check_shared_flags(args)
+    setup.check_shared_flags(args)
     if not args.disable_dp and (args.noise_multiplier is None) == (args.target_epsilon is None):
         fail("--noise_multiplier and --target_epsilon: give exactly one of them, or --disable_dp")
     check_least(args, per_device_train_batch_size=1, gradient_accumulation_steps=1, sequence_len=2,
@@ -132,8 +133,8 @@ def check(args: Namespace) -> None:
     check_range(args, learning_rate=(0, math.inf), weight_decay=(0, math.inf), adam_epsilon=(0, math.inf),
                 adam_beta1=(0, 1), adam_beta2=(0, 1), lora_dropout=(0, 1), max_grad_norm=(0, math.inf),
                 eval_fraction=(0, 1), noise_multiplier=(0, math.inf))
-    check_positive(args, lora_alpha=math.inf, num_train_epochs=run_setup.MOST_EPOCHS)
-    run_setup.check_noise(args, "per_sample_max_grad_norm")
+    check_positive(args, lora_alpha=math.inf, num_train_epochs=setup.MOST_EPOCHS)
+    setup.check_noise(args, "per_sample_max_grad_norm")
     if args.eval_file is not None and args.eval_fraction is not None:
         fail("--eval_fraction: means nothing with --eval_file, which holds all held-out texts")
     if args.enable_lora and args.lora_dim == 0:
@@ -179,7 +180,7 @@ def resolve_model(name: str) -> tuple[str, str | None]:
 
 def load(args: Namespace) -> Loaded:
     path, card = resolve_model(args.model_name)
-    loaded = load_model(path, card, run_setup.lora_config(args), args.base_checkpoint, flag="--model_name")
+    loaded = load_model(path, card, setup.lora_config(args), args.base_checkpoint, flag="--model_name")
     if args.sequence_len > loaded.model.config.n_positions:
         fail(f"--sequence_len {args.sequence_len}: the model has {loaded.model.config.n_positions} positions")
     return loaded
@@ -214,7 +215,7 @@ def split(args: Namespace, corpus: Corpus, evaluation: Corpus | None) -> tuple[A
         fail(f"--train_file {args.train_file}: all {corpus.texts} texts are by one author; author-level privacy wants "
              "many")
     if evaluation is not None:
-        run_setup.check_validation("--eval_file", args.eval_file, evaluation.facts["sha256"], corpus.facts["sha256"])
+        setup.check_validation("--eval_file", args.eval_file, evaluation.facts["sha256"], corpus.facts["sha256"])
         chosen, held = np.arange(A), len(evaluation.keys)
         held_out = evaluation.by_text(np.arange(held))
         facts = {"by": "file", "file_sha256": evaluation.facts["sha256"]}
@@ -242,12 +243,12 @@ def learning_rate(args: Namespace, steps: int) -> Callable[[int], float]:
     return schedule("constant" if name == "constant_with_warmup" else name, lr, steps, warmup)
 
 
-def make_request(args: Namespace, N: int, world: World) -> run_setup.Request:
+def make_request(args: Namespace, N: int, world: World) -> setup.Request:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world.size
-    steps = args.max_steps if args.max_steps > 0 else run_setup.epochs_to_steps(args.num_train_epochs, N, batch)
-    every = {"no": 0, "steps": args.eval_steps or args.logging_steps, "epoch": run_setup.epochs_to_steps(1, N, batch)}
+    steps = args.max_steps if args.max_steps > 0 else setup.epochs_to_steps(args.num_train_epochs, N, batch)
+    every = {"no": 0, "steps": args.eval_steps or args.logging_steps, "epoch": setup.epochs_to_steps(1, N, batch)}
     log_interval, eval_interval = (1, 1) if args.dry_run else (args.logging_steps, every[args.eval_strategy])
-    return run_setup.Request(
+    return setup.Request(
         unit="author", N=N, longest=args.sequence_len, rows_per_unit=args.samples_per_author, batch=batch, steps=steps,
         clip=args.per_sample_max_grad_norm,
         sigma=0.0 if args.disable_dp else args.noise_multiplier,
@@ -270,8 +271,8 @@ def describe(trainer: Trainer, args: Namespace, corpus: Corpus, train: AuthorTex
         + (f", seed {held_out['seed']}" if held_out["by"] == "author" else ""))
     if trainer.world.is_main and valid is not None:
         authors = np.unique(valid.keys)
-        run_setup.warn_of_shared(trainer, "authors", np.isin(authors, train.keys).sum(), len(authors))
-        run_setup.warn_of_shared(trainer, "texts", count_shared(valid, train), len(valid))
+        setup.warn_of_shared(trainer, "authors", np.isin(authors, train.keys).sum(), len(authors))
+        setup.warn_of_shared(trainer, "texts", count_shared(valid, train), len(valid))
     vocab_size = trainer.model.config.vocab_size
     if facts["vocab_size"] != vocab_size:
         say(f"WARNING: --vocab {args.vocab} has {facts['vocab_size']} ids, the model {vocab_size}: is it the model's "
@@ -336,7 +337,7 @@ def main() -> int:
                  f"{loaded.model.config.vocab_size}; give the vocabulary of the model")
         train, valid, held_out = split(args, corpus, evaluation)
         request = make_request(args, len(train), world)
-        run_setup.check_request(request)
+        setup.check_request(request)
     except UserError as mistake:
         error = mistake
     world.agree(error)
@@ -344,14 +345,14 @@ def main() -> int:
     recorded = {**vars(args), "train_sha256": corpus.facts["sha256"],
                 "vocab_sha256": author_data.digest_vocab(args.vocab),
                 "eval_sha256": None if evaluation is None else evaluation.facts["sha256"]}
-    disclosed = [run_setup.VALIDATION_LOSS,
+    disclosed = [setup.VALIDATION_LOSS,
                  "train_loss, the mean training loss, not privatised",
                  "held_out and contributions: numbers of authors, of texts and of texts never used, quantiles of texts "
                  "per author, not privatised"]
-    trainer = run_setup.build_trainer(request, args, world, loaded, train, valid, args.output_dir, disclosed, recorded)
+    trainer = setup.build_trainer(request, args, world, loaded, train, valid, args.output_dir, disclosed, recorded)
     trainer.facts["held_out"] = held_out
     describe(trainer, args, corpus, train, valid, held_out)
-    run_setup.announce(trainer)
+    setup.announce(trainer)
     resumed = trainer.done > 0
     status = trainer.run()
     if status == 0:

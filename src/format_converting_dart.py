@@ -10,8 +10,9 @@ may be one object of lists, {"source": [...], "text": [...]}. Out: lines of
 import argparse
 from collections.abc import Iterator
 
-from cli import Parser, check_output, fail, run_main
-from triples import linearise, read_json, write_examples
+from base.errors import fail, run_main
+from base.flags import Parser, check_output
+from corpus.triples import linearise, read_json, write_examples
 
 ENTRY = '{"tripleset": [[subject, relation, object], ...], "annotations": [{"text": ...}, ...]}'
 

@@ -11,7 +11,9 @@ import sys
 
 from tqdm import tqdm
 
-from cli import Parser, atomic_write, check_output, fail, read_lines, run_main
+from base.errors import fail, run_main
+from base.files import atomic_write, read_lines
+from base.flags import Parser, check_output
 
 
 def convert_line(line: str, where: str) -> dict[str, str]:

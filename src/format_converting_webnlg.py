@@ -11,8 +11,9 @@ that the challenge's annotators judged "good" are taken, and of one language.
 import argparse
 from collections.abc import Iterator
 
-from cli import Parser, check_output, fail, run_main
-from triples import linearise, read_json, write_examples
+from base.errors import fail, run_main
+from base.flags import Parser, check_output
+from corpus.triples import linearise, read_json, write_examples
 
 # (categories of the training set, further ones of the test set) of the challenges of 2017 and 2020
 _2017 = "Airport Astronaut Building City ComicsCharacter Food Monument SportsTeam University WrittenWork".split()

@@ -27,12 +27,14 @@ import torch
 from tqdm import tqdm
 
 import loralib as lora
-from beam_search import SearchSettings, beam_search
-from checkpoint import Loaded, fingerprint, load_model, slots
-from cli import Parser, atomic_write, check_least, check_positive, fail, lock, read_lines, run_main
-from distributed import World, start
-from kv_cache import TreeDecoder
+from base.distributed import World, start
+from base.errors import fail, run_main
+from base.files import atomic_write, lock, read_lines
+from base.flags import Parser, check_least, check_positive
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.tree_decoder import TreeDecoder
 from model import SLOTS, GPT2LMModel, LoRAConfig
+from weights.checkpoint import Loaded, fingerprint, load_model, slots
 
 END_OF_TEXT_ID = 50256  # GPT-2's <|endoftext|>
 WAIT_SECONDS = 24 * 3600  # how long a rank that is done waits for the others

@@ -20,8 +20,10 @@ import os
 import re
 from dataclasses import dataclass, field
 
-from cli import Parser, atomic_write, fail, is_text, read_lines, run_main
-from tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from base.errors import fail, run_main
+from base.files import atomic_write, is_text, read_lines
+from base.flags import Parser
+from corpus.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
 DEFAULT_REF_NUM = 4
 # Whatever any reader could take for the end of a line.

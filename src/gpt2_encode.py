@@ -15,8 +15,10 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from cli import Parser, atomic_write, check_output, fail, is_text, read_lines, run_main
-from tokenizer import load_tokenizer
+from base.errors import fail, run_main
+from base.files import atomic_write, is_text, read_lines
+from base.flags import Parser, check_output
+from corpus.tokenizer import load_tokenizer
 
 # Lines handed to the library at a time: enough to keep its threads busy, few enough for the progress bar to move.
 CHUNK = 2048

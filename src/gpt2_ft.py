@@ -17,13 +17,15 @@ from argparse import Namespace
 
 import torch
 
-import distributed
-import run_setup
-from checkpoint import load_model
-from cli import Parser, UserError, check_file, check_least, check_positive, check_range, fail, run_main
-from data_utils import count_shared, read_examples
+from base import distributed
+from base.errors import UserError, fail, run_main
+from base.files import check_file
+from base.flags import Parser, check_least, check_positive, check_range
+from corpus.examples import count_shared, read_examples
 from model import MODEL_CARDS
 from optimizer import SCHEDULES, schedule
+from run import setup
+from weights.checkpoint import load_model
 
 DEFAULT_SIGMA = 0.5
 
@@ -72,13 +74,13 @@ def parse(argv: list[str]) -> Namespace:
     add("--lora_dropout", type=float, default=0.0)
     add("--obj", choices=("clm", "jlm"), default="clm", help="score the completion, or context and completion")
     add("--label_smooth", type=float, default=0.0)
-    run_setup.add_shared_flags(parser)
+    setup.add_shared_flags(parser)
     return parser.parse_args(argv)
 
 
 def check(args: Namespace) -> None:
     """Raise UserError for what can be known to be wrong before any file is read."""
-    run_setup.check_shared_flags(args)
+    setup.check_shared_flags(args)
     if args.fp16:
         fail("--fp16: refused, its loss scaling may skip a step, which privacy accounting cannot allow; use --bf16")
     if args.noise_multiplier is not None and args.target_epsilon is not None:
@@ -88,8 +90,8 @@ def check(args: Namespace) -> None:
     check_range(args, lr=(0, math.inf), weight_decay=(0, math.inf), adam_epislon=(0, math.inf), adam_beta1=(0, 1),
                 adam_beta2=(0, 1), lora_dropout=(0, 1), label_smooth=(0, 1), clip=(0, math.inf),
                 noise_multiplier=(0, math.inf))
-    check_positive(args, lora_alpha=math.inf, max_epoch=run_setup.MOST_EPOCHS)
-    run_setup.check_noise(args, "max_grad_norm")
+    check_positive(args, lora_alpha=math.inf, max_epoch=setup.MOST_EPOCHS)
+    setup.check_noise(args, "max_grad_norm")
     if args.scheduler == "cycle":
         cycle_points(args)
     elif args.max_step is None and args.max_epoch is None:
@@ -113,7 +115,7 @@ def count_steps(args: Namespace, N: int, batch: int) -> int:
     point."""
     limits = [] if args.max_step is None else [args.max_step]
     if args.max_epoch is not None:
-        limits.append(run_setup.epochs_to_steps(args.max_epoch, N, batch))
+        limits.append(setup.epochs_to_steps(args.max_epoch, N, batch))
     return min(limits) if limits else cycle_points(args)[-1][0]
 
 
@@ -124,7 +126,7 @@ def main() -> int:
     try:
         check(args)
         torch.manual_seed(args.random_seed)
-        loaded = load_model(args.init_checkpoint, args.model_card, run_setup.lora_config(args), args.base_checkpoint)
+        loaded = load_model(args.init_checkpoint, args.model_card, setup.lora_config(args), args.base_checkpoint)
         config = loaded.model.config
         if args.seq_len > config.n_positions:
             fail(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
@@ -132,33 +134,33 @@ def main() -> int:
         check_file(args.valid_data, "--valid_data")
         train = read_examples(args.train_data, "--train_data", config.vocab_size, args.seq_len, args.obj)
         valid = read_examples(args.valid_data, "--valid_data", config.vocab_size, args.seq_len)
-        digests = {"train_sha256": run_setup.digest_file(args.train_data),
-                   "valid_sha256": run_setup.digest_file(args.valid_data)}
-        run_setup.check_validation("--valid_data", args.valid_data, digests["valid_sha256"], digests["train_sha256"])
+        digests = {"train_sha256": setup.digest_file(args.train_data),
+                   "valid_sha256": setup.digest_file(args.valid_data)}
+        setup.check_validation("--valid_data", args.valid_data, digests["valid_sha256"], digests["train_sha256"])
         batch = args.train_batch_size * args.grad_acc * world.size
         steps = count_steps(args, len(train), batch)
         sigma = args.noise_multiplier
         if sigma is None and args.target_epsilon is None:
             sigma = DEFAULT_SIGMA
         points = cycle_points(args) if args.scheduler == "cycle" else ()
-        request = run_setup.Request(
+        request = setup.Request(
             unit="example", N=len(train), longest=args.seq_len, batch=batch, steps=steps,
             clip=args.max_grad_norm, sigma=sigma,
-            delta=run_setup.DEFAULT_DELTA if args.target_delta is None else args.target_delta,
+            delta=setup.DEFAULT_DELTA if args.target_delta is None else args.target_delta,
             target_epsilon=args.target_epsilon, betas=(args.adam_beta1, args.adam_beta2), adam_eps=args.adam_epislon,
             weight_decay=args.weight_decay, correct_bias=args.correct_bias, no_decay_bias=args.no_decay_bias,
             smoothing=args.label_smooth, grad_clip=args.clip, random_seed=args.random_seed,
             lr=schedule(args.scheduler, args.lr, steps, args.warmup_step, points), log_interval=args.log_interval,
             eval_interval=args.eval_interval, save_interval=args.save_interval)
-        run_setup.check_request(request)
+        setup.check_request(request)
     except UserError as mistake:
         error = mistake
     world.agree(error)
 
     recorded = {**vars(args), **digests}
     disclosed = ["N, and on the terminal how many training examples were cut at --seq_len, not privatised",
-                 run_setup.VALIDATION_LOSS]
-    trainer = run_setup.build_trainer(request, args, world, loaded, train, valid, args.work_dir, disclosed, recorded)
+                 setup.VALIDATION_LOSS]
+    trainer = setup.build_trainer(request, args, world, loaded, train, valid, args.work_dir, disclosed, recorded)
     say = trainer.display.say
     if loaded.path is None:
         say("no --init_checkpoint: training starts from random weights")
@@ -166,14 +168,14 @@ def main() -> int:
         say(f"{train.cut} training examples were longer than --seq_len {args.seq_len} and were cut"
             + (f"; {train.unscored} of them have no scored token left" if train.unscored else ""))
     if world.is_main:
-        run_setup.warn_of_shared(trainer, "examples", count_shared(valid, train), len(valid))
+        setup.warn_of_shared(trainer, "examples", count_shared(valid, train), len(valid))
     if args.valid_batch_size is not None:
         say("--valid_batch_size has no effect: validation batches are bounded by --micro_batch_tokens")
     if args.eval_epoch is not None:
         say("--eval_epoch has no effect, as in the published code: --eval_interval says when to evaluate")
     if args.scheduler == "dev_perf":
         say("--scheduler dev_perf: a constant learning rate, as in the published code")
-    run_setup.announce(trainer)
+    setup.announce(trainer)
     status = trainer.run()
     world.close()
     return status

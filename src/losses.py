@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import fast_linear
-from fast_linear import fill_up, product
+from base import products
+from base.products import fill_up, product
 from model import GPT2LMModel
 
 # Entries of a logits block: the block, and the passes over it, stay in a CPU's cache. A GPU wants few large launches.
@@ -85,7 +85,7 @@ class LogitsLoss(torch.autograd.Function):
             part = logits[start:start + rows].to(wide)
             count = len(part)
             true = part.gather(1, targets[start:start + rows, None]).squeeze(1)
-            if fast_linear.block_rows:  # of a single row the sum would be taken in another order
+            if products.block_rows:  # of a single row the sum would be taken in another order
                 part = fill_up(part, rows)
             lse = torch.logsumexp(part, dim=1)[:count]
             mean = part.mean(1)[:count] if smoothing else 0
@@ -121,7 +121,7 @@ class LogitsLoss(torch.autograd.Function):
 def row_chunk(logits: Tensor) -> int:
     """Rows of a pass over logits (n, V)."""
     rows = max(1, (CPU_BLOCK if logits.device.type == "cpu" else GPU_BLOCK) // logits.shape[1])
-    return min(rows, fast_linear.block_rows) if fast_linear.block_rows else rows
+    return min(rows, products.block_rows) if products.block_rows else rows
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -138,7 +138,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         V = len(head)
         kind = states.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-        rows = fast_linear.block_rows or n
+        rows = products.block_rows or n
         block = max(256, (CPU_BLOCK if kind == "cpu" else GPU_BLOCK) // max(1, rows))
         parts = [fill_up(part, rows) for part in states.to(low).split(rows)]
         top = states.new_full((len(parts), rows, 1), float("-inf"))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loralib as lora
-from fast_linear import gelu, linear
+from base.products import gelu, linear
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@
         --work_dir trained_models/audit
 Many processes: the same after `torchrun --nproc_per_node=2`, with --train_batch_size 64.
 
-It is the run of src/gpt2_ft.py with --canaries more units, each in the data by the toss of a coin (src/canaries.py);
-after it the coins are guessed, from every released gradient (gradient) or from the last model and the first (text),
-and the number of right guesses gives the bound (src/privacy/auditing.py), which holds with 95 % confidence. Above the
-claim, the claim is refuted: status 1. Below it, nothing was found wrong; it does not prove the claim.
+It is the run of src/gpt2_ft.py with --canaries more units, each in the data by the toss of a coin
+(src/run/canaries.py); after it the coins are guessed, from every released gradient (gradient) or from the last model
+and the first (text), and the number of right guesses gives the bound (src/privacy/auditing.py), which holds with 95 %
+confidence. Above the claim, the claim is refuted: status 1. Below it, nothing was found wrong; it does not prove the
+claim.
 
 Leaves in --work_dir, beside a run's files: audit.json (bound, claim, guesses), audit_scores.npz (scores, coins),
 audit.png.
@@ -25,17 +26,17 @@ from argparse import Namespace
 import numpy as np
 import torch
 
-import canaries
-import distributed
-import run_setup
-from checkpoint import load_model
-from cli import (Parser, UserError, atomic_write, check_least, check_positive, check_range, fail,
-                 run_main)
-from data_utils import read_examples
+from base import distributed
+from base.errors import UserError, fail, run_main
+from base.files import atomic_write
+from base.flags import Parser, check_least, check_positive, check_range
+from corpus.examples import read_examples
 from model import MODEL_CARDS
 from optimizer import schedule
 from privacy.auditing import FEWEST, Audit, audit
 from privacy.plan import finite_or_text
+from run import canaries, setup
+from weights.checkpoint import load_model
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -76,7 +77,7 @@ def parse(argv: list[str]) -> Namespace:
     add("--lora_alpha", type=float, default=128)
     add("--lora_dropout", type=float, default=0.0)
     add("--label_smooth", type=float, default=0.0)
-    run_setup.add_shared_flags(parser)
+    setup.add_shared_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -84,7 +85,7 @@ def check(args: Namespace) -> None:
     """Raise UserError for what can be known to be wrong before any file is read."""
     if args.resume:
         fail("--resume: refused, the coins and scores of an audit are not kept; start it again in another --work_dir")
-    run_setup.check_shared_flags(args)
+    setup.check_shared_flags(args)
     if (args.noise_multiplier is None) == (args.target_epsilon is None):
         fail("--noise_multiplier and --target_epsilon: give one of them, an audit needs a claim to compare with")
     if args.noise_multiplier == 0:
@@ -98,8 +99,8 @@ def check(args: Namespace) -> None:
     check_least(args, train_batch_size=1, grad_acc=1, seq_len=2, max_step=1, log_interval=1, lora_dim=0, random_seed=0)
     check_range(args, lr=(0, math.inf), weight_decay=(0, math.inf), adam_epislon=(0, math.inf), adam_beta1=(0, 1),
                 adam_beta2=(0, 1), lora_dropout=(0, 1), label_smooth=(0, 1), noise_multiplier=(0, math.inf))
-    check_positive(args, lora_alpha=math.inf, max_epoch=run_setup.MOST_EPOCHS)
-    run_setup.check_noise(args, "max_grad_norm")
+    check_positive(args, lora_alpha=math.inf, max_epoch=setup.MOST_EPOCHS)
+    setup.check_noise(args, "max_grad_norm")
     if args.max_step is None and args.max_epoch is None:
         fail("--max_epoch: give it or --max_step, the run has no end otherwise")
     if args.canary_kind == "text" and args.seq_len < canaries.CONTEXT + canaries.COMPLETION:
@@ -135,7 +136,7 @@ def main() -> int:
     try:
         check(args)
         torch.manual_seed(args.random_seed)
-        loaded = load_model(args.init_checkpoint, args.model_card, run_setup.lora_config(args), args.base_checkpoint)
+        loaded = load_model(args.init_checkpoint, args.model_card, setup.lora_config(args), args.base_checkpoint)
         config = loaded.model.config
         if args.seq_len > config.n_positions:
             fail(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
@@ -147,17 +148,17 @@ def main() -> int:
         N, batch = len(train) + args.canaries, args.train_batch_size * args.grad_acc * world.size
         limits = [] if args.max_step is None else [args.max_step]
         if args.max_epoch is not None:
-            limits.append(run_setup.epochs_to_steps(args.max_epoch, N, batch))
-        request = run_setup.Request(
+            limits.append(setup.epochs_to_steps(args.max_epoch, N, batch))
+        request = setup.Request(
             unit="example", N=N, longest=args.seq_len, batch=batch, steps=min(limits),
             clip=args.max_grad_norm, sigma=args.noise_multiplier,
-            delta=run_setup.DEFAULT_DELTA if args.target_delta is None else args.target_delta,
+            delta=setup.DEFAULT_DELTA if args.target_delta is None else args.target_delta,
             target_epsilon=args.target_epsilon, betas=(args.adam_beta1, args.adam_beta2), adam_eps=args.adam_epislon,
             weight_decay=args.weight_decay, correct_bias=args.correct_bias, no_decay_bias=False,
             smoothing=args.label_smooth, grad_clip=0.0, random_seed=args.random_seed,
             lr=schedule("constant", args.lr, min(limits)), log_interval=args.log_interval,
             eval_interval=0, save_interval=min(limits), resumable=False)
-        run_setup.check_request(request)
+        setup.check_request(request)
     except UserError as mistake:
         error = mistake
     world.agree(error)
@@ -165,9 +166,9 @@ def main() -> int:
     m, text = args.canaries, args.canary_kind == "text"
     coins = canaries.toss_coins(m, world)
     texts = canaries.text_canaries(m, train, config.vocab_size, world) if text else None
-    recorded = {**vars(args), "train_sha256": run_setup.digest_file(args.train_data)}
+    recorded = {**vars(args), "train_sha256": setup.digest_file(args.train_data)}
     disclosed = [f"a privacy audit with {m} {args.canary_kind} canaries among the {N} units: no model to be used"]
-    trainer = run_setup.build_trainer(request, args, world, loaded, canaries.CanaryData(train, coins, texts), None,
+    trainer = setup.build_trainer(request, args, world, loaded, canaries.CanaryData(train, coins, texts), None,
                                       args.work_dir, disclosed, recorded)
     plan, cut = trainer.plan, trainer.options.cut
     if text:
@@ -178,7 +179,7 @@ def main() -> int:
         adversary = canaries.Adversary(plan, trainer.engine)
     say = trainer.display.say
     say(f"audit: {m} {args.canary_kind} canaries, {coins.sum()} of them in the data, among {N} units")
-    run_setup.announce(trainer)
+    setup.announce(trainer)
     status = trainer.run()
     if status == 0 and world.is_main:
         scores = before - canaries.text_losses(trainer.model, texts, world.device, cut) if text else adversary.scores

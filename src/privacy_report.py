@@ -20,11 +20,21 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from cli import Parser, atomic_write, fail, read_object, run_main
+from base.errors import fail, run_main
+from base.files import atomic_write, read_object
+from base.flags import Parser
 from privacy import accounting
 from privacy.accounting import Phase
-from privacy.ledger import (FILE_NAME, LedgerState, check_none_was_kept, epsilons, noise_sources, participations,
-                            read_ledger, spent)
+from privacy.ledger import (
+    FILE_NAME,
+    LedgerState,
+    check_none_was_kept,
+    epsilons,
+    noise_sources,
+    participations,
+    read_ledger,
+    spent,
+)
 from privacy.plan import RELATIONS, SEEDED_WARNING, choose_sigma, finite_or_text, relation
 
 REPORT_NAME = "privacy.json"

@@ -9,13 +9,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from losses import MicroBatch
 from model import GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import FlatParameters
 from privacy import clipping
 from privacy.clipping import BookKeeping, ClippingRule
 from privacy.opacus_engine import OpacusEngine
-from torch import Tensor
 
 CONFIG = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=37, n_positions=208)
 RULES = ("flat", "per_layer", "automatic")

@@ -24,9 +24,9 @@ import time
 import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PRELOADED = ("torch", "opacus", "opacus.distributed", "torch.distributed.distributed_c10d", "tokenizers", "training",
-             "privacy.opacus_engine", "safetensors.torch", "kv_cache", "beam_search", "run_setup", "tqdm",
-             "scipy.stats")
+PRELOADED = ("torch", "opacus", "opacus.distributed", "torch.distributed.distributed_c10d", "tokenizers", "run.loop",
+             "privacy.opacus_engine", "safetensors.torch", "decoding.tree_decoder", "decoding.beam_search",
+             "run.setup", "tqdm", "scipy.stats")
 
 
 # ------------------------------------------------------------------ faults
@@ -119,7 +119,7 @@ def fault_late_ledger() -> None:
     from privacy.ledger import Ledger
     charge, late = Ledger.charge, []
     Ledger.charge = lambda self, step: late.append((self, step))
-    wrap("training:Trainer.after_step", "before", 0, lambda *_: charge(*late.pop()))
+    wrap("run.loop:Trainer.after_step", "before", 0, lambda *_: charge(*late.pop()))
 
 
 def fault_entropy(file: str) -> None:
@@ -137,7 +137,7 @@ def fault_entropy(file: str) -> None:
 
 def fault_dump(file: str) -> None:
     """Write the parameters that this rank ends with to `file`."""
-    wrap("training:Trainer.close_report", "before", 1,
+    wrap("run.loop:Trainer.close_report", "before", 1,
          lambda arguments, _: pathlib.Path(file).write_bytes(arguments[0].flat.data.numpy().tobytes()))
 
 
@@ -161,9 +161,9 @@ def fault_tf32(file: str) -> None:
 
 def fault_unlike(factor: float) -> None:
     """A machine whose products come out otherwise."""
-    import fast_linear
-    product = fast_linear.product
-    fast_linear.product = lambda a, b, bias=None: product(a, b, bias) * factor
+    from base import products
+    product = products.product
+    products.product = lambda a, b, bias=None: product(a, b, bias) * factor
 
 
 def fault_file_limit(size: int, point: str) -> None:

@@ -35,7 +35,7 @@ class Mutant:
 
 PLAN, SAMPLING, CLIPPING, NOISE, ACCOUNTING = (
     f"privacy/{name}.py" for name in ("plan", "sampling", "clipping", "noise", "accounting"))
-TRAINING, LEDGER, PROVENANCE = "training.py", "privacy/ledger.py", "provenance.py"
+TRAINING, LEDGER, PROVENANCE = "run/loop.py", "privacy/ledger.py", "run/provenance.py"
 RANKS = ("test_privacy_plan.py::test_noise_has_its_scale_after_the_all_reduce",)
 STEP = ("test_private_step.py::test_a_step_is_the_mechanism_written_out",)
 DRAWS = ("test_privacy_plan.py::test_draws_are_disjoint_and_the_extras_are_summed_and_no_more",)
@@ -105,7 +105,7 @@ MUTANTS = (
              "            if len(found):\n                break\n        return found"),), STEP),
     Mutant("batch divided by its actual size", PLAN,
            ((".div_(self.settings.batch)", ".div_(max(1.0, float(sums[coordinates + 1])))"),), STEP),
-    Mutant("batch token mean", "batching.py",
+    Mutant("batch token mean", "corpus/batching.py",
            (("np.repeat(1 / (np.maximum(counts, 1) * rows_per_unit), counts)",
              "np.full(counts.sum(), len(counts) / max(1, counts.sum()))"),), STEP),
     Mutant("cross term dropped", CLIPPING, (("column.add_(head.cross(table), alpha=2)", "column.add_(0)"),), LOOP),
@@ -139,9 +139,9 @@ MUTANTS = (
     Mutant("rounding of cancelling sums forgotten", CLIPPING, (("\nROUNDING = 8\n", "\nROUNDING = 0\n"),), CANCEL),
     Mutant("sums in bfloat16", "privacy/opacus_engine.py",
            ((", torch.autocast(batch.ids.device.type, enabled=False)", ""),), BF16),
-    Mutant("padded to what was drawn", "run_setup.py",
+    Mutant("padded to what was drawn", "run/setup.py",
            (("cut=cut if settings.private else", "cut=cut if not settings.private else"),), NEIGHBOURS),
-    Mutant("ranks that compute in different ways let through", "run_setup.py",
+    Mutant("ranks that compute in different ways let through", "run/setup.py",
            (("if world.size > 1:", "if world.size > 9:"),), UNLIKE),
     Mutant("products of all rows at once", "privacy/clipping.py",
            (("row_blocks(BLOCK_ROWS[batch.ids.device.type])", "row_blocks(0)"),), COMPANY),
@@ -164,8 +164,8 @@ MUTANTS = (
            (("grad = self.plan.release(", "bare = norm(flat.grad)\n        grad = self.plan.release("),
             ("options.lr(self.done), norm(grad)", "options.lr(self.done), bare")), SHOWN),
     Mutant("shared validation data counted in the report", "gpt2_ft.py",
-           (("run_setup.VALIDATION_LOSS]", 'f"validation loss; {count_shared(valid, train)} shared"]'),), SHOWN),
-    Mutant("the training file taken for validation data", "run_setup.py",
+           (("setup.VALIDATION_LOSS]", 'f"validation loss; {count_shared(valid, train)} shared"]'),), SHOWN),
+    Mutant("the training file taken for validation data", "run/setup.py",
            (("if sha256 == train_sha256:", "if False:"),), VALIDATION),
     Mutant("ledger written over another's records", LEDGER,
            (("os.O_RDWR | os.O_APPEND | (0", "os.O_RDWR | (0"), ("        self.check(undone)\n", ""),
@@ -183,7 +183,7 @@ MUTANTS = (
              "1 - math.prod((1 - phase.q) ** phase.steps for phase in phases)"),), CHANCE),
     Mutant("rounding of many steps forgotten", "privacy/sampled_gaussian.py",
            (("noise = 4 * UNIT * float(", "noise = 0 * float("),), MANY),
-    Mutant("steps without noise forgotten", "run_setup.py",
+    Mutant("steps without noise forgotten", "run/setup.py",
            (('sum(record["sigma"] == 0 for record in ledger.state.records)', "0"),), WITHOUT),
 )
 

@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+
 from conftest import ROOT
 
 N, STEPS, VOCABULARY = 40, 6, 60
@@ -30,8 +31,9 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 def write_model(folder: pathlib.Path, vocabulary: int = VOCABULARY, positions: int = 48) -> pathlib.Path:
     """A random GPT-2 of 2 layers and width 16 in Hugging Face's layout."""
-    from model import GPT2Config, GPT2LMModel, LoRAConfig
     import safetensors.torch
+
+    from model import GPT2Config, GPT2LMModel, LoRAConfig
     shape = dict(vocab_size=vocabulary, n_positions=positions, n_embd=16, n_layer=2, n_head=2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -64,6 +66,13 @@ def material() -> pathlib.Path:
     write_tokens(folder / "train.jsonl", N, seed=1)
     write_tokens(folder / "valid.jsonl", 7, seed=2)
     return folder
+
+
+def initial() -> dict[str, torch.Tensor]:
+    """The weights of the tiny model, under this project's names."""
+    import safetensors.torch
+    found = safetensors.torch.load_file(str(material() / "tiny" / "model.safetensors"))
+    return {f"transformer.{name}": value for name, value in found.items()}
 
 
 def flags(work: os.PathLike, **changed: object) -> list[str]:

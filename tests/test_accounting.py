@@ -9,11 +9,12 @@ import warnings
 import mpmath
 import numpy as np
 import pytest
-from cli import UserError
 from opacus.accountants import PRVAccountant, RDPAccountant
+from scipy.special import logsumexp
+
+from base.errors import UserError
 from privacy import accounting, sampled_gaussian
 from privacy.accounting import Phase
-from scipy.special import logsumexp
 
 E2E = Phase(sigma=0.6, q=128 / 42061, steps=6572)
 # What a ledger can hold: one mechanism; a resumed run with other noise; another q; a shuffled epoch (q = 1).

@@ -10,11 +10,11 @@ import random
 import signal
 import warnings
 
-import exact_accounting as exact
 import pytest
 from mpmath import mp, mpf
 
-from cli import UserError
+import exact_accounting as exact
+from base.errors import UserError
 from privacy import accounting, sampled_gaussian
 from privacy.accounting import Phase
 

@@ -1,26 +1,17 @@
-"""The shape of the code: imports point downward, scripts stand alone, few files know Opacus, eval/ stands apart.
-
-    scripts    every file of src/ with a __main__ part
-    run        a run: its set-up, its loop, its files
-    privacy    the package src/privacy/
-    model      the model, its data, its gradients
-    ground     errors and ranks, which all of them need: they import nothing of ours but each other
-"""
+"""The shape of the code: imports point downward, scripts stand alone, few files know Opacus, eval/ stands apart."""
 
 import ast
 import pathlib
 
 import pytest
+
 from conftest import ROOT
 
 SRC = ROOT / "src"
-GROUND, MODEL, PRIVACY, RUN, SCRIPT = range(5)
-LAYERS = {
-    GROUND: {"cli", "cpu_memory", "distributed"},
-    MODEL: {"model", "loralib", "lora_grad_samplers", "fast_linear", "losses", "optimizer", "batching", "data_utils",
-            "author_data", "tokenizer", "triples", "vocabulary", "kv_cache", "beam_search"},
-    RUN: {"run_setup", "training", "checkpoint", "peft_format", "run_log", "canaries", "provenance"},
-}
+MODEL, SCRIPT = "model", "scripts"
+# From the lowest to the highest. A folder of src/ is a layer of its name; the files beside the folders are scripts,
+# which have a __main__ part, or of the model. A module may import from its own folder and from rows below.
+ROWS = (("base",), (MODEL,), ("corpus", "decoding", "weights"), ("privacy",), ("run",), (SCRIPT,))
 OPACUS = {"lora_grad_samplers", "privacy.opacus_engine"}
 MOST_LINES, LONGEST_LINE = 450, 120
 
@@ -55,15 +46,18 @@ def python_files(*folders: str) -> list[pathlib.Path]:
 MODULES = {module_name(path): path for path in python_files("src")}
 
 
-def layer(name: str) -> int:
-    if is_script(MODULES[name]):
-        return SCRIPT
-    top = name.split(".")[0]
-    if top == "privacy":
-        return PRIVACY
-    placed = [level for level, names in LAYERS.items() if top in names]
-    assert len(placed) == 1, f"src/{name}: no script, and in no layer of this test: put it into one"
-    return placed[0]
+def layer(name: str) -> str:
+    """The folder of a module; scripts or model of those beside the folders. loralib is a part of the model."""
+    folder, _, inside = name.partition(".")
+    if inside or MODULES[name].name == "__init__.py":
+        return MODEL if folder == "loralib" else folder
+    return SCRIPT if is_script(MODULES[name]) else MODEL
+
+
+def row(of: str) -> int:
+    found = [number for number, layers in enumerate(ROWS) if of in layers]
+    assert found, f"src/{of}: a folder of no row of this test: put it into one"
+    return found[0]
 
 
 def ours(name: str) -> set[str]:
@@ -74,9 +68,11 @@ def ours(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_downward(name):
+    own = layer(name)
     for module in ours(name):
-        assert layer(module) != SCRIPT, f"src/{name} imports the script {module}"
-        assert layer(module) <= layer(name), f"src/{name} imports {module} of a layer above"
+        other = layer(module)
+        assert other != SCRIPT, f"src/{name} imports the script {module}"
+        assert other == own or row(other) < row(own), f"src/{name} imports {module}, which is not of a layer below"
 
 
 def test_nothing_imports_in_a_circle():
@@ -110,8 +106,9 @@ def test_what_the_parts_of_privacy_may_know():
     assert not {module for module in ours("privacy.clipping") if module.startswith("privacy")}
     for name in ("privacy.accounting", "privacy.sampled_gaussian", "privacy.ledger", "privacy.auditing"):
         assert not any(module.split(".")[0] == "torch" for module in imports(MODULES[name]))
-        assert ours(name) <= {"cli", "privacy", "privacy.accounting", "privacy.sampled_gaussian"}
-    assert ours("privacy.noise") <= {"cli"}
+        assert {module for module in ours(name) if not module.startswith("base")} <= {
+            "privacy", "privacy.accounting", "privacy.sampled_gaussian"}
+    assert ours("privacy.noise") <= {"base", "base.errors"}
     for name in MODULES:  # one object owns the sampler and the noise
         if {"privacy.sampling", "privacy.noise"} & ours(name):
             assert name.startswith("privacy"), f"src/{name} samples or adds noise beside the plan"
@@ -134,18 +131,22 @@ def test_files_and_lines_stay_short(path):
 
 def test_the_checks_catch_what_is_wrong(monkeypatch, tmp_path):
     """Negative controls: the same checks on a tree in which each rule is broken."""
-    for name, text in {"model": "import training", "training": "import model", "cli": "from privacy import plan",
-                       "gpt2_ft": 'import gpt2_beam\n\nif __name__ == "__main__":\n    pass\n',
-                       "gpt2_beam": '\nif __name__ == "__main__":\n    pass\n', "stranger": "x = 1"}.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    (tmp_path / "privacy").mkdir()
-    (tmp_path / "privacy" / "plan.py").write_text("def f():\n    import cli\n")
-    tree = {**{path.stem: path for path in tmp_path.glob("*.py")}, "privacy.plan": tmp_path / "privacy" / "plan.py"}
+    script = '\nif __name__ == "__main__":\n    pass\n'
+    tree = {"model": "from run import loop", "run.loop": "import model", "base.errors": "from privacy import plan",
+            "gpt2_ft": f"import gpt2_beam{script}", "gpt2_beam": script, "strange.thing": "x = 1",
+            "corpus.texts": "from weights import files", "weights.files": "import model",
+            "privacy.plan": "def f():\n    from base import errors\n"}
+    for name, text in tree.items():
+        path = tmp_path / (name.replace(".", "/") + ".py")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        tree[name] = path
+    monkeypatch.setattr("test_architecture.SRC", tmp_path)
     monkeypatch.setattr("test_architecture.MODULES", tree)
-    for name in ("model", "cli", "gpt2_ft"):
+    for name in ("model", "base.errors", "gpt2_ft", "corpus.texts"):
         with pytest.raises(AssertionError, match="imports"):
             test_imports_point_downward(name)
     with pytest.raises(AssertionError, match="circle"):
         test_nothing_imports_in_a_circle()
-    with pytest.raises(AssertionError, match="in no layer"):
-        layer("stranger")
+    with pytest.raises(AssertionError, match="of no row"):
+        row(layer("strange.thing"))

@@ -11,20 +11,30 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from clipping_oracle import (CONFIG, RULES, Text, clipped_sum, difference, distance, make_model, norm, run_engine,
-                             unit_gradients)
-from conftest import ROOT
 from scipy.stats import chisquare
 
-import author_data
-import training
-from batching import PublicLengths, TightCut
-from author_data import AuthorTexts, Source, WordTokens, open_cache, prepare_cache, split_authors
-from cli import UserError
-from distributed import World
+from base.distributed import World
+from base.errors import UserError
+from clipping_oracle import (
+    CONFIG,
+    RULES,
+    Text,
+    clipped_sum,
+    difference,
+    distance,
+    make_model,
+    norm,
+    run_engine,
+    unit_gradients,
+)
+from conftest import ROOT
+from corpus import authors as author_data
+from corpus.authors import AuthorTexts, Source, WordTokens, open_cache, prepare_cache, split_authors
+from corpus.batching import PublicLengths, TightCut
+from corpus.tokenizer import load_tokenizer
 from model import GPT2LMModel, LoRAConfig
 from privacy.clipping import ClippingRule
-from tokenizer import load_tokenizer
+from run import loop
 
 VOCAB = ROOT / "vocab" / "demo"
 
@@ -430,7 +440,7 @@ def test_the_evaluation_is_the_token_mean_whatever_the_world_size(monkeypatch):
         parts = []
         monkeypatch.setattr(World, "all_reduce", lambda self, buffer: (parts.append(buffer.clone()), buffer)[1])
         for rank in range(size):
-            training.evaluate(model, texts, World(rank, size), TightCut(budget), bf16=False)
+            loop.evaluate(model, texts, World(rank, size), TightCut(budget), bf16=False)
         nll, tokens, asked = sum(parts).tolist()
         assert asked == 0 and tokens == count and nll / tokens == pytest.approx(total / count, rel=1e-6)
         assert size <= 9 or any(part[1] == 0 for part in parts)

@@ -12,6 +12,7 @@ import zipfile
 
 import pytest
 import torch
+
 from conftest import ROOT
 from small_runs import flags, server, start_ranks, train, write_model, write_tokens
 

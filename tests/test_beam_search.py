@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import kv_cache
-from beam_search import NOTHING, Beams, SearchSettings, beam_search
-from checkpoint import load_model
-from kv_cache import TreeDecoder
+from decoding import tree_decoder
+from decoding.beam_search import NOTHING, Beams, SearchSettings, beam_search
+from decoding.top_k_head import GROUP, Edits, PackedLinear, Vocabulary
+from decoding.tree_decoder import TreeDecoder
 from model import GPT2Config, GPT2LMModel, LoRAConfig
-from vocabulary import GROUP, Edits, PackedLinear, Vocabulary
+from weights.checkpoint import load_model
 
 
 def slow_search(logits_after, context: list[int], s: SearchSettings) -> tuple[list[int], float]:
@@ -184,7 +184,7 @@ def test_equals_the_transcription_on_random_gpt2s(seed):
 
 def test_cache_gives_the_states_of_whole_forward_passes(monkeypatch):
     """Hypotheses are grafted at random over many sweeps; every state equals the model's on the whole sequence."""
-    monkeypatch.setattr(kv_cache, "SPARE_STEPS", 2)
+    monkeypatch.setattr(tree_decoder, "SPARE_STEPS", 2)
     model, draw = small_model(3, 31, lora_dim=2), np.random.default_rng(0)
     exact = small_model(3, 31, lora_dim=2).double()
     slots, K = np.array([0, 2]), 4

@@ -5,9 +5,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from conftest import ROOT
-from batching import TightCut
-from data_utils import Examples
+from corpus.batching import TightCut
+from corpus.examples import Examples
 from model import GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule

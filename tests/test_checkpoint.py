@@ -13,13 +13,13 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
 
-import checkpoint
 import loralib as lora
-from checkpoint import load_model, save_checkpoint
-from cli import UserError
+from base.errors import UserError
+from conftest import ROOT
 from model import GPT2Config, GPT2LMModel, LoRAConfig
+from weights import checkpoint
+from weights.checkpoint import load_model, save_checkpoint
 
 CONFIG = GPT2Config(8, 2, 2, vocab_size=13, n_positions=6)
 LORA = LoRAConfig(2, 6.0, 0.1, (True, False, True))
@@ -322,7 +322,7 @@ def test_killed_at_any_point_a_whole_pair_remains(point, nth, tmp_path, monkeypa
 def test_a_real_kill_between_the_two_writes(tmp_path):
     base, run = write_base(tmp_path), tmp_path / "run"
     train_from(base, run, 9)
-    program = (f"import sys, os, signal\nsys.path.insert(0, {str(ROOT / 'src')!r})\nimport checkpoint\n"
+    program = (f"import sys, os, signal\nsys.path.insert(0, {str(ROOT / 'src')!r})\nfrom weights import checkpoint\n"
                "loaded = checkpoint.load_model(sys.argv[1])\nreal, count = os.replace, []\n"
                "def replace(*names):\n"
                "    count.append(1)\n"

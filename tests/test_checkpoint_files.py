@@ -9,13 +9,12 @@ import random
 import pytest
 import safetensors.torch
 import torch
+
+from base.errors import UserError
 from conftest import ROOT, assert_user_error, run_script
 from test_checkpoint import CONFIG, SHAPE, plain_weights, random_model, refused, train_from, write_base
-
-import checkpoint
-from checkpoint import load_model
-from cli import UserError
-
+from weights import checkpoint
+from weights.checkpoint import load_model
 
 # ------------------------------------------------------------------ files that are no checkpoints
 
@@ -158,8 +157,8 @@ def test_an_unreadable_file(tmp_path):
 def test_a_script_ends_with_one_line_and_status_2(tmp_path):
     """Through run_main in a process of its own: the malicious file, a text, and a missing one."""
     script = tmp_path / "script.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\nfrom cli import run_main\n"
-                      "from checkpoint import load_model\n"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\nfrom base.errors import run_main\n"
+                      "from weights.checkpoint import load_model\n"
                       "run_main(lambda: load_model(sys.argv[1], 'gpt2.sm') and None)\n")
     torch.save({"x": Malicious(f"touch {tmp_path / 'executed'}")}, tmp_path / "evil.bin")
     (tmp_path / "text.bin").write_text("not a model\n")

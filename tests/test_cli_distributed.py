@@ -11,9 +11,9 @@ import sys
 import textwrap
 
 import pytest
-from conftest import ROOT, assert_user_error, run_script
 
-import cli
+from base import errors, files
+from conftest import ROOT, assert_user_error, run_script
 
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "GROUP_RANK",
           "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
@@ -34,8 +34,9 @@ def free_port() -> int:
 
 def write_script(path: pathlib.Path, body: str) -> pathlib.Path:
     """A script with src/ on its path whose main() is `body`."""
-    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\nimport cli, os\n"
-                    f"def main():\n{textwrap.indent(textwrap.dedent(body), '    ')}\ncli.run_main(main)\n")
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\nimport os\n"
+                    "from base import distributed, errors, files\n"
+                    f"def main():\n{textwrap.indent(textwrap.dedent(body), '    ')}\nerrors.run_main(main)\n")
     return path
 
 
@@ -58,11 +59,11 @@ def run_ranks(script: pathlib.Path, size: int, *arguments: object) -> list[subpr
     return finished
 
 
-# ------------------------------------------------------------------ cli.py
+# ------------------------------------------------------------------ errors and files
 
 
 @pytest.mark.parametrize("raised, words", [
-    ("cli.fail('--lr x: expected a number\\nand this')", "--lr x: expected a number and this"),
+    ("errors.fail('--lr x: expected a number\\nand this')", "--lr x: expected a number and this"),
     ("open('/no/such/file')", "/no/such/file: No such file or directory"),
     ("raise OSError(28, 'No space left on device')", "No space left on device"),
     ("with open('/dev/full', 'w') as f: f.write('x')", "No space left on device"),
@@ -87,23 +88,23 @@ def test_a_closed_pipe_is_no_traceback(tmp_path):
 def test_read_lines_ends_lines_at_line_feeds_alone(tmp_path):
     path = tmp_path / "text"
     path.write_bytes("a\u2028b\x0bc\r\nd\n\ne".encode())
-    assert list(cli.read_lines(str(path))) == [(1, "a\u2028b\x0bc"), (2, "d"), (3, ""), (4, "e")]
+    assert list(files.read_lines(str(path))) == [(1, "a\u2028b\x0bc"), (2, "d"), (3, ""), (4, "e")]
     path.write_bytes(b"fine\n\xff\n")
-    with pytest.raises(cli.UserError, match="not UTF-8"):
-        list(cli.read_lines(str(path)))
-    with pytest.raises(cli.UserError, match="--data .*missing: .*No such file"):
-        list(cli.read_lines(str(tmp_path / "missing"), "--data"))
-    with pytest.raises(cli.UserError, match="Is a directory"):
-        list(cli.read_lines(str(tmp_path), "--data"))
+    with pytest.raises(errors.UserError, match="not UTF-8"):
+        list(files.read_lines(str(path)))
+    with pytest.raises(errors.UserError, match="--data .*missing: .*No such file"):
+        list(files.read_lines(str(tmp_path / "missing"), "--data"))
+    with pytest.raises(errors.UserError, match="Is a directory"):
+        list(files.read_lines(str(tmp_path), "--data"))
 
 
 def test_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "file"
-    with cli.atomic_write(str(path)) as handle:
+    with files.atomic_write(str(path)) as handle:
         handle.write("old\r\n")
         assert not path.exists()
     assert path.read_bytes() == b"old\r\n"
-    with pytest.raises(ZeroDivisionError), cli.atomic_write(str(path), "wb") as handle:
+    with pytest.raises(ZeroDivisionError), files.atomic_write(str(path), "wb") as handle:
         handle.write(b"half")
         _ = 1 // 0
     assert path.read_bytes() == b"old\r\n" and os.listdir(tmp_path) == ["file"]
@@ -117,7 +118,7 @@ def test_atomic_write_survives_a_kill_and_a_full_disk(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         if sys.argv[2] == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        with cli.atomic_write(sys.argv[1], "wb") as handle:
+        with files.atomic_write(sys.argv[1], "wb") as handle:
             handle.write(b"x" * 100000)
             handle.flush()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -170,7 +171,7 @@ ENVIRONMENTS = [  # (environment, platform, --local_rank, what starts or what th
 def test_every_environment_starts_or_says_what_is_wrong(tmp_path):
     """All of them in one process: importing torch takes longer than the rest."""
     script = write_script(tmp_path / "script.py", f"""
-        import distributed, json
+        import json
         for variables, platform, local_rank, _ in json.loads(sys.argv[1]):
             for name in {LAUNCH!r}:
                 os.environ.pop(name, None)
@@ -182,7 +183,7 @@ def test_every_environment_starts_or_says_what_is_wrong(tmp_path):
                     world = distributed.start(platform, local_rank, join_seconds=1)
                     rank, size, local = world.rank, world.size, world.local_rank
                 print(f"{{rank}} of {{size}} local {{local}}")
-            except cli.UserError as error:
+            except errors.UserError as error:
                 print(error)
         """)
     process = run_script(script, json.dumps(ENVIRONMENTS), env=environment())
@@ -194,7 +195,6 @@ def test_every_environment_starts_or_says_what_is_wrong(tmp_path):
 
 
 MEET = """
-    import distributed
     world = distributed.start(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None, join_seconds=3)
     print(world.rank, world.size, world.local_rank, world.gather(world.rank * 10))
     world.close()
@@ -259,7 +259,7 @@ def test_launchers(tmp_path):
 
 def test_collectives(tmp_path):
     script = write_script(tmp_path / "script.py", """
-        import distributed, hashlib, time, torch
+        import hashlib, time, torch
         world = distributed.start(join_seconds=60, timeout_seconds=60)
         torch.manual_seed(world.rank)
         mine = torch.randn(100_003)
@@ -287,15 +287,14 @@ def test_collectives(tmp_path):
 def test_agree_stops_every_rank(tmp_path):
     """One rank's mistake ends them all with status 2 and is said once; a bug stays a bug; no error, no effect."""
     script = write_script(tmp_path / "script.py", """
-        import distributed
         world = distributed.start(join_seconds=60, timeout_seconds=60)
         world.agree(None)
-        for errors in ({0: cli.UserError("first"), 1: cli.UserError("second")}, {1: KeyError("ours")}):
+        for raised in ({0: errors.UserError("first"), 1: errors.UserError("second")}, {1: KeyError("ours")}):
             try:
-                world.agree(errors.get(world.rank))
+                world.agree(raised.get(world.rank))
             except Exception as error:
                 print(f"{type(error).__name__}: {error}")
-        world.agree(cli.UserError("--data: gone") if world.rank == 1 else None)
+        world.agree(errors.UserError("--data: gone") if world.rank == 1 else None)
         """)
     processes = run_ranks(script, 2)
     assert [process.returncode for process in processes] == [2, 2]
@@ -307,12 +306,13 @@ def test_agree_stops_every_rank(tmp_path):
 
 def test_alone_every_collective_is_the_identity():
     import torch
-    from distributed import World
+
+    from base.distributed import World
     world, values = World(), torch.randn(5)
     assert torch.equal(world.all_reduce(values.clone()), values) and torch.equal(world.broadcast(values), values)
     assert world.gather("x") == ["x"] and world.is_main
     world.barrier()
     world.agree(None)
-    with pytest.raises(cli.UserError, match="^wrong$"):
-        world.agree(cli.UserError("wrong"))
+    with pytest.raises(errors.UserError, match="^wrong$"):
+        world.agree(errors.UserError("wrong"))
     world.close()

@@ -6,16 +6,33 @@ Both engines, and the book-keeping one with either way to a norm forced on every
 import itertools
 import math
 
-import loralib
 import pytest
 import torch
-from clipping_oracle import (CONFIG, ENGINES, RULES, Text, clipped, clipped_sum, difference, distance, draw_units,
-                             make_engine, make_model, norm, pack, run_engine, sums_of, unit_gradients)
+from torch import nn
+
+import loralib
+from clipping_oracle import (
+    CONFIG,
+    ENGINES,
+    RULES,
+    Text,
+    clipped,
+    clipped_sum,
+    difference,
+    distance,
+    draw_units,
+    make_engine,
+    make_model,
+    norm,
+    pack,
+    run_engine,
+    sums_of,
+    unit_gradients,
+)
 from model import GPT2Config, LoRAConfig
 from optimizer import FlatParameters
 from privacy import clipping
 from privacy.clipping import BookKeeping, ClippingRule, Ordinary
-from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # torch's remark on Opacus's hooks
 

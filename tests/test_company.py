@@ -10,20 +10,21 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from author_data import AuthorTexts
-from batching import PublicLengths, TightCut, choose_lengths
-from checkpoint import load_model
+
+from base.products import by_rows
 from clipping_oracle import make_model
 from conftest import ROOT
-from data_utils import Examples
-from fast_linear import by_rows
+from corpus.authors import AuthorTexts
+from corpus.batching import PublicLengths, TightCut, choose_lengths
+from corpus.examples import Examples
 from losses import MicroBatch
 from model import GPT2Config, LoRAConfig
 from optimizer import FlatParameters
 from privacy import clipping, opacus_engine
 from privacy.clipping import BookKeeping, ClippingRule, Lookup, Outer, Ragged, Rows
 from privacy.opacus_engine import OpacusEngine
-from training import autocast
+from run.loop import autocast
+from weights.checkpoint import load_model
 
 SMALL = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=515, n_positions=72)
 LENGTHS = (8, 16, 24, 40, 64)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import ROOT
 
 CHILD = """
@@ -12,11 +13,11 @@ import os, resource, sys
 sys.path.insert(0, {src!r})
 os.environ["THP_MEM_ALLOC_ENABLE"] = "0"  # huge pages would make every count small
 import numpy, torch
-from cpu_memory import keep_memory
+from base.memory import keep_memory
 if {keep}:
     keep_memory()
-from batching import TightCut
-from data_utils import Examples
+from corpus.batching import TightCut
+from corpus.examples import Examples
 from model import GPT2Config, GPT2LMModel
 from optimizer import FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule

@@ -53,7 +53,7 @@ def test_a_line_is_stripped_and_split_at_its_first_bars(tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--add_bos"], ["--add_eos"], ["--add_bos", "--add_eos"]])
 def test_special_tokens_go_where_the_flags_say(tmp_path, flags):
-    from tokenizer import load_tokenizer
+    from corpus.tokenizer import load_tokenizer
 
     (tmp_path / "in.jsonl").write_text('{"context": "name : A", "completion": "It is A .", "cate": "x"}\n' * 3)
     assert encode(tmp_path / "in.jsonl", tmp_path / "out.jsonl", *flags).returncode == 0

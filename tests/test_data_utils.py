@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from batching import START_COST, TightCut, groups_within
-from data_utils import Examples
+
+from corpus.batching import START_COST, TightCut, groups_within
+from corpus.examples import Examples
 
 
 def price(lengths: np.ndarray, slices: list[slice], budget: int) -> float:

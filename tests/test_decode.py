@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from conftest import ROOT, assert_user_error, run_script
 
 SCRIPT = ROOT / "src" / "gpt2_decode.py"

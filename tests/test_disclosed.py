@@ -14,15 +14,16 @@ import sys
 import zipfile
 from dataclasses import dataclass
 
-import author_runs
 import pytest
-import small_runs
 import torch
-from conftest import ROOT
-from data_utils import count_shared, read_examples
 from safetensors import safe_open
-from small_runs import metrics, read, server, start_ranks, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import author_runs
+import small_runs
+from conftest import ROOT
+from corpus.examples import count_shared, read_examples
+from small_runs import metrics, read, server, start_ranks, train
 
 sys.path.insert(0, str(ROOT / "scripts" / "tables"))
 from row import write_row
@@ -245,7 +246,7 @@ def after(left):
         run = left("LoRA", changed_unit).folder / "run"
         search = ["--data", run.parent / "valid.jsonl", "--init_checkpoint", run, "--seq_len", 40, "--eval_len", 8,
                   "--output_file", "predict.jsonl", "--batch_size", 1, "--token_budget", 0]
-        kill = ["signal", {"point": "kv_cache:TreeDecoder.advance", "when": "after", "nth": 40}]
+        kill = ["signal", {"point": "decoding.tree_decoder:TreeDecoder.advance", "when": "after", "nth": 40}]
         killed = server().start("src/gpt2_beam.py", [*map(str, search), "--work_dir", run / "killed"], faults=[kill])
         assert killed.wait() == -signal.SIGKILL
         started("src/gpt2_beam.py", *search, "--work_dir", run)

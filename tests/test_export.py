@@ -7,13 +7,13 @@ import random
 import pytest
 import torch
 import transformers
+
 from conftest import ROOT
+from corpus.tokenizer import END_OF_TEXT, load_tokenizer
+from model import GPT2Config, GPT2LMModel, LoRAConfig
 from small_runs import server
 from test_peft_format import export
-
-from checkpoint import load_model, save_checkpoint
-from model import GPT2Config, GPT2LMModel, LoRAConfig
-from tokenizer import END_OF_TEXT, load_tokenizer
+from weights.checkpoint import load_model, save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' remarks on itself
 

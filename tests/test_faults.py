@@ -14,15 +14,18 @@ import subprocess
 import time
 
 import pytest
-from small_runs import (STEPS, contents, equal, flags, ledger, material, metrics, read, start_ranks, train, weights)
+
+from small_runs import STEPS, contents, equal, flags, ledger, material, metrics, read, start_ranks, train, weights
 
 DRAW, CHARGE = "privacy.sampling:PoissonSampler.draw", "privacy.ledger:Ledger.charge"
-NOISE, SUM, UPDATE = "privacy.noise:NoiseSource.add_normal_", "distributed:World.all_reduce", "optimizer:AdamW.step"
+NOISE, SUM = "privacy.noise:NoiseSource.add_normal_", "base.distributed:World.all_reduce"
+UPDATE = "optimizer:AdamW.step"
 MEND = "privacy.ledger:Ledger.mend"
 STEP_POINTS = (CHARGE, "os:write", DRAW, "privacy.clipping:BookKeeping.accumulate", "torch:Tensor.backward", NOISE,
-               SUM, UPDATE, "training:Trainer.after_step", "run_log:WorkDir.append_metrics")
-FILE_POINTS = ("training:Trainer.save", "checkpoint:write", "os:fsync", "os:replace", "cli:sync_folder", "os:unlink",
-               "run_log:WorkDir.write_json", "training:evaluate", "training:Trainer.close_report")
+               SUM, UPDATE, "run.loop:Trainer.after_step", "run.log:WorkDir.append_metrics")
+FILE_POINTS = ("run.loop:Trainer.save", "weights.checkpoint:write", "os:fsync", "os:replace", "base.files:sync_folder",
+               "os:unlink",
+               "run.log:WorkDir.write_json", "run.loop:evaluate", "run.loop:Trainer.close_report")
 TEARS = ("os:write", "torch:save")
 
 
@@ -112,7 +115,7 @@ def kill_and_resume(work: pathlib.Path, size: int, rank: int, point: str, when: 
     ("torch:Tensor.backward", "after", 4),
     (NOISE, "before", 4), (NOISE, "after", 4), (SUM, "after", 4), (UPDATE, "before", 4), (UPDATE, "after", 4),
     ("torch:save", "tear", 3), ("os:replace", "before", 5), ("os:replace", "after", 5), ("torch:save", "tear", 4),
-    ("os:replace", "after", 6), ("os:unlink", "before", 1), ("run_log:WorkDir.write_json", "before", 3),
+    ("os:replace", "after", 6), ("os:unlink", "before", 1), ("run.log:WorkDir.write_json", "before", 3),
 ])
 def test_killed_in_one_process(tmp_path, point, when, nth):
     assert kill_and_resume(tmp_path / "run", 1, 0, point, when, nth)
@@ -122,7 +125,7 @@ def test_killed_in_one_process(tmp_path, point, when, nth):
     (0, CHARGE, "before", 4), (0, CHARGE, "after", 4), (1, DRAW, "after", 4), (1, NOISE, "after", 4),
     (0, SUM, "before", 4),
     (0, UPDATE, "after", 4), (1, UPDATE, "before", 4), (0, "os:replace", "after", 5),
-    (1, "training:Trainer.save", "before", 2),
+    (1, "run.loop:Trainer.save", "before", 2),
 ])
 def test_killed_on_two_ranks(tmp_path, rank, point, when, nth):
     assert kill_and_resume(tmp_path / "run", 2, rank, point, when, nth)
@@ -178,8 +181,8 @@ def test_torn_at_every_call(tmp_path, point):
 def test_killed_at_every_point_on_two_ranks(tmp_path, point, when, rank):
     """In the first step and after the first checkpoint; a point that only rank 0 comes to kills only rank 0."""
     reached = [kill_and_resume(tmp_path / f"run{nth}", 2, rank, point, when, nth) for nth in (1, 4)]
-    only_main = point.startswith(("os:", "privacy.ledger", "run_log", "cli", "checkpoint"))
-    seldom = point in ("training:Trainer.save", "training:evaluate", "training:Trainer.close_report", "os:unlink")
+    only_main = point.startswith(("os:", "privacy.ledger", "run.log", "base.files", "weights.checkpoint"))
+    seldom = point in ("run.loop:Trainer.save", "run.loop:evaluate", "run.loop:Trainer.close_report", "os:unlink")
     assert reached == ([False, False] if only_main and rank else [True, not seldom])
 
 
@@ -201,7 +204,7 @@ def test_killed_at_a_hundred_random_times(tmp_path, size):
         work = tmp_path / f"run{number}"
         for attempt in range(draw.randint(1, 3)):
             joined = [tmp_path / f"joined{number}.{attempt}.{rank}" for rank in range(size)]
-            faults = {rank: [["count", {"point": "run_setup:build_trainer", "file": str(joined[rank])}],
+            faults = {rank: [["count", {"point": "run.setup:build_trainer", "file": str(joined[rank])}],
                              *(counted(work) if rank == 0 else [])] for rank in range(size)}
             ranks = start_ranks(flags(work, resume=(work / "privacy_ledger.jsonl").exists() or None), size, faults)
             time.sleep(draw.uniform(0, whole))
@@ -251,7 +254,7 @@ def test_asked_to_stop(tmp_path, number, size, rank):
 def test_asked_to_stop_during_an_evaluation(tmp_path, step, changed, size, rank):
     """It ends at once, without a figure; what it would have said last is left to --resume."""
     work = tmp_path / "run"
-    ranks = interrupted(work, size, {rank: [kill("training:evaluate", "before", 1, signal.SIGTERM)]}, **changed)
+    ranks = interrupted(work, size, {rank: [kill("run.loop:evaluate", "before", 1, signal.SIGTERM)]}, **changed)
     assert [other.status for other in ranks] == [128 + signal.SIGTERM] * size, ranks[0].stderr
     assert f"SIGTERM: stopped after step {step}; continue with --resume" in ranks[0].stdout
     assert (work / f"model.{step}.pt").exists() and read(work)["steps_charged"] == step
@@ -270,7 +273,7 @@ def test_asked_twice(tmp_path):
 
 
 def test_interrupted_while_loading(tmp_path):
-    ranks = interrupted(tmp_path / "run", 1, {0: [kill("run_setup:build_trainer", "before", 1, signal.SIGINT)]})
+    ranks = interrupted(tmp_path / "run", 1, {0: [kill("run.setup:build_trainer", "before", 1, signal.SIGINT)]})
     assert ranks[0].status == 130 and not ranks[0].stderr and not (tmp_path / "run").exists()
 
 

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from author_runs import AUTHORS, HELD_OUT, STEPS, flags, material, script, start, train, write_corpus
 from dp_accounting import dp_event
 from dp_accounting.pld import pld_privacy_accountant
+
+from author_runs import AUTHORS, HELD_OUT, STEPS, flags, material, script, start, train, write_corpus
 from small_runs import equal, ledger, metrics, read, server, weights
 
 RUN_TIME_FLAGS = "--log_level info --prediction_loss_only --remove_unused_columns False --label_names labels " \
@@ -243,7 +244,7 @@ def test_ranks_share_the_authors_and_agree(tmp_path):
 
 def test_a_rank_that_draws_nobody_keeps_step(tmp_path):
     """Two expected authors on two ranks: the seeded masks, drawn again here, are empty on one, the other, both."""
-    from distributed import World
+    from base.distributed import World
     from privacy.noise import NoiseSource
     from privacy.sampling import PoissonSampler
     N, steps, size = AUTHORS - HELD_OUT, 12, 2
@@ -328,7 +329,7 @@ def test_adamw_is_torchs(eps):
 def test_steps_follow_epochs_and_authors(tmp_path):
     """round(num_train_epochs / q), q = batch / training authors."""
     args = script().parse(flags(tmp_path, num_train_epochs=7, max_steps=-1))
-    from distributed import World
+    from base.distributed import World
     request = script().make_request(args, 38, World())
     assert request.steps == round(7 / (8 / 38)) and request.batch == 8 and request.delta == 1 / 38
     args = script().parse(flags(tmp_path, gradient_accumulation_steps=2))

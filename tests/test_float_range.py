@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from cli import UserError
+
+from base.errors import UserError
 from clipping_oracle import ENGINES, RULES, draw_units, make_model, norm, pack, run_engine, unit_gradients
 from model import LoRAConfig
 from privacy.clipping import ClippingRule
 from privacy.noise import NoiseSource
-from run_setup import CLIP_RANGE, NOISE_RANGE, check_noise
+from run.setup import CLIP_RANGE, NOISE_RANGE, check_noise
 
 
 def largest_share_of_c(C: float, kind: str, name: str, monkeypatch) -> float:

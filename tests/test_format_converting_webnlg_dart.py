@@ -4,6 +4,7 @@ import hashlib
 import json
 
 import pytest
+
 from conftest import ROOT, assert_user_error, run_script
 
 WEBNLG = ROOT / "src" / "format_converting_webnlg.py"

@@ -10,10 +10,11 @@ import random
 import sys
 import time
 
-import cli
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies
 from hypothesis import seed as seeded
+
+from base import errors
 from conftest import ROOT
 from small_runs import VOCABULARY, material
 from test_bad_input import world  # noqa: F401 - a fixture
@@ -21,25 +22,24 @@ from test_bad_input import world  # noqa: F401 - a fixture
 
 def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
     """What the scripts do with a file of this kind before they work with it."""
-    import author_data
-    import checkpoint
-    import data_utils
     import format_converting_webnlg
     import gpt2_decode
     import gpt2_encode
+    from corpus import authors, examples
+    from corpus.tokenizer import load_tokenizer
     from privacy.ledger import epsilons, read_ledger
-    from tokenizer import load_tokenizer
+    from weights import checkpoint
     if kind == "tokens":
-        data_utils.read_examples(path, "--train_data", VOCABULARY, 32)
+        examples.read_examples(path, "--train_data", VOCABULARY, 32)
     elif kind == "formatted":
         list(gpt2_encode.read_examples(path))
     elif kind == "predictions":
         gpt2_decode.read_predictions(path, 2, load_tokenizer(str(world / "vocab")))
     elif kind == "authors":
-        source = author_data.Source(path, "--train_file", str(world / "vocab"), 24)
-        words = author_data.WordTokens(load_tokenizer(source.vocab))
-        for part in author_data.scan(path, source.flag)[1]:
-            author_data.tokenise(part, source, words)
+        source = authors.Source(path, "--train_file", str(world / "vocab"), 24)
+        words = authors.WordTokens(load_tokenizer(source.vocab))
+        for part in authors.scan(path, source.flag)[1]:
+            authors.tokenise(part, source, words)
     elif kind == "webnlg":
         list(format_converting_webnlg.convert(path, "2017", "en"))
     elif kind == "ledger":
@@ -61,7 +61,7 @@ def read_scores(path: str, world: pathlib.Path) -> None:
                 segments.load_segments(references, outputs)
                 read += 1
     if not read:
-        cli.fail("refused in every form")
+        errors.fail("refused in every form")
 
 
 def spoil(draw: random.Random, content: bytes) -> bytes:
@@ -108,7 +108,7 @@ def fuzz(world: pathlib.Path, folder: pathlib.Path, seconds: float, seed: int) -
         count[kind] += 1
         try:
             read_scores(str(path), world) if kind == "scores" else read_everything(kind, str(path), world)
-        except cli.UserError:
+        except errors.UserError:
             refused[kind] += 1
         except BaseException:
             (folder / f"found.{kind}").write_bytes(content)
@@ -133,8 +133,8 @@ def fuzz(world: pathlib.Path, folder: pathlib.Path, seconds: float, seed: int) -
 
 def test_a_reader_that_breaks_is_found(world, tmp_path, monkeypatch):
     """Negative control: a reader that does not expect a wrong type."""
-    import data_utils
-    monkeypatch.setattr(data_utils, "fail", lambda message: 1 // 0)
+    from corpus import examples
+    monkeypatch.setattr(examples, "fail", lambda message: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         fuzz(world, tmp_path, 3, seed=0)
     assert (tmp_path / "found.tokens").exists()

@@ -13,13 +13,13 @@ from collections import Counter
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, assert_user_error, run_script
-from small_runs import server
 
 import gpt2_beam
-from checkpoint import load_model, save_checkpoint
-from cli import UserError
+from base.errors import UserError
+from conftest import ROOT, assert_user_error, run_script
 from model import GPT2Config, GPT2LMModel, LoRAConfig
+from small_runs import server
+from weights.checkpoint import load_model, save_checkpoint
 
 SCRIPT = ROOT / "src" / "gpt2_beam.py"
 CONFIG = GPT2Config(32, 2, 4, vocab_size=90, n_positions=64)
@@ -186,7 +186,7 @@ def test_killed_search_is_resumed(project, tmp_path, monkeypatch):
 def test_a_second_search_into_the_same_output_is_refused(project, tmp_path):
     """It would drop the first one's journal, and each would replace the other's output."""
     work, go = tmp_path / "out", tmp_path / "go"
-    wait = ["shell", {"point": "beam_search:beam_search", "when": "before", "nth": 1,
+    wait = ["shell", {"point": "decoding.beam_search:beam_search", "when": "before", "nth": 1,
                       "command": f"until [ -e {go} ]; do sleep 0.1; done"}]
     first = server().start("src/gpt2_beam.py", flags(project, work), faults=[wait])
     journal, deadline = work / "predict.jsonl.journal.0", time.monotonic() + 60

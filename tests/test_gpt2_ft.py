@@ -10,17 +10,33 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from small_runs import (N, STEPS, contents, equal, flags, free_port, ledger, material, metrics, read, server,
-                        start_ranks, train, weights, write_tokens)
 from scipy.optimize import brentq
 from scipy.stats import norm
+
+from conftest import ROOT
+from small_runs import (
+    STEPS,
+    N,
+    contents,
+    equal,
+    flags,
+    free_port,
+    initial,
+    ledger,
+    material,
+    metrics,
+    read,
+    server,
+    start_ranks,
+    train,
+    weights,
+    write_tokens,
+)
 
 DPDDP = "opacus.distributed:DifferentiallyPrivateDistributedDataParallel"
 DRAW = "privacy.sampling:PoissonSampler.draw"
 SPEC_KEYS = {"unit", "relation", "N", "q", "sigma", "clip", "steps_charged", "delta", "epsilon_prv", "epsilon_rdp",
-             "sampling",
-             "noise_source", "disclosed"}
+             "sampling", "noise_source", "disclosed"}
 
 
 def kill(point: str, nth: int) -> list:
@@ -30,12 +46,6 @@ def kill(point: str, nth: int) -> list:
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """Balle and Wang (2018), theorem 8, solved for epsilon."""
     return brentq(lambda e: norm.cdf(mu / 2 - e / mu) - math.exp(e) * norm.cdf(-mu / 2 - e / mu) - delta, 0, 400)
-
-
-def initial() -> dict[str, torch.Tensor]:
-    import safetensors.torch
-    found = safetensors.torch.load_file(str(material() / "tiny" / "model.safetensors"))
-    return {f"transformer.{name}": value for name, value in found.items()}
 
 
 # ------------------------------------------------------------------ what a run leaves
@@ -353,7 +363,7 @@ def test_opacus_releases_the_same_gradient(tmp_path, size, lora_dim):
 def test_opacus_resumes_on_two_ranks(tmp_path):
     arguments = {"grad_engine": "opacus", "eval_interval": 2}
     train(flags(tmp_path / "whole", **arguments), 2)
-    faults = {rank: [kill("training:Trainer.after_step", 3)] for rank in range(2)}
+    faults = {rank: [kill("run.loop:Trainer.after_step", 3)] for rank in range(2)}
     assert [rank.wait() for rank in start_ranks(flags(tmp_path / "run", **arguments), 2, faults)] == [-9, -9]
     train(flags(tmp_path / "run", resume=True, **arguments), 2)
     assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))

@@ -16,10 +16,23 @@ import time
 
 import pytest
 import torch
+
 from conftest import ROOT
-from small_runs import (environment, equal, flags, free_port, ledger, metrics, read, server, start_ranks, train,
-                        weights,
-                        write_model, write_tokens)
+from small_runs import (
+    environment,
+    equal,
+    flags,
+    free_port,
+    ledger,
+    metrics,
+    read,
+    server,
+    start_ranks,
+    train,
+    weights,
+    write_model,
+    write_tokens,
+)
 
 # The first of the four commands of the README; the shape of the model is the one word that a small test replaces.
 COMMAND = """

@@ -10,12 +10,12 @@ import signal
 import time
 
 import pytest
-from small_runs import STEPS, flags, ledger, material, metrics, read, server, start_ranks, train, weights
 from scipy.stats import norm
 
-import cli
+from base import errors
 from privacy import ledger as module
 from privacy.ledger import Ledger, epsilons, read_ledger
+from small_runs import STEPS, flags, ledger, material, metrics, read, server, start_ranks, train, weights
 
 SETTINGS = {"unit": "example", "N": 40, "q": 0.2, "sigma": 0.8, "clip": 1.0, "sampling": "poisson",
             "steps_per_epoch": 5,
@@ -118,7 +118,7 @@ def test_every_changed_byte_is_noticed(tmp_path):
         if place == len(whole) - 1:
             assert read_ledger(path).charged == 3
             continue
-        with pytest.raises(cli.UserError, match=rf"{path}:[123]: damaged"):
+        with pytest.raises(errors.UserError, match=rf"{path}:[123]: damaged"):
             read_ledger(path)
 
 
@@ -135,7 +135,7 @@ def test_damage_is_refused_with_its_line(tmp_path, damage, line):
     path = make(tmp_path)
     lines = open(path, "rb").read().splitlines(True)
     open(path, "wb").writelines(damage(lines))
-    with pytest.raises(cli.UserError, match=f"{path}:{line}: damaged"):
+    with pytest.raises(errors.UserError, match=f"{path}:{line}: damaged"):
         read_ledger(path)
 
 
@@ -152,7 +152,7 @@ def test_values_that_no_run_writes_are_refused(tmp_path, key, value):
     record["checksum"] = module.checksum("", record)
     path = tmp_path / "privacy_ledger.jsonl"
     path.write_text(json.dumps(record) + "\n")
-    with pytest.raises(cli.UserError, match=f"{path}:1: damaged"):
+    with pytest.raises(errors.UserError, match=f"{path}:1: damaged"):
         read_ledger(str(path))
 
 
@@ -166,7 +166,7 @@ def test_values_that_no_run_writes_are_refused(tmp_path, key, value):
 def test_settings_that_differ_are_named(tmp_path, key, other):
     path = make(tmp_path)
     before = open(path).read()
-    with pytest.raises(cli.UserError,
+    with pytest.raises(errors.UserError,
                        match=f"--resume: .*{key} {SETTINGS[key]} there, {other} here.*--resume_changed {key}"):
         make(tmp_path, resume=True, **{key: other})
     assert open(path).read() == before
@@ -178,18 +178,18 @@ def test_a_ledger_counts_for_one_unit_whatever_is_said(tmp_path):
     """An epsilon of an example is none of an author: no --resume_changed makes one of both."""
     before = open(make(tmp_path)).read()
     for changed in ((), ("unit",)):
-        with pytest.raises(cli.UserError, match="counts for one example, this run for one author: .*new folder"):
+        with pytest.raises(errors.UserError, match="counts for one example, this run for one author: .*new folder"):
             make(tmp_path, resume=True, changed=changed, unit="author")
     assert open(tmp_path / "privacy_ledger.jsonl").read() == before
 
 
 def test_missing_and_unexpected_ledgers(tmp_path):
-    with pytest.raises(cli.UserError,
+    with pytest.raises(errors.UserError,
                        match="--resume: .*privacy_ledger.jsonl is missing: nobody knows what the run has spent"):
         make(tmp_path, resume=True)
     assert not os.listdir(tmp_path)
     make(tmp_path)
-    with pytest.raises(cli.UserError, match="--work_dir .* holds privacy_ledger.jsonl of an earlier run"):
+    with pytest.raises(errors.UserError, match="--work_dir .* holds privacy_ledger.jsonl of an earlier run"):
         make(tmp_path)
     (tmp_path / "empty").mkdir()
     make(tmp_path / "empty", steps=())  # a run that ended before its first step

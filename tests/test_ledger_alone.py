@@ -12,14 +12,13 @@ import signal
 import time
 
 import pytest
-from small_runs import (STEPS, Run, contents, equal, flags, ledger, material, read, server, start_ranks, train,
-                        weights)
+
+from base import errors
+from privacy.ledger import Ledger, epsilons, read_ledger
+from run.log import WorkDir
+from small_runs import STEPS, Run, contents, equal, flags, ledger, material, read, server, start_ranks, train, weights
 from test_faults import CHARGE, DRAW, UPDATE, check_charged, check_resumed, counted, counter, interrupted, kill
 from test_ledger import SETTINGS, make
-
-import cli
-from privacy.ledger import Ledger, epsilons, read_ledger
-from run_log import WorkDir
 
 NAME = "privacy_ledger.jsonl"
 NO_LOCKS = ["error", {"point": "fcntl:flock", "nth": 0, "number": errno.ENOLCK}]
@@ -102,7 +101,7 @@ def test_a_second_writer_finds_what_the_first_wrote_and_the_first_stops(tmp_path
     second.charge(2)
     both = (tmp_path / NAME).read_bytes()
     for step in (2, 3):
-        with pytest.raises(cli.UserError, match=f"{NAME}: holds .* bytes .*step {step} was not drawn; what this run "
+        with pytest.raises(errors.UserError, match=f"{NAME}: holds .* bytes .*step {step} was not drawn; what this run "
                                                 "charged is still in it"):
             first.charge(step)
         assert (tmp_path / NAME).read_bytes() == both
@@ -142,7 +141,7 @@ def test_what_another_writes_at_the_same_moment_is_never_cut(tmp_path, monkeypat
     if left == "mine":
         opened.charge(2)
     else:
-        with pytest.raises(cli.UserError, match="step 2 was not drawn"):
+        with pytest.raises(errors.UserError, match="step 2 was not drawn"):
             opened.charge(2)
     parts = {"mine": mine, "half": mine[:round(len(mine) / 2)], "other": b"other\n", "more": b"more\n", "": b""}
     assert (tmp_path / NAME).read_bytes() == whole + b"".join(parts[name] for name in left.split(", "))
@@ -160,7 +159,7 @@ def test_a_last_line_that_is_still_being_written_is_not_mended(tmp_path, monkeyp
         return state
 
     monkeypatch.setattr("privacy.ledger.read_ledger", slow)
-    with pytest.raises(cli.UserError, match="grows while it is read: another run is writing there"):
+    with pytest.raises(errors.UserError, match="grows while it is read: another run is writing there"):
         Ledger(str(tmp_path), SETTINGS, resume=True)
     assert (tmp_path / NAME).read_bytes() == whole
 
@@ -243,7 +242,7 @@ def test_no_report_stands_beside_a_ledger_that_lacks_its_steps(tmp_path):
     """After the last step, too."""
     work = tmp_path / "run"
     cut = f"head -n 2 {work / NAME} > {work}/old && mv {work}/old {work / NAME}"
-    (rank,) = interrupted_without_a_look(work, [shell(cut, nth=1, point="training:Trainer.close_report")])
+    (rank,) = interrupted_without_a_look(work, [shell(cut, nth=1, point="run.loop:Trainer.close_report")])
     assert rank.wait() == 2 and "privacy.json was not written" in rank.error
     assert "epsilon" not in rank.stdout.splitlines()[-1]
     assert len((work / f"{NAME}.kept").read_text().splitlines()) == STEPS
@@ -288,11 +287,11 @@ def test_the_lock_ends_with_the_ledger(tmp_path):
     """Also where the ledger turns out not to be this run's."""
     make(tmp_path)
     for settings, resume in (({}, False), ({"sigma": 9.0}, True)):
-        with pytest.raises(cli.UserError, match="earlier run|other settings"):
+        with pytest.raises(errors.UserError, match="earlier run|other settings"):
             make(tmp_path, resume=resume, **settings)
     held = Ledger(str(tmp_path), SETTINGS, resume=True)
     for resume in (True, False):
-        with pytest.raises(cli.UserError, match="another run is writing there"):
+        with pytest.raises(errors.UserError, match="another run is writing there"):
             make(tmp_path, resume=resume)
     assert epsilons(read_ledger(held.path), 1e-5)[0] > 0  # reading needs no lock
     held.close()

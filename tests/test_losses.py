@@ -2,14 +2,15 @@
 
 import math
 
-import losses
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import losses
 from clipping_oracle import CONFIG, draw_units, make_model, pack, unit_loss
 from losses import FrozenHeadLoss, LogitsLoss, token_losses, unit_losses
 from model import LoRAConfig
-from torch import Tensor
-from torch.nn import functional as F
 
 SMOOTHING = (0.0, 0.1, 0.7)
 

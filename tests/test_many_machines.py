@@ -12,12 +12,12 @@ import threading
 
 import pytest
 import torch.distributed as dist
+
+from base import distributed
 from conftest import ROOT
-from small_runs import (STEPS, equal, environment, flags, free_port, ledger, read, server, train, weights)
+from small_runs import STEPS, environment, equal, flags, free_port, ledger, read, server, train, weights
 from test_faults import check_charged, counted
 from test_launchers import children, until
-
-import distributed
 
 DRAW = "privacy.sampling:PoissonSampler.draw"
 
@@ -144,7 +144,7 @@ def test_the_job_that_began_a_run_continues_it_and_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("point, when", [
-    ("run_log:WorkDir.write_json", "before"), ("run_log:WorkDir.write_json", "after"),
+    ("run.log:WorkDir.write_json", "before"), ("run.log:WorkDir.write_json", "after"),
     ("privacy.ledger:Ledger.charge", "before")])
 def test_killed_before_the_first_record(tmp_path, point, when):
     """Nothing was spent: the job starts again, from the first step, whatever files are there."""

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 import transformers
 
 import loralib as lora
-from checkpoint import load_model
-from cli import UserError
+from base.errors import UserError
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig
+from weights.checkpoint import load_model
 
 HEADS = {"gpt2.sm": (768, 12, 12), "gpt2.md": (1024, 24, 16), "gpt2.lg": (1280, 36, 20), "gpt2.xl": (1600, 48, 25)}
 VOCABULARY, POSITIONS, T = 61, 32, 19

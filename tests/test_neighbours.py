@@ -8,17 +8,18 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-from batching import PublicLengths, TightCut, choose_lengths
+
 from conftest import ROOT, assert_user_error, run_script
+from corpus.batching import PublicLengths, choose_lengths
 from optimizer import FlatParameters
 from privacy.clipping import MOST_TOKENS, BookKeeping, ClippingRule, rounding_share
 from privacy.company import MOST, influence_of_company
 from privacy.opacus_engine import OpacusEngine
 from privacy.plan import PlanSettings
+from run.loop import autocast
 from small_runs import flags, start_ranks, train
 from test_company import as_examples, demo_model
 from test_privacy_plan import open_plan
-from training import autocast
 
 DEMO = ROOT / "pretrained_checkpoints/demo"
 CPU = torch.device("cpu")
@@ -129,7 +130,8 @@ def test_company_has_no_influence_here(engine, lora):
 
 
 FAULTY = {
-    "products": "import fast_linear as place; name = 'product'; busy = lambda a: a.abs().sum(1).gt(0).sum() > 64",
+    "products": "from base import products as place; name = 'product'; "
+                "busy = lambda a: a.abs().sum(1).gt(0).sum() > 64",
     "attention of many": "import torch.nn.functional as place; name = 'scaled_dot_product_attention'; "
                          "busy = lambda a: len(a) > 40"}
 

@@ -12,10 +12,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from cli import UserError
+from scipy import special, stats
+
+from base.errors import UserError
 from privacy import noise
 from privacy.noise import NoiseSource
-from scipy import special, stats
 
 NORMALS = 2_000_000
 

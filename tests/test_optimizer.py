@@ -3,13 +3,14 @@
 import copy
 import math
 
-import optimizer
 import pytest
 import torch
+from torch import nn
+
+import optimizer
 from clipping_oracle import make_model
 from model import LoRAConfig
 from optimizer import AdamW, FlatParameters, schedule
-from torch import nn
 
 
 class Net(nn.Module):

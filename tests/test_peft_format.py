@@ -6,20 +6,19 @@ import json
 import os
 import pathlib
 
-import author_runs
 import peft
 import pytest
 import safetensors
 import safetensors.torch
 import torch
 import transformers
+
+import author_runs
+from model import SLOTS, GPT2LMModel, LoRAConfig
 from small_runs import equal, flags, material, server, train, weights
 from test_checkpoint import assert_same_weights, refused
-
-import checkpoint
-import peft_format
-from checkpoint import load_model, save_checkpoint
-from model import SLOTS, GPT2LMModel, LoRAConfig
+from weights import checkpoint, peft_format
+from weights.checkpoint import load_model, save_checkpoint
 
 D, L, HEADS, VOCABULARY, POSITIONS = 12, 2, 3, 61, 32
 PATTERNS = [enable for enable in itertools.product([False, True], repeat=3) if any(enable)]

@@ -11,20 +11,32 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from batching import TightCut
-from canaries import (COMPLETION, CONTEXT, RAW, Adversary, CanaryBatch, CanaryData, CanaryEngine, quiet_coordinates,
-                      text_canaries, text_losses, toss_coins)
-from cli import UserError
+from scipy.stats import norm
+
+from base.distributed import World
+from base.errors import UserError
 from conftest import ROOT, SHARED, run_script
-from data_utils import read_examples
-from distributed import World
+from corpus.batching import TightCut
+from corpus.examples import read_examples
 from model import GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import FlatParameters
 from privacy import auditing
 from privacy.auditing import audit, lower_bound, numbers_of_guesses, p_value, sampled_gaussian_llr
 from privacy.clipping import BookKeeping, ClippingRule
 from privacy.plan import PlanSettings
-from scipy.stats import norm
+from run.canaries import (
+    COMPLETION,
+    CONTEXT,
+    RAW,
+    Adversary,
+    CanaryBatch,
+    CanaryData,
+    CanaryEngine,
+    quiet_coordinates,
+    text_canaries,
+    text_losses,
+    toss_coins,
+)
 from small_runs import free_port, read, server, write_model, write_tokens
 
 SCRIPT = "src/privacy_audit.py"
@@ -370,7 +382,7 @@ def test_the_documents_name_commands_that_are_there():
         (command,) = re.findall(rf"^python {re.escape(script)} [^`]*?[^\\]$", text, re.M)
         named = set(re.findall(r"--(\w+)", command))
         assert named and named <= set(re.findall(r'"--(\w+)', (ROOT / script).read_text() +
-                                                 (ROOT / "src/run_setup.py").read_text()))
+                                                 (ROOT / "src/run/setup.py").read_text()))
 
 
 # ------------------------------------------------------------------ slow

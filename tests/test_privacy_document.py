@@ -5,15 +5,16 @@ import re
 import subprocess
 import sys
 
-import mutants
 import numpy as np
 import pytest
-from conftest import ROOT
-from privacy import accounting
-from privacy.accounting import Phase
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 from scipy.stats import norm
+
+import mutants
+from conftest import ROOT
+from privacy import accounting
+from privacy.accounting import Phase
 from small_runs import environment
 
 TEXT = (ROOT / "PRIVACY.md").read_text(encoding="utf-8")

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import textwrap
 
-import mutants
 import numpy as np
 import pytest
 import torch
+
+import mutants
+from base.distributed import World
 from conftest import ROOT
-from distributed import World
 from privacy.ledger import Ledger, read_ledger
 from privacy.noise import NoiseSource
 from privacy.plan import PlanSettings, PrivacyPlan

@@ -6,9 +6,10 @@ import re
 import subprocess
 import sys
 
-import privacy_report
 import pytest
-from cli import run_main
+
+import privacy_report
+from base.errors import run_main
 from conftest import ROOT, assert_user_error, run_script
 from privacy import accounting
 from privacy.accounting import Phase

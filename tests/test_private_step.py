@@ -9,11 +9,11 @@ import signal
 import numpy as np
 import pytest
 import torch
-from batching import PublicLengths
-from checkpoint import Loaded
+
+from base.distributed import World
 from clipping_oracle import Text, clipped_sum, distance, draw_units, make_model, norm, sums_of, unit_gradients
-from data_utils import Examples
-from distributed import World
+from corpus.batching import PublicLengths
+from corpus.examples import Examples
 from model import LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy import plan as plan_module
@@ -21,10 +21,10 @@ from privacy.clipping import BookKeeping, ClippingRule
 from privacy.ledger import read_ledger
 from privacy.noise import NoiseSource
 from privacy.plan import PlanSettings
-from run_log import WorkDir
+from run.log import WorkDir
+from run.loop import EXTRA, LoopOptions, Trainer
 from test_privacy_plan import SEEDED, SIGMA, open_plan, settings
-from training import EXTRA, LoopOptions, Trainer
-
+from weights.checkpoint import Loaded
 
 LENGTHS = (4, 8, 13, 20)
 

@@ -5,15 +5,16 @@ import sys
 
 import numpy as np
 import pytest
+
 from conftest import ROOT, run_script
 
 sys.path[:0] = [str(ROOT / "scripts" / "benchmarks"), str(ROOT / "scripts")]
 
 import project_scaling  # noqa: E402
-import training  # noqa: E402
-from cli import UserError  # noqa: E402
+from base.errors import UserError  # noqa: E402
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig  # noqa: E402
 from optimizer import FlatParameters  # noqa: E402
+from run import loop  # noqa: E402
 from test_results_tables import lines_of  # noqa: E402
 
 SMALL = GPT2Config(n_embd=48, n_layer=3, n_head=4, vocab_size=101, n_positions=32)
@@ -30,7 +31,7 @@ def test_what_is_known_of_gpt2():
     """Radford et al.: 124 M and 1.5 B parameters with the tied head; and what a step sums beside the gradient."""
     counts = [project_scaling.trained_coordinates(MODEL_CARDS[card], 0) for card in ("gpt2.sm", "gpt2.xl")]
     assert counts == [124_439_808, 1_557_611_200]
-    assert project_scaling.EXTRA == training.EXTRA
+    assert project_scaling.EXTRA == loop.EXTRA
 
 
 @pytest.mark.parametrize("mean, n", [(128.0, 1), (64.0, 2), (2.0, 64), (0.5, 256)])

@@ -6,16 +6,16 @@ import pathlib
 import shutil
 import signal
 
-import author_runs
 import pytest
 import safetensors.torch
 import torch
+
+import author_runs
+from run import provenance
 from small_runs import STEPS, flags, ledger, material, read, server, start_ranks, train
 from test_ledger import pld_epsilon
 from test_peft_format import export
-
-import provenance
-from checkpoint import Loaded, load_model
+from weights.checkpoint import Loaded, load_model
 
 UPDATE = "optimizer:AdamW.step"
 WHOLE = {"lora_dim": 0, "lora_dropout": 0, "max_step": 2}
@@ -264,7 +264,7 @@ def test_a_resumed_run_of_an_older_version_does_not_count_itself(tmp_path):
 
 def test_killed_between_the_first_checkpoint_and_the_first_report(chain, tmp_path):
     """The folder's ledger and the checkpoint's own word are of one run."""
-    kill = ["signal", {"point": "run_log:WorkDir.write_json", "when": "before", "nth": 2}]
+    kill = ["signal", {"point": "run.log:WorkDir.write_json", "when": "before", "nth": 2}]
     (rank,) = start_ranks(flags(tmp_path / "R", init_checkpoint=chain / "B"), 1, {0: [kill]})
     assert rank.wait() == -signal.SIGKILL and not (tmp_path / "R/privacy.json").exists()
     named(tmp_path / "R", tmp_path / "C", (2, 2, 2))

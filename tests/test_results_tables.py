@@ -6,7 +6,8 @@ import statistics
 import sys
 
 import pytest
-from cli import UserError
+
+from base.errors import UserError
 from conftest import ROOT, assert_user_error, run_script
 
 sys.path.insert(0, str(ROOT / "scripts" / "tables"))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from privacy import clipping
 from privacy.clipping import MOST_TOKENS, ClippingRule, rounding_share
 

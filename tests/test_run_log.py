@@ -8,17 +8,17 @@ import pathlib
 import signal
 import sys
 
-import author_runs
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, run_script
 from matplotlib.image import imread
-from small_runs import equal, flags, metrics, read, start_ranks, train, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_checkpoint import refused
 
-import run_setup
+import author_runs
+from conftest import ROOT, assert_user_error, run_script
 from optimizer import CACHE_CHUNK, norm
+from run import setup
+from small_runs import equal, flags, metrics, read, start_ranks, train, weights
+from test_checkpoint import refused
 
 PLOT = "scripts/plot_run.py"
 
@@ -132,11 +132,11 @@ def test_a_resumed_run_may_take_the_flag_up(tmp_path):
 
 def test_the_package_is_asked_for_where_it_is_missing(monkeypatch):
     parser = argparse.ArgumentParser()
-    run_setup.add_shared_flags(parser)
-    run_setup.check_shared_flags(parser.parse_args(["--tensorboard"]))
+    setup.add_shared_flags(parser)
+    setup.check_shared_flags(parser.parse_args(["--tensorboard"]))
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # what an import of a missing package meets
-    refused(lambda: run_setup.check_shared_flags(parser.parse_args(["--tensorboard"])), "pip install tensorboard")
-    run_setup.check_shared_flags(parser.parse_args([]))
+    refused(lambda: setup.check_shared_flags(parser.parse_args(["--tensorboard"])), "pip install tensorboard")
+    setup.check_shared_flags(parser.parse_args([]))
 
 
 # ------------------------------------------------------------------ plots

@@ -9,10 +9,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from distributed import World
+from scipy import stats
+
+from base.distributed import World
 from privacy.noise import NoiseSource
 from privacy.sampling import PoissonSampler, ShuffleSampler
-from scipy import stats
 
 LIMIT = 4.9  # standard deviations: one in a million
 N, Q, STEPS = 503, 0.06, 3000  # N divides by none of the world sizes

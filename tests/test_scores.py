@@ -14,6 +14,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from conftest import ROOT, assert_user_error, run_script
 
 sys.path.insert(0, str(ROOT / "eval" / "e2e"))

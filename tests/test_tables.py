@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+
 from author_runs import material as author_material
 from conftest import ROOT, assert_user_error
 from small_runs import equal, ledger, read, start_ranks, weights
@@ -20,7 +21,7 @@ from test_results_tables import lines_of
 
 sys.path.insert(0, str(ROOT / "scripts" / "tables"))
 import runner  # noqa: E402
-from cli import UserError  # noqa: E402
+from base.errors import UserError  # noqa: E402
 
 E2E, WEBNLG, SLURM = (f"scripts/{name}.sh" for name in ("e2e_table", "webnlg_table", "slurm_e2e"))
 AUTHORS = "scripts/author_table.sh"

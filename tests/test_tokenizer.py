@@ -7,9 +7,9 @@ import shutil
 import pytest
 import regex
 
-from cli import UserError
+from base.errors import UserError
 from conftest import ROOT
-from tokenizer import load_tokenizer
+from corpus.tokenizer import load_tokenizer
 
 TEXTS = [
     "",

@@ -8,12 +8,14 @@ import sys
 from collections import Counter
 
 import pytest
+
 from conftest import ROOT
 from test_scores import random_corpus, write_lines
 
 sys.path.insert(0, str(ROOT / "eval" / "webnlg"))
-import java  # noqa: E402
 import webnlg_scores  # noqa: E402
+
+import java  # noqa: E402
 from segments import Segments, UserError, load_segments  # noqa: E402
 
 

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
+import numpy as np
+
 import caption_metrics
 import java
 import ngrams
-import numpy as np
 from bootstrap import Comparison, Metric, compare
 from command import Parser, check_files, run, whole_file
 from segments import Segments, UserError, load_segments

@@ -23,12 +23,14 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import torch
 
-from beam_search import SearchSettings, beam_search
-from checkpoint import load_model
-from cli import Parser, fail, read_lines, run_main
-from kv_cache import TreeDecoder
+from base.errors import fail, run_main
+from base.files import read_lines
+from base.flags import Parser
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.top_k_head import CPU_BLOCK, PackedLinear
+from decoding.tree_decoder import TreeDecoder
 from model import GPT2Config
-from vocabulary import CPU_BLOCK, PackedLinear
+from weights.checkpoint import load_model
 
 
 def best_of(repeats: int, work: Callable[[], object]) -> float:

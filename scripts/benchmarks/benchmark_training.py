@@ -43,12 +43,14 @@ sys.path[:0] = [os.path.join(ROOT, "src"), os.path.join(ROOT, "scripts")]
 import numpy as np
 import torch
 
-import fast_linear
+from base import products
+from base.errors import fail, run_main
+from base.files import atomic_write
+from base.flags import Parser
+from base.memory import keep_memory
 from benchmark_variants import GhostClipping, PlainLoop, PublishedWay, pad_to, untie
-from batching import Cut, PublicLengths, TightCut, choose_lengths
-from cli import Parser, atomic_write, fail, run_main
-from cpu_memory import keep_memory
-from data_utils import Examples
+from corpus.batching import Cut, PublicLengths, TightCut, choose_lengths
+from corpus.examples import Examples
 from losses import MicroBatch
 from markdown_table import markdown, table_line
 from model import MODEL_CARDS, GPT2LMModel, LoRAConfig
@@ -56,7 +58,7 @@ from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, Ordinary
 from privacy.noise import NoiseSource
 from privacy.opacus_engine import OpacusEngine
-from run_setup import DEFAULT_TOKENS
+from run.setup import DEFAULT_TOKENS
 
 VARIANTS = ("ordinary", "book_keeping", "opacus", "ghost", "padded", "published", "plain")
 # (adapters, completion only, units of a logical batch)
@@ -156,7 +158,7 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
         engine = Ordinary(model, flat, smoothing)
     else:
         if variant == "published":
-            fast_linear.AVAILABLE = False  # in this process, which is its own
+            products.AVAILABLE = False  # in this process, which is its own
         kind = {"book_keeping": BookKeeping, "published": PublishedWay}.get(variant, OpacusEngine)
         engine = kind(model, flat, rule, smoothing)
     optimizer = AdamW(flat, (0.9, 0.999), 1e-6, 0.01, True)
@@ -167,7 +169,7 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
     cut: Cut = TightCut(tokens)
     if variant == "book_keeping":  # a private run pads to public lengths; the others pad as little as they can
         public = make_examples(task, 4 * logical, options.length, 50257, seed=1).inputs
-        filler = fast_linear.BLOCK_ROWS[device.type] / 2
+        filler = products.BLOCK_ROWS[device.type] / 2
         cut = PublicLengths(choose_lengths(public, int(examples.inputs.max()), logical, tokens, filler), tokens)
     batches = list(examples.micro_batches(drawn, cut))
     if variant in ("padded", "published"):

@@ -116,8 +116,9 @@ class GhostClipping:
     """Opacus's fast gradient clipping: norms in a first backward pass, the weighted sum in a second."""
 
     def __init__(self, model: GPT2LMModel, flat: FlatParameters, C: float, smoothing: float):
-        import lora_grad_samplers  # noqa: F401
         from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+        import lora_grad_samplers  # noqa: F401
         self.flat, self.smoothing = flat, smoothing
         self.module = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", max_grad_norm=C,
                                                            use_ghost_clipping=True)

@@ -21,7 +21,7 @@ A step on n GPUs, g of them in each of m machines; P trained coordinates of W pa
     update    (22 P + 4 P/n) 4 bytes / M   every rank: zero and divide the sum, AdamW's seven operations, the check for
               NaN, each a pass over memory; its share of the noise
 
-No overlap is assumed: the sum starts when the last micro-batch is done, as in src/training.py. Steps are epochs N / B.
+No overlap is assumed: the sum starts when the last micro-batch is done, as in src/run/loop.py. Steps are epochs N / B.
 """
 
 import json
@@ -40,16 +40,17 @@ import torch.distributed as dist
 import torch.multiprocessing
 from scipy.stats import poisson
 
-from cli import Parser, check_positive, fail, run_main
-from cpu_memory import keep_memory
+from base.errors import fail, run_main
+from base.flags import Parser, check_positive
+from base.memory import keep_memory
 from losses import MicroBatch
 from markdown_table import markdown
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, Ordinary
 from privacy.noise import NoiseSource
-from run_setup import DEFAULT_TOKENS, MOST_EPOCHS
-from training import EXTRA
+from run.loop import EXTRA
+from run.setup import DEFAULT_TOKENS, MOST_EPOCHS
 
 # Data sheets: bfloat16 multiply-adds/s (half of the dense FLOP/s: 312 and 989 TFLOPS), bytes/s of memory, of NVLink one
 # way (600 and 900 GB/s both ways), of a machine's network (DGX: eight adapters of 200 and 400 Gb/s). NVIDIA A100 80GB

@@ -19,7 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 import demo_grammar
-from cli import Parser, atomic_write, fail, run_main
+from base.errors import fail, run_main
+from base.files import atomic_write
+from base.flags import Parser
 from demo_grammar import Draw
 from make_demo_data import choose_meaning, say
 

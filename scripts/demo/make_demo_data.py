@@ -19,7 +19,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from tqdm import tqdm
 
 import demo_grammar
-from cli import Parser, atomic_write, fail, run_main
+from base.errors import fail, run_main
+from base.files import atomic_write
+from base.flags import Parser
 from demo_grammar import Draw, Kind
 
 Meaning = list[tuple[str, str]]  # (field, value) in the order of the context; name and Type come first

@@ -18,8 +18,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import tokenizers
 
-from cli import Parser, atomic_write, fail, read_lines, run_main
-from tokenizer import ALPHABET, END_OF_TEXT
+from base.errors import fail, run_main
+from base.files import atomic_write, read_lines
+from base.flags import Parser
+from corpus.tokenizer import ALPHABET, END_OF_TEXT
 
 
 def training_texts(path: str) -> list[str]:

@@ -11,7 +11,8 @@ import sys
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 sys.path[:0] = [os.path.join(ROOT, "src"), os.path.join(ROOT, "scripts")]
 
-from cli import atomic_write, fail, open_text, read_object
+from base.errors import fail
+from base.files import atomic_write, open_text, read_object
 from results_tables import E2E_SHA256
 
 PACKAGES = ("torch", "opacus", "numpy", "tokenizers")

@@ -25,7 +25,9 @@ from typing import NoReturn
 ROOT = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 sys.path.insert(0, os.path.join(ROOT, "src"))
 
-from cli import Parser, atomic_write, fail, run_main
+from base.errors import fail, run_main
+from base.files import atomic_write
+from base.flags import Parser
 from row import output_of, write_row
 from tasks import TASKS, AnyTask, Run
 

@@ -13,7 +13,8 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cli import fail, read_object
+from base.errors import fail
+from base.files import read_object
 
 HUGGING_FACE = {"gpt2.sm": "gpt2", "gpt2.md": "gpt2-medium", "gpt2.lg": "gpt2-large", "gpt2.xl": "gpt2-xl"}
 LORA = "--lora_dim 4 --lora_alpha 32 --lora_dropout 0.0".split()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast_linear import linear
+from base.products import linear
 
 
 class LoRALayer:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from scipy.special import erfcx, ndtr
 
-from cli import fail
+from base.errors import fail
 from privacy.sampled_gaussian import ROUNDING, Phase, prv_epsilon, rdp_epsilon
 
 MOST_STEPS = 10**15  # of a phase; a float still counts them one by one

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binom
 
-from cli import fail
+from base.errors import fail
 
 FEWEST = 16  # guesses worth trying: fewer bound no epsilon above log(16 / log(1 / 0.05)) = 1.7
 TOLERANCE = 1e-4  # of a lower bound, on the safe side

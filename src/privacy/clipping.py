@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loralib as lora
-from fast_linear import BLOCK_ROWS, add_product, by_rows, row_blocks
+from base.products import BLOCK_ROWS, add_product, by_rows, row_blocks
 from losses import MicroBatch, unit_losses
 from model import Conv1D, GPT2LMModel, TiedHead
 from optimizer import FlatParameters

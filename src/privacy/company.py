@@ -1,6 +1,6 @@
 """Whether this machine's kernels keep a unit's gradient apart from its company, tried before a private run in bfloat16.
 
-The proof of epsilon takes a unit's clipped gradient for a function of the unit alone. fast_linear.row_blocks() and
+The proof of epsilon takes a unit's clipped gradient for a function of the unit alone. base.products.row_blocks() and
 PublicLengths give every kernel one shape; that a kernel then treats all rows alike is a property of the machine's
 libraries, and that all ranks have the same. In float32 a breach costs a few units in the last place. In bfloat16 it
 costs 2^-8 of a value, the same way for all units that are alike, and the sum over them moves by several C.
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batching import PublicLengths, collate
-from cli import UserError
-from distributed import World
+from base.distributed import World
+from base.errors import UserError
+from corpus.batching import PublicLengths, collate
 from losses import MicroBatch
 from model import GPT2LMModel
 from optimizer import FlatParameters

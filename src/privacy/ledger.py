@@ -18,7 +18,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cli import atomic_write, fail, lock, sync_folder
+from base.errors import fail
+from base.files import atomic_write, lock, sync_folder
 from privacy import accounting
 
 FILE_NAME = "privacy_ledger.jsonl"

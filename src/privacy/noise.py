@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cli import fail
+from base.errors import fail
 
 KINDS = ("os", "secure", "seeded")
 PURPOSES = ("mask", "noise", "dropout")

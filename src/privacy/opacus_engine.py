@@ -12,8 +12,8 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 import lora_grad_samplers  # noqa: F401  (registers the rules of this project's layers with Opacus)
-from distributed import World
-from fast_linear import BLOCK_ROWS, row_blocks
+from base.distributed import World
+from base.products import BLOCK_ROWS, row_blocks
 from losses import MicroBatch, unit_losses
 from model import GPT2LMModel
 from optimizer import FlatParameters

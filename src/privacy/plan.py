@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cli import UserError
-from distributed import World
+from base.distributed import World
+from base.errors import UserError
 from privacy import accounting
 from privacy.clipping import ClippingRule
 from privacy.ledger import Ledger, epsilons, noise_sources, spent

@@ -6,7 +6,7 @@ Every unit belongs to one rank alone (unit u to rank u mod world size), so no un
 import torch
 from torch import Tensor
 
-from distributed import World
+from base.distributed import World
 from privacy.noise import NoiseSource
 
 

@@ -4,7 +4,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 
-from cli import atomic_write, fail, open_text
+from base.errors import fail
+from base.files import atomic_write, open_text
 
 
 def read_json(path: str, wanted: str) -> object:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from batching import Cut, collate
-from cli import fail, read_lines
+from base.errors import fail
+from base.files import read_lines
+from corpus.batching import Cut, collate
 from losses import MicroBatch
 
 WANTED = 'wanted {"context": [token ids], "completion": [token ids]}, as src/gpt2_encode.py writes it'

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-import provenance
-from batching import Cut, TightCut
-from cli import UserError, fail
-from distributed import World
+from base.distributed import World
+from base.errors import UserError, fail
+from corpus.batching import Cut, TightCut
 from losses import MicroBatch, token_losses
 from model import GPT2LMModel
 from optimizer import AdamW, FlatParameters, norm
 from privacy.plan import PrivacyPlan, finite_or_text
-from run_log import Display, Meter, WorkDir
+from run import provenance
+from run.log import Display, Meter, WorkDir
+from weights import checkpoint
 
 # What a step sums over the ranks beside the gradient: sum of losses, units, real tokens, texts, ranks asked to stop.
 EXTRA = 5
@@ -359,7 +359,7 @@ class Trainer:
 
 def resume(work_dir: str, model: GPT2LMModel, optimizer: AdamW) -> tuple[int, dict | None, dict | None]:
     """Bring parameters and optimizer to the newest checkpoint of `work_dir`; returns its step, 0 where there is none,
-    the run's progress() there, and the checkpoint's report (provenance.py).
+    the run's progress() there, and the checkpoint's report (run/provenance.py).
 
     A run that was killed before its first checkpoint starts again from its initial weights; its ledger keeps what it
     spent.

@@ -11,7 +11,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from cli import atomic_write, fail, lock, read_object
+from base.errors import fail
+from base.files import atomic_write, lock, read_object
 
 
 class WorkDir:

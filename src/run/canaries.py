@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batching import Cut
-from data_utils import Examples
-from distributed import World
+from base.distributed import World
+from corpus.batching import Cut
+from corpus.examples import Examples
 from losses import MicroBatch, unit_losses
 from model import GPT2LMModel
 from optimizer import FlatParameters

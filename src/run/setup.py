@@ -12,21 +12,21 @@ from dataclasses import dataclass
 
 import torch
 
-import checkpoint
-import distributed
-import provenance
-import training
-from batching import PublicLengths, TightCut, choose_lengths
-from cli import UserError, check_least, check_positive, check_range, fail
-from distributed import World
-from fast_linear import BLOCK_ROWS
+from base import distributed
+from base.distributed import World
+from base.errors import UserError, fail
+from base.flags import check_least, check_positive, check_range
+from base.products import BLOCK_ROWS
+from corpus.batching import PublicLengths, TightCut, choose_lengths
 from model import SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, Ordinary, rounding_share
 from privacy.company import check_company, check_ranks_compute_alike
 from privacy.ledger import Ledger
 from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
-from run_log import WorkDir
+from run import loop, provenance
+from run.log import WorkDir
+from weights import checkpoint
 
 # Padded tokens of a micro-batch where --micro_batch_tokens is not given: see scripts/benchmarks/benchmark_training.py.
 DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -205,7 +205,7 @@ def epochs_to_steps(epochs: float, N: int, batch: int) -> int:
 
 
 def choose_cut(request: Request, args: argparse.Namespace, world: World, config: GPT2Config,
-               valid: training.Data | None) -> PublicLengths:
+               valid: loop.Data | None) -> PublicLengths:
     """How a private run's draws are cut. The lengths to pad to come from validation data, which no run protects."""
     budget = args.micro_batch_tokens or DEFAULT_TOKENS[world.device.type]
     # On the average half a block of rows is filler, in the blocks of the transformer and in the head.
@@ -324,8 +324,8 @@ def check_ranks_agree(world: World, recorded: dict) -> None:
 
 
 def build_trainer(request: Request, args: argparse.Namespace, world: World, loaded: checkpoint.Loaded,
-                  data: training.Data, valid: training.Data | None, work_dir: str, disclosed: list[str],
-                  recorded: dict) -> training.Trainer:
+                  data: loop.Data, valid: loop.Data | None, work_dir: str, disclosed: list[str],
+                  recorded: dict) -> loop.Trainer:
     """From a checked request to a Trainer. Collective: every rank calls it; an error on one rank ends all.
 
     A run that torchrun restarts continues as by --resume (is_restarted), or is refused where it cannot.
@@ -345,7 +345,7 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
     settings = plan_settings(request, args, world, cut)
     model = loaded.model.to(world.device)
     model.freeze_for_training()
-    flat = FlatParameters(model, extra=training.EXTRA, no_decay_bias=request.no_decay_bias)
+    flat = FlatParameters(model, extra=loop.EXTRA, no_decay_bias=request.no_decay_bias)
     for parameter in model.parameters():  # every rank starts from rank 0's
         parameter.data.copy_(world.broadcast(parameter.data))
     optimizer = AdamW(flat, request.betas, request.adam_eps, request.weight_decay, request.correct_bias,
@@ -363,7 +363,7 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
                         "versions": {"python": platform.python_version(), "torch": torch.__version__}}
             ledger = open_folder(work, settings, world, recorded, args, request.flags.folder)
         if args.resume:
-            done, before, report = training.resume(work_dir, model, optimizer)
+            done, before, report = loop.resume(work_dir, model, optimizer)
         if ledger is not None:
             if args.resume:
                 check_ledger_is_whole(work, ledger, done, report)
@@ -386,13 +386,13 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
         if world.size > 1:
             check_ranks_compute_alike(engine, model, flat, cut, world)
 
-    options = training.LoopOptions(
+    options = loop.LoopOptions(
         steps=request.steps, steps_per_epoch=request.N / request.batch, lr=request.lr, grad_clip=request.grad_clip,
         bf16=args.bf16, cut=cut if settings.private else TightCut(cut.token_budget),
         log_interval=request.log_interval, eval_interval=request.eval_interval, save_interval=request.save_interval,
         random_seed=request.random_seed, last_step=request.last_step, show_bar=request.show_bar,
         show_progress=request.show_progress)
-    trainer = training.Trainer(world, loaded, flat, engine, optimizer, plan, data, valid, work, options, disclosed,
+    trainer = loop.Trainer(world, loaded, flat, engine, optimizer, plan, data, valid, work, options, disclosed,
                                done, before)
     trainer.facts.update(origin)
     if restarted:
@@ -402,7 +402,7 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
 
 
 def build_engine(name: str, model: GPT2LMModel, flat: FlatParameters, plan: PrivacyPlan,
-                 smoothing: float, world: World) -> training.Engine:
+                 smoothing: float, world: World) -> loop.Engine:
     """The gradient engine; the clipping norm comes from the plan. Collective."""
     if not plan.settings.private:
         return Ordinary(model, flat, smoothing)
@@ -412,7 +412,7 @@ def build_engine(name: str, model: GPT2LMModel, flat: FlatParameters, plan: Priv
     return BookKeeping(model, flat, plan.clipping_rule, smoothing)
 
 
-def warn_of_shared(trainer: training.Trainer, what: str, shared: int, of: int) -> None:
+def warn_of_shared(trainer: loop.Trainer, what: str, shared: int, of: int) -> None:
     """Say that validation data are training data, too (`what`: the plural of what is counted)."""
     if shared:
         trainer.display.say(f"WARNING: {shared} of the {of} validation {what} are training {what}, too: the validation "
@@ -420,7 +420,7 @@ def warn_of_shared(trainer: training.Trainer, what: str, shared: int, of: int) -
                             "itself has no noise)", important=True)
 
 
-def announce(trainer: training.Trainer) -> None:
+def announce(trainer: loop.Trainer) -> None:
     """Say once, before the first step, what the run will spend."""
     plan, settings, say = trainer.plan, trainer.plan.settings, trainer.display.say
     say(f"{settings.N} {settings.unit}s, expected batch {settings.batch} (q = {settings.q:.6g}), "

@@ -5,7 +5,7 @@ total / length**length_penalty. Around it:
 - Hypotheses are rows. One that has ended, or that cannot beat the best finished one any more, is no row, so the work
   of a step shrinks with its context. Dropping it is exact: what it would push out of the beam ranks below it.
 - A context that is done leaves and a waiting one takes its slot: no step waits for the slowest context.
-- The vocabulary is read once, in blocks (vocabulary.py): no (rows, V) array of log-probabilities exists.
+- The vocabulary is read once, in blocks (decoding/top_k_head.py): no (rows, V) array of log-probabilities exists.
 
 Scores are base-2 logarithms: every rule here is linear in the total, so the unit changes no comparison.
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vocabulary import Edits, Vocabulary
+from decoding.top_k_head import Edits, Vocabulary
 
 NOTHING = -1  # where a history has no token
 

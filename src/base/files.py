@@ -1,66 +1,14 @@
-"""What every script does the same way: one-line errors with status 2, and files that appear whole or not at all."""
+"""Files read with their mistakes named, and files that appear whole or not at all."""
 
-import argparse
 import contextlib
 import errno
 import fcntl
 import json
-import math
 import os
-import sys
-from collections.abc import Callable, Iterator
-from typing import IO, NoReturn
+from collections.abc import Iterator
+from typing import IO
 
-
-class UserError(ValueError):
-    """A mistake that the user can mend. Its text is one line: flag or file:line, what was got and wanted, the cure."""
-
-    on_every_rank = False  # every rank of the job has this very error, so rank 0 alone prints it
-
-
-def fail(message: str) -> NoReturn:
-    """Raise UserError(message)."""
-    raise UserError(message)
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that takes no abbreviations and reports a mistake in one line."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        mistake = UserError(f"{message}; see --help")
-        mistake.on_every_rank = True
-        raise mistake
-
-
-def check_least(flags: object, **least: int) -> None:
-    """Raise UserError for a flag, an attribute of `flags`, below its least value. None, not given, passes; so below."""
-    for name, bound in least.items():
-        if (value := getattr(flags, name)) is not None and value < bound:
-            fail(f"--{name} {value}: expected at least {bound}")
-
-
-def check_range(flags: object, **bounds: tuple[float, float]) -> None:
-    """Raise UserError for a flag that is not in its [low, high)."""
-    for name, (low, high) in bounds.items():
-        if (value := getattr(flags, name)) is not None and not low <= value < high:
-            fail(f"--{name} {value:g}: expected a number from {low} to below {high:g}")
-
-
-def check_positive(flags: object, **most: float) -> None:
-    """Raise UserError for a flag that is not above 0, or above its most (math.inf: it may be any finite number)."""
-    for name, bound in most.items():
-        if (value := getattr(flags, name)) is not None and not (0 < value <= bound and value < math.inf):
-            limit = f", at most {bound:g}" if bound < math.inf else ""
-            fail(f"--{name} {value:g}: expected a number above 0{limit}")
-
-
-def check_output(output: str, source: str, flag: str = "OUT") -> None:
-    """Raise UserError where `output`, named by `flag`, is the file that is read."""
-    if os.path.realpath(output) == os.path.realpath(source):
-        fail(f"{flag} {output}: is the input itself, which would be lost; name another file")
+from base.errors import fail
 
 
 def is_text(value: str) -> bool:
@@ -70,33 +18,6 @@ def is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's main() and leave the process with its status: 2 and one line for a user's mistake.
-
-    A ValueError that is not a UserError is a bug of ours and keeps its traceback.
-    """
-    try:
-        status = main()
-        sys.stdout.flush()
-    except UserError as error:
-        rank = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
-        if rank == "0" or not error.on_every_rank:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        status = 2
-    except BrokenPipeError:  # the reader of our standard output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    except KeyboardInterrupt:
-        status = 130
-    except OSError as error:
-        # A full disk, a missing permission, a folder where a file was wanted: the operating system's own words name it.
-        if error.filename is None and error.errno is None:
-            raise
-        print(f"error: {error.filename or 'input/output'}: {error.strerror}", file=sys.stderr, flush=True)
-        status = 2
-    sys.exit(status)
 
 
 def open_text(path: str, flag: str = "") -> IO[str]:

@@ -25,10 +25,11 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from batching import Cut, collate
-from cli import UserError, atomic_write, check_file, fail, is_text, open_text
+from base.errors import UserError, fail
+from base.files import atomic_write, check_file, is_text, open_text
+from corpus.batching import Cut, collate
+from corpus.tokenizer import Tokenizer, load_tokenizer
 from losses import MicroBatch
-from tokenizer import Tokenizer, load_tokenizer
 
 PSEUDO_AUTHORS = ("[deleted]", "AutoModerator")
 FORMAT = 1  # of the cache; another number makes every older cache void

@@ -10,7 +10,8 @@ import os
 
 import tokenizers
 
-from cli import fail, read_lines
+from base.errors import fail
+from base.files import read_lines
 
 END_OF_TEXT = "<|endoftext|>"
 # A byte is written as a printable character in both files; these 256 characters are the alphabet.

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import loralib as lora
+from decoding.top_k_head import PackedLinear, Vocabulary
 from model import GPT2LMModel
-from vocabulary import PackedLinear, Vocabulary
 
 SPARE_STEPS = 4  # steps for which a sweep makes room: it copies the live part once, and attention reads the dead part
 Attend = Callable[[int, Tensor], Tensor]  # (layer, its fused query, key, value (rows, 3D)) -> (rows, D)

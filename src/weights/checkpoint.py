@@ -6,7 +6,7 @@ A file of ours, `model.{step}.pt`, is a dict for torch.load(weights_only=True):
   config, lora      the model's shape and its adapter, as dicts
   base              None, or {"path", "absolute", "fingerprint"} of the file that holds the frozen weights;
                     path is relative to the checkpoint's folder, so that a moved project still finds it
-  privacy           None, or what this run and those before it spent (provenance.py)
+  privacy           None, or what this run and those before it spent (run/provenance.py)
 Beside it `optimizer.{step}.pt` holds what only a resumed run needs; of these the newest alone is kept.
 """
 
@@ -24,9 +24,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import peft_format
-from cli import UserError, atomic_write, fail, read_object
+from base.errors import UserError, fail
+from base.files import atomic_write, read_object
 from model import MODEL_CARDS, SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
+from weights import peft_format
 
 PREFIX = "transformer."
 STEP_FILE = re.compile(r"model\.(\d+)\.pt")
@@ -80,8 +81,8 @@ def read_file(path: str, flag: str = "--init_checkpoint") -> dict:
 
 
 def privacy_entry(path: str, content: dict) -> object:
-    """What a weight file says of the runs behind it (provenance.py): the entry `privacy` of a file of ours, the JSON of
-    that name in the metadata of an exported one; None where it says nothing. Not checked."""
+    """What a weight file says of the runs behind it (run/provenance.py): the entry `privacy` of a file of ours, the
+    JSON of that name in the metadata of an exported one; None where it says nothing. Not checked."""
     if not path.endswith(".safetensors"):
         return content.get("privacy")
     with safetensors.safe_open(path, framework="pt") as handle:

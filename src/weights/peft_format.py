@@ -20,7 +20,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from cli import fail, read_object
+from base.errors import fail
+from base.files import read_object
 from model import SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
 
 CONFIG = "adapter_config.json"

@@ -12,10 +12,11 @@ import json
 import os
 from collections.abc import Iterable
 
-from checkpoint import Loaded
-from cli import fail, read_object
+from base.errors import fail
+from base.files import read_object
 from privacy.ledger import FILE_NAME, LedgerState, check_none_was_kept, epsilons, noise_sources, read_ledger
 from privacy.plan import finite_or_text, relation
+from weights.checkpoint import Loaded
 
 REPORT_NAME = "privacy.json"
 # epsilon_prv and epsilon_rdp are at `delta`; infinity is a text.

@@ -68,7 +68,7 @@ def choose_lengths(public: np.ndarray | None, longest: int, units: float, token_
 
     public   (n,) lengths of texts that the run does not protect, such as its validation data; None or empty: unknown
     longest  inputs of the longest text that may come
-    filler   what a micro-batch's products are filled up with on the average, see fast_linear.row_blocks: in tokens
+    filler   what a micro-batch's products are filled up with on the average, see base.products.row_blocks: in tokens
 
     Dynamic programming over multiples of GRAIN up to the longest public text: a class costs its padded tokens, and for
     every micro-batch what starting one costs. Beyond, and where nothing is public, each length is GROWTH times the one

@@ -1,0 +1,1 @@
+"""What every script stands on: errors, flags, files, ranks, memory, and matrix products."""
