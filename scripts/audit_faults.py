@@ -85,16 +85,41 @@ Flags = dict[str, object]
 def setting(name: str, examples: int) -> Flags:
     """Flags of src/privacy_audit.py for one setting, where the training data are `examples` examples."""
     if name == "published":
-        return {"canaries": 1000, "train_batch_size": 128, "noise_multiplier": 0.6, "lora_dim": 4, "lora_alpha": 32,
-                "lr": 0.0004, "max_step": 50, "guesses": 40}
+        return {
+            "canaries": 1000,
+            "train_batch_size": 128,
+            "noise_multiplier": 0.6,
+            "lora_dim": 4,
+            "lora_alpha": 32,
+            "lr": 0.0004,
+            "max_step": 50,
+            "guesses": 40,
+        }
     if name == "text":
-        return {"canaries": 1000, "canary_kind": "text", "train_batch_size": (examples + 1000) // 8,
-                "noise_multiplier": 4, "lr": 0.002, "max_step": 32}
+        return {
+            "canaries": 1000,
+            "canary_kind": "text",
+            "train_batch_size": (examples + 1000) // 8,
+            "noise_multiplier": 4,
+            "lr": 0.002,
+            "max_step": 32,
+        }
     if name == "participation":
-        return {"canaries": 100_000, "train_batch_size": (examples + 100_000) // 32, "noise_multiplier": 2,
-                "max_step": 30, "target_delta": 1e-6}
-    return {"canaries": 2_000_000, "train_batch_size": examples + 2_000_000, "noise_multiplier": 3, "max_step": 1,
-            "target_delta": 1e-6, "guesses": 3200}
+        return {
+            "canaries": 100_000,
+            "train_batch_size": (examples + 100_000) // 32,
+            "noise_multiplier": 2,
+            "max_step": 30,
+            "target_delta": 1e-6,
+        }
+    return {
+        "canaries": 2_000_000,
+        "train_batch_size": examples + 2_000_000,
+        "noise_multiplier": 3,
+        "max_step": 1,
+        "target_delta": 1e-6,
+        "guesses": 3200,
+    }
 
 
 ROWS: tuple[tuple[str, Callable[[], None], str], ...] = (
@@ -151,16 +176,22 @@ def main() -> int:
     parser.add_argument("--model_card", required=True, help="as for src/privacy_audit.py; of 2,000,000 coordinates")
     parser.add_argument("--init_checkpoint", help="as for src/privacy_audit.py")
     parser.add_argument("--seq_len", type=int, default=512)
-    parser.add_argument("--only", nargs="+", choices=list(dict.fromkeys(name for name, *_ in ROWS)),
-                        help="these faults alone, with the sound rows of their settings")
-    parser.add_argument("--settings", nargs="+", choices=list(dict.fromkeys(where for *_, where in ROWS)),
-                        help="these settings alone")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(dict.fromkeys(name for name, *_ in ROWS)),
+        help="these faults alone, with the sound rows of their settings",
+    )
+    parser.add_argument(
+        "--settings", nargs="+", choices=list(dict.fromkeys(where for *_, where in ROWS)), help="these settings alone"
+    )
     parser.add_argument("--output", required=True, help="folder for the table and the runs' results")
     args = parser.parse_args()
     if args.examples < 1:
         fail(f"--examples {args.examples}: expected at least 1")
-    chosen = [row for row in ROWS if (not args.settings or row[2] in args.settings)
-              and (not args.only or row[0] in args.only)]
+    chosen = [
+        row for row in ROWS if (not args.settings or row[2] in args.settings) and (not args.only or row[0] in args.only)
+    ]
     tested = {where for *_, where in chosen}
     rows = [row for row in ROWS if row in chosen or row[0] == "none" and row[2] in tested]
     os.makedirs(args.output, exist_ok=True)
@@ -174,8 +205,17 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(folder)
         data = args.train_data if where == "published" else short  # the published q is of all the examples
-        found = run(fault, {"train_data": data, "model_card": args.model_card, "init_checkpoint": args.init_checkpoint,
-                            "seq_len": args.seq_len, **setting(where, examples)}, folder)
+        found = run(
+            fault,
+            {
+                "train_data": data,
+                "model_card": args.model_card,
+                "init_checkpoint": args.init_checkpoint,
+                "seq_len": args.seq_len,
+                **setting(where, examples),
+            },
+            folder,
+        )
         results.append({"fault": name, "setting": where, **found})
         print(audit(results[-1:]).splitlines()[-1], flush=True)
         wrong |= found["refuted"] == (name == "none")

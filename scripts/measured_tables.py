@@ -122,8 +122,10 @@ def measured_table(folder: str, place: str) -> str | None:
             said = {"device": f"{first['options']['model_card']} on {first['device']}", "torch": first["torch"], **said}
         commit = said["commit"][:8] if "commit" in said else None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        fail(f"{where}: scripts/benchmarks/benchmark_training.py or audit_faults.py did not write it so "
-             f"({error!r}); remove it")
+        fail(
+            f"{where}: scripts/benchmarks/benchmark_training.py or audit_faults.py did not write it so "
+            f"({error!r}); remove it"
+        )
     named = {"": said.get("device"), " ": said.get("note"), "commit ": commit, "torch ": said.get("torch")}
     facts = "; ".join(f"{name}{value}".strip() for name, value in named.items() if value)
     return f"{text}\n{facts + '. ' if facts else ''}Command and every figure: `{place}/`.\n"

@@ -24,8 +24,12 @@ from base.errors import fail, run_main
 from base.files import atomic_write, read_lines
 from base.flags import Parser
 
-PANELS = {"loss": "training loss [nats per scored token]", "valid_loss": "validation loss [nats per scored token]",
-          "epsilon": "epsilon spent (PRV upper bound)", "grad_norm": "norm of the released gradient"}
+PANELS = {
+    "loss": "training loss [nats per scored token]",
+    "valid_loss": "validation loss [nats per scored token]",
+    "epsilon": "epsilon spent (PRV upper bound)",
+    "grad_norm": "norm of the released gradient",
+}
 FORMATS = (".png", ".pdf", ".svg")
 
 
@@ -78,8 +82,9 @@ def draw(runs: dict[str, list[dict]], deltas: set[float | None], against: str) -
     """One panel for each of PANELS that any run has numbers for, one colour for each run."""
     shown = [name for name in PANELS if any(series(points, name, against)[0] for points in runs.values())]
     rows, columns = (2, 2) if len(shown) == 4 else (1, max(1, len(shown)))
-    figure, grid = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.7 * rows + 0.5), layout="constrained",
-                                squeeze=False, sharex=True)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(5.2 * columns, 3.7 * rows + 0.5), layout="constrained", squeeze=False, sharex=True
+    )
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     palette = plt.get_cmap("tab10" if len(runs) <= 10 else "turbo")
     colours = [palette(i if len(runs) <= 10 else i / (len(runs) - 1)) for i in range(len(runs))]
@@ -112,16 +117,18 @@ def draw(runs: dict[str, list[dict]], deltas: set[float | None], against: str) -
     for axes in grid[-1]:
         axes.set_xlabel("seconds of training" if against == "seconds" else against)
     handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours]
-    figure.legend(handles, list(runs), loc="outside upper center", ncols=min(len(runs), 2 * columns), fontsize=9,
-                  frameon=False)
+    figure.legend(
+        handles, list(runs), loc="outside upper center", ncols=min(len(runs), 2 * columns), fontsize=9, frameon=False
+    )
     return figure
 
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="folders of runs")
-    parser.add_argument("--against", choices=("step", "epoch", "seconds"), default="step",
-                        help="the horizontal axis (default step)")
+    parser.add_argument(
+        "--against", choices=("step", "epoch", "seconds"), default="step", help="the horizontal axis (default step)"
+    )
     parser.add_argument("--out", default="runs.png", help=f"file to write: {', '.join(FORMATS)} (default runs.png)")
     args = parser.parse_args()
     form = os.path.splitext(args.out)[1].lower()

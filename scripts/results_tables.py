@@ -28,25 +28,37 @@ from measured_tables import measured_table
 
 E2E_SCORES, TRIPLES_SCORES = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"), ("BLEU", "METEOR", "TER", "chrF++")
 SETS = ("all", "seen", "unseen")  # of categories, where a task parts them
-SCORES = {"e2e": E2E_SCORES, "webnlg": [f"{name} {part}" for name in TRIPLES_SCORES for part in SETS],
-          "dart": TRIPLES_SCORES, "author": ()}
+SCORES = {
+    "e2e": E2E_SCORES,
+    "webnlg": [f"{name} {part}" for name in TRIPLES_SCORES for part in SETS],
+    "dart": TRIPLES_SCORES,
+    "author": (),
+}
 KEYS = {"task", "model", "method", "epsilon", "seed", "processes", "commit", "hardware", "versions"}
-PARTS = {"hardware": {"machines", "gpus", "cores", "device"},
-         "privacy": {"epsilon_prv", "delta", "relation", "sampling"}}
+PARTS = {
+    "hardware": {"machines", "gpus", "cores", "device"},
+    "privacy": {"epsilon_prv", "delta", "relation", "sampling"},
+}
 METHODS = {"lora": "LoRA", "full": "full", "none": "untrained"}
 # BLEU without privacy on E2E's test set, as LoRA's authors report it (Hu et al., 2021, table 3). Other published
 # figures are of private runs whose epsilon is not what they say, or of other held-out data: nothing stands beside
 # those rows.
 E2E_SHA256 = "dbc41b098ac523651894eabb7fe140f272445efe3bb4654d4666f2a1976c86b2"  # data/e2e/train.jsonl
-PUBLISHED = {("gpt2.md", "lora"): 0.704, ("gpt2.lg", "lora"): 0.704,
-             ("gpt2.md", "full"): 0.682, ("gpt2.lg", "full"): 0.685}
+PUBLISHED = {
+    ("gpt2.md", "lora"): 0.704,
+    ("gpt2.lg", "lora"): 0.704,
+    ("gpt2.md", "full"): 0.682,
+    ("gpt2.lg", "full"): 0.685,
+}
 # What seeds of one line may differ in: where and by how many processes a run was done, what is shown of it, and what
 # follows from the seed (whose authors are held out). Whatever else differs makes it another line.
-OF_ONE_RUN = set("""random_seed seed work_dir output_dir platform local_rank world_size train_batch_size grad_acc
+OF_ONE_RUN = set(
+    """random_seed seed work_dir output_dir platform local_rank world_size train_batch_size grad_acc
     per_device_train_batch_size gradient_accumulation_steps micro_batch_tokens valid_batch_size
     per_device_eval_batch_size log_interval logging_steps eval_interval eval_steps save_interval save_steps log_level
     disable_tqdm tensorboard collective_timeout resume resume_changed resume_from_checkpoint cache_dir
-    dataloader_num_workers N sigma delta steps""".split())
+    dataloader_num_workers N sigma delta steps""".split()
+)
 MARKED = re.compile(r"(<!-- table ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Rows = list[dict]
@@ -58,8 +70,13 @@ def is_row(row: dict) -> bool:
     authors."""
     parts = {"hardware"} | ({"privacy"} if row["epsilon"] != "0" or row["task"] == "author" else set())
     scored = {name for name in SCORES[row["task"]] if not name.endswith("seen")}  # a test set may lack them
-    return (KEYS <= row.keys() and row["method"] in METHODS and scored <= row.get("scores", {}).keys()
-            and isinstance(row.get("note", ""), str) and all(PARTS[part] <= row[part].keys() for part in parts))
+    return (
+        KEYS <= row.keys()
+        and row["method"] in METHODS
+        and scored <= row.get("scores", {}).keys()
+        and isinstance(row.get("note", ""), str)
+        and all(PARTS[part] <= row[part].keys() for part in parts)
+    )
 
 
 def flat(row: dict) -> dict:
@@ -67,8 +84,14 @@ def flat(row: dict) -> dict:
     scores = row.get("scores", {})
     if not any(isinstance(found, dict) for found in scores.values()):
         return row
-    return {**row, "scores": {f"{name} {part}" if row["task"] == "webnlg" else name: value
-                              for part, found in scores.items() for name, value in found.items()}}
+    return {
+        **row,
+        "scores": {
+            f"{name} {part}" if row["task"] == "webnlg" else name: value
+            for part, found in scores.items()
+            for name, value in found.items()
+        },
+    }
 
 
 def read_rows(folder: str) -> Rows:
@@ -100,9 +123,11 @@ def check_same(first: dict, other: dict, folder: str) -> None:
     one, two = first.get("settings", {}), other.get("settings", {})
     for name in sorted(one.keys() & two.keys() - OF_ONE_RUN):
         if one[name] != two[name]:
-            fail(f"{folder}: seeds {first['seed']} and {other['seed']} of {first['model']}, {first['method']}, epsilon "
-                 f"{first['epsilon']} differ in {name}: {one[name]} and {two[name]}; a line's mean is over "
-                 "seeds alone: move one row away, and run it under another --name")
+            fail(
+                f"{folder}: seeds {first['seed']} and {other['seed']} of {first['model']}, {first['method']}, epsilon "
+                f"{first['epsilon']} differ in {name}: {one[name]} and {two[name]}; a line's mean is over "
+                "seeds alone: move one row away, and run it under another --name"
+            )
 
 
 def budget_order(row: dict) -> float:
@@ -122,6 +147,7 @@ def spread(rows: Rows, value: Callable[[dict], float | None], form: str) -> str:
 
 def report(name: str, scale: float = 1.0) -> Callable[[dict], float | None]:
     """privacy.json's number `name`; None where there is none."""
+
     def value(row: dict) -> float | None:
         number = row.get("privacy", {}).get(name)
         return number * scale if isinstance(number, (int, float)) else None
@@ -146,6 +172,7 @@ def published(rows: Rows) -> str:
 
 def columns(task: str) -> list[tuple[str, Cell]]:
     """(head, cell of a line's rows) of a task's table."""
+
     def trained(cell: Cell) -> Cell:
         return lambda rows: "-" if rows[0]["epsilon"] == "0" else cell(rows)
 
@@ -155,16 +182,29 @@ def columns(task: str) -> list[tuple[str, Cell]]:
     def notes(rows: Rows) -> str:
         return "; ".join(dict.fromkeys(row["note"] for row in rows if row.get("note")))
 
-    first = [("model", lambda rows: rows[0]["model"]), ("method", lambda rows: METHODS[rows[0]["method"]]),
-             ("epsilon", epsilon), ("delta", private(lambda rows: f"{rows[0]['privacy']['delta']:.2g}"))]
-    last = [("time [s]", trained(lambda rows: spread(rows, report("train_runtime"), ".0f"))),
-            ("memory [GB]", trained(lambda rows: spread(rows, report("peak_memory_bytes", 1e-9), ".2f"))),
-            ("seeds", lambda rows: str(len(rows))), ("note", notes)]
+    first = [
+        ("model", lambda rows: rows[0]["model"]),
+        ("method", lambda rows: METHODS[rows[0]["method"]]),
+        ("epsilon", epsilon),
+        ("delta", private(lambda rows: f"{rows[0]['privacy']['delta']:.2g}")),
+    ]
+    last = [
+        ("time [s]", trained(lambda rows: spread(rows, report("train_runtime"), ".0f"))),
+        ("memory [GB]", trained(lambda rows: spread(rows, report("peak_memory_bytes", 1e-9), ".2f"))),
+        ("seeds", lambda rows: str(len(rows))),
+        ("note", notes),
+    ]
     if task == "author":
-        return [*first, ("training loss", trained(lambda rows: spread(rows, report("train_loss"), ".3f"))),
-                ("held-out loss", lambda rows: spread(rows, report("eval_loss"), ".3f")), *last]
-    scores = [(name, lambda rows, name=name: spread(rows, lambda row: row["scores"].get(name), ".4f"))
-              for name in SCORES[task]]
+        return [
+            *first,
+            ("training loss", trained(lambda rows: spread(rows, report("train_loss"), ".3f"))),
+            ("held-out loss", lambda rows: spread(rows, report("eval_loss"), ".3f")),
+            *last,
+        ]
+    scores = [
+        (name, lambda rows, name=name: spread(rows, lambda row: row["scores"].get(name), ".4f"))
+        for name in SCORES[task]
+    ]
     return [*first, *scores, *last, ("published BLEU", published)]
 
 
@@ -176,6 +216,7 @@ def place_of(folder: str) -> str:
 
 def provenance(folder: str, rows: Rows) -> str:
     """One line: what epsilon is of, on what, at which commit, and where everything else stands."""
+
     def all_of(value: Callable[[dict], str], of: Rows = rows) -> str:
         return ", ".join(dict.fromkeys(map(value, of)))
 
@@ -191,9 +232,11 @@ def provenance(folder: str, rows: Rows) -> str:
     several = any(len(group) > 1 for group in groups(rows))
     private = [row for row in rows if row["epsilon"] not in ("0", "inf")]
     meaning = all_of(lambda row: f"{row['privacy']['relation']}; {row['privacy']['sampling']} sampling", private)
-    return ((f"Epsilon (PRV upper bound): {meaning}. " if private else "")
-            + ("± is the standard deviation over seeds. " if several else "")
-            + f"{machine}; commit {code}; {versions}. Commands, seeds and every figure: `{place_of(folder)}/`.\n")
+    return (
+        (f"Epsilon (PRV upper bound): {meaning}. " if private else "")
+        + ("± is the standard deviation over seeds. " if several else "")
+        + f"{machine}; commit {code}; {versions}. Commands, seeds and every figure: `{place_of(folder)}/`.\n"
+    )
 
 
 def groups(rows: Rows) -> list[Rows]:
@@ -218,11 +261,13 @@ def table(folder: str) -> str:
 
 def rewritten(text: str, path: str, results: str) -> str:
     """`text` with each marked table made anew."""
+
     def replace(found: re.Match) -> str:
         folders = sorted(glob.glob(os.path.join(glob.escape(results), f"????-??-??_{found[2]}")))
         if not folders:
-            fail(f"{path}: <!-- table {found[2]} -->: there is no {results}/DATE_{found[2]}; make it, or remove the "
-                 "mark")
+            fail(
+                f"{path}: <!-- table {found[2]} -->: there is no {results}/DATE_{found[2]}; make it, or remove the mark"
+            )
         return f"{found[1]}{table(folders[-1])}{found[4]}"
 
     if text.count("<!-- table ") != len(MARKED.findall(text)):
@@ -235,8 +280,11 @@ def main() -> int:
     parser.add_argument("folders", nargs="*", help="results/DATE_NAME: print and write their table.md")
     parser.add_argument("--readme", nargs="+", metavar="FILE", help="rewrite the marked tables of these files")
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where --readme would change")
-    parser.add_argument("--results", default=os.path.relpath(os.path.join(ROOT, "results")),
-                        help="folder of all results (default: the repository's)")
+    parser.add_argument(
+        "--results",
+        default=os.path.relpath(os.path.join(ROOT, "results")),
+        help="folder of all results (default: the repository's)",
+    )
     args = parser.parse_args()
     if not args.folders and args.readme is None:
         fail("give folders of results, or --readme FILE; see --help")

@@ -36,20 +36,38 @@ VOCABULARY = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
 def hugging_face_config(config: GPT2Config, end_of_text: int) -> dict:
     """config.json of a GPT2LMHeadModel of this shape; this project's GPT-2 has no dropout."""
     return {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
-        "vocab_size": config.vocab_size, "n_positions": config.n_positions, "n_ctx": config.n_positions,
-        "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": config.n_inner,
-        "layer_norm_epsilon": config.layer_norm_epsilon, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
-        "initializer_range": 0.02, "tie_word_embeddings": True,
-        "bos_token_id": end_of_text, "eos_token_id": end_of_text,
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.n_positions,
+        "n_ctx": config.n_positions,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": config.n_inner,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
     }
 
 
 def tokenizer_config(config: GPT2Config) -> dict:
     """tokenizer_config.json. <|endoftext|> inside a text is the special token there, as with every GPT-2 of
     transformers; for gpt2_encode.py it is text. All other texts get the same ids."""
-    return {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": config.n_positions,
-            "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+    return {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_prefix_space": False,
+        "model_max_length": config.n_positions,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+    }
 
 
 def base_weights(model: GPT2LMModel) -> dict[str, Tensor]:
@@ -71,8 +89,10 @@ def name_base(loaded: Loaded, given: str | None) -> str:
     if given is not None:
         return given
     if loaded.base is None:
-        fail(f"{loaded.path}: holds the frozen weights beside its adapters, so no file of them can be named; give "
-             "--base_name, or export --format merged")
+        fail(
+            f"{loaded.path}: holds the frozen weights beside its adapters, so no file of them can be named; give "
+            "--base_name, or export --format merged"
+        )
     folder, name = os.path.split(loaded.base["absolute"])
     whole = name in ("model.safetensors", "pytorch_model.bin") and os.path.isfile(os.path.join(folder, "config.json"))
     return folder if whole else loaded.base["absolute"]
@@ -108,8 +128,11 @@ def main() -> None:
     add("--base_checkpoint", help="the frozen weights under an adapter-only checkpoint, if not where it says")
     add("--vocab", help="folder with encoder.json and vocab.bpe: adds the tokenizer's files")
     add("--format", choices=tuple(WEIGHTS), default="merged", help="what to write (default merged)")
-    add("--base_name", metavar="NAME",
-        help="for peft: what the adapter names as its base, a name or a folder (default: where its frozen weights lie)")
+    add(
+        "--base_name",
+        metavar="NAME",
+        help="for peft: what the adapter names as its base, a name or a folder (default: where its frozen weights lie)",
+    )
     add("--output", required=True, help="folder to write; it must hold no model yet")
     args = parser.parse_args(sys.argv[1:])
     if args.base_name is not None and args.format != "peft":
@@ -144,9 +167,11 @@ def main() -> None:
     # The weights come last: they make the folder whole.
     with atomic_write(os.path.join(args.output, WEIGHTS[args.format]), "wb") as handle:
         handle.write(safetensors.torch.save(weights, metadata=metadata))
-    print(f"wrote {args.output}: {sum(value.numel() for value in weights.values())} parameters"
-          + (f", to be put on {config['base_model_name_or_path']}" if args.format == "peft" else "")
-          + (f"; {provenance.REPORT_NAME} says what the runs behind them spent" if spent else ""))
+    print(
+        f"wrote {args.output}: {sum(value.numel() for value in weights.values())} parameters"
+        + (f", to be put on {config['base_model_name_or_path']}" if args.format == "peft" else "")
+        + (f"; {provenance.REPORT_NAME} says what the runs behind them spent" if spent else "")
+    )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ def convert_line(line: str, where: str) -> dict[str, str]:
     if "\r" in context + completion:
         fail(f"{where}: carriage returns end the lines, got {line[:60]!r}; save the file with line feeds")
     if not bars and line.lower().startswith("mr,ref"):
-        fail(f"{where}: is the challenge's CSV; wanted its .txt form, `name : A | Type : pub||text` a line, as "
-             "scripts/download_e2e.sh fetches it")
+        fail(
+            f"{where}: is the challenge's CSV; wanted its .txt form, `name : A | Type : pub||text` a line, as "
+            "scripts/download_e2e.sh fetches it"
+        )
     if not bars:
         fail(f"{where}: wanted context||completion, got {line[:60]!r} without ||; mend or remove the line")
     if not context.strip() or not completion.strip():

@@ -38,8 +38,10 @@ def convert(path: str, release: str, language: str) -> Iterator[dict[str, object
         if not isinstance(category, str) or not is_list_of_objects(texts) or not is_list_of_objects(triples):
             fail(f"{where}: want {ENTRY}")
         if category not in seen + unseen:
-            fail(f"{where}: the category {category!r} is not one of WebNLG {release}; --seen {' or '.join(CATEGORIES)} "
-                 "says of which release the trained categories are")
+            fail(
+                f"{where}: the category {category!r} is not one of WebNLG {release}; --seen {' or '.join(CATEGORIES)} "
+                "says of which release the trained categories are"
+            )
         context = linearise(where, ((t.get("subject"), t.get("property"), t.get("object")) for t in triples))
         for text in texts:
             if not isinstance(text.get("lex"), str):
@@ -63,8 +65,13 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", metavar="IN.json")
     parser.add_argument("output", metavar="OUT_formatted.jsonl")
-    parser.add_argument("--seen", choices=CATEGORIES, default="2017", metavar="RELEASE",
-                        help="2017 (default) or 3.0: whose training categories count as seen")
+    parser.add_argument(
+        "--seen",
+        choices=CATEGORIES,
+        default="2017",
+        metavar="RELEASE",
+        help="2017 (default) or 3.0: whose training categories count as seen",
+    )
     parser.add_argument("--lang", default="en", help="language to take, such as en (default) or ru")
     args = parser.parse_args()
     check_output(args.output, args.input)

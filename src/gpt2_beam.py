@@ -79,46 +79,79 @@ class Flags:
         """The rules of the search. EOS ids: 50256, or the last id of a smaller vocabulary, and those given."""
         for token in self.eos_token_id:
             if not 0 <= token < vocab_size:
-                fail(f"--eos_token_id {token}: outside the model's vocabulary of {vocab_size} tokens; "
-                     f"give ids from 0 to {vocab_size - 1}, or leave it out")
+                fail(
+                    f"--eos_token_id {token}: outside the model's vocabulary of {vocab_size} tokens; "
+                    f"give ids from 0 to {vocab_size - 1}, or leave it out"
+                )
         if self.beam > vocab_size:
             fail(f"--beam {self.beam}: more than the vocabulary's {vocab_size} tokens; choose at most that many")
         eos_ids = sorted({min(END_OF_TEXT_ID, vocab_size - 1), *self.eos_token_id})
-        return SearchSettings(self.beam, self.eval_len, tuple(eos_ids), self.length_penalty, self.no_repeat_ngram_size,
-                              self.repetition_penalty, self.min_length)
+        return SearchSettings(
+            self.beam,
+            self.eval_len,
+            tuple(eos_ids),
+            self.length_penalty,
+            self.no_repeat_ngram_size,
+            self.repetition_penalty,
+            self.min_length,
+        )
 
 
 def parse_flags() -> Flags:
     add = (parser := Parser(description="beam search with a fine-tuned GPT-2")).add_argument
     add("--data", required=True, help="JSON lines of token ids, as gpt2_encode.py makes them")
     add("--batch_size", type=int, default=10, help="contexts searched at once; --token_budget may raise it")
-    add("--token_budget", type=int, default=24576,
+    add(
+        "--token_budget",
+        type=int,
+        default=24576,
         help="raise --batch_size as far as so many cached tokens allow, each context counted with its longest possible "
-             "beams (default 24576; 0 keeps --batch_size). No batch size changes the result")
+        "beams (default 24576; 0 keeps --batch_size). No batch size changes the result",
+    )
     add("--seq_len", type=int, default=512, help="tokens of context and generated text together")
     add("--eval_len", type=int, default=256, help="tokens to generate at most; contexts keep seq_len - eval_len")
     add("--min_length", type=int, default=0, help="no EOS before so many tokens")
-    add("--model_card", help="gpt2.sm, gpt2.md, gpt2.lg, gpt2.xl, or a folder or file with config.json; "
-                             "default: the checkpoint's shape")
-    add("--init_checkpoint", required=True,
-        help="weight file, or a folder: its newest model.{step}.pt, PEFT's or Hugging Face's file")
+    add(
+        "--model_card",
+        help="gpt2.sm, gpt2.md, gpt2.lg, gpt2.xl, or a folder or file with config.json; "
+        "default: the checkpoint's shape",
+    )
+    add(
+        "--init_checkpoint",
+        required=True,
+        help="weight file, or a folder: its newest model.{step}.pt, PEFT's or Hugging Face's file",
+    )
     add("--base_checkpoint", help="the frozen weights under an adapter-only checkpoint, if not where it says")
     add("--platform", default="local", help="local or k8s")
     add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
     add("--lora_dim", type=int, help="adapter's rank; default: the checkpoint's, with which it must agree")
     add("--lora_alpha", type=float, help="adapter's alpha; default: the checkpoint's, with which it must agree")
-    add("--lora_target", nargs="+", choices=SLOTS, help="parts of the fused projection that have an adapter; default: "
-        "the checkpoint's, with which it must agree, or query value where it does not say")
+    add(
+        "--lora_target",
+        nargs="+",
+        choices=SLOTS,
+        help="parts of the fused projection that have an adapter; default: "
+        "the checkpoint's, with which it must agree, or query value where it does not say",
+    )
     add("--beam", type=int, default=1, help="beams of each context")
     add("--length_penalty", type=float, default=1.0, help="a finished beam scores total / length**length_penalty")
     add("--no_repeat_ngram_size", type=int, default=4, help="forbid generating an n-gram twice; 0 allows it")
     add("--repetition_penalty", type=float, default=1.0, help="1 is none")
-    add("--eos_token_id", type=int, action="append", default=[],
-        help="one more EOS id beside <|endoftext|>; may be repeated")
+    add(
+        "--eos_token_id",
+        type=int,
+        action="append",
+        default=[],
+        help="one more EOS id beside <|endoftext|>; may be repeated",
+    )
     add("--work_dir", default=os.getenv("PT_OUTPUT_DIR", "gpt2_model"), help="folder of the output")
     add("--output_file", default="beam_prediction.jsonl", help="name of the output in --work_dir")
-    add("--hyperparam", action="store_true", help="--init_checkpoint is a folder, of which the newest model is taken; "
-                                                  "folders are understood without it, files are refused with it")
+    add(
+        "--hyperparam",
+        action="store_true",
+        help="--init_checkpoint is a folder, of which the newest model is taken; "
+        "folders are understood without it, files are refused with it",
+    )
     add("--bf16", action="store_true", help="weights, cache and products in bfloat16")
     add("--fp16", action="store_true", help="refused: GPT-2's activations overflow float16; use --bf16")
     add("--resume", action="store_true", help="continue a search that was killed")
@@ -130,8 +163,9 @@ def check(flags: Flags) -> None:
     """Raise UserError for what can be known to be wrong before any file is read."""
     if flags.fp16:
         fail("--fp16: refused, GPT-2's activations overflow float16 and spoil the search; use --bf16")
-    check_least(flags, batch_size=1, token_budget=0, eval_len=1, min_length=0, beam=1, no_repeat_ngram_size=0,
-                lora_dim=0)
+    check_least(
+        flags, batch_size=1, token_budget=0, eval_len=1, min_length=0, beam=1, no_repeat_ngram_size=0, lora_dim=0
+    )
     check_positive(flags, lora_alpha=math.inf, repetition_penalty=math.inf)
     if flags.eval_len >= flags.seq_len:
         fail(f"--eval_len {flags.eval_len}: leaves no room for a context in --seq_len {flags.seq_len}; expected less")
@@ -163,8 +197,10 @@ def read_contexts(flags: Flags, vocab_size: int) -> tuple[list[list[int]], list[
             fail(f"{where}: the context is empty, wanted one token at least; remove the line or encode with --add_bos")
         if not (0 <= min(context) and max(context) < vocab_size):
             token = next(token for token in context if not 0 <= token < vocab_size)
-            fail(f"{where}: token id {token} is outside the model's vocabulary of {vocab_size} tokens; "
-                 "was the file made with another --vocab?")
+            fail(
+                f"{where}: token id {token} is outside the model's vocabulary of {vocab_size} tokens; "
+                "was the file made with another --vocab?"
+            )
         cut += len(context) > room
         of_line.append(index_of.setdefault(tuple(context[-room:]), len(index_of)))
     if not of_line:
@@ -189,8 +225,10 @@ def load(flags: Flags) -> Loaded:
     if flags.lora_alpha is not None and found.dim and flags.lora_alpha != found.alpha:
         fail(f"--lora_alpha {flags.lora_alpha:g}: {loaded.path} was trained with {found.alpha:g}; leave the flag out")
     if flags.lora_target is not None and found.dim and enable != found.enable:
-        fail(f"--lora_target {' '.join(flags.lora_target)}: {loaded.path} was trained with {slots(found)}; leave the "
-             "flag out")
+        fail(
+            f"--lora_target {' '.join(flags.lora_target)}: {loaded.path} was trained with {slots(found)}; leave the "
+            "flag out"
+        )
     positions = loaded.model.config.n_positions
     if flags.seq_len > positions:
         fail(f"--seq_len {flags.seq_len}: more than the model's {positions} positions; choose at most {positions}")
@@ -240,8 +278,10 @@ class Journal:
                 if number == 1:
                     changed = [key for key, value in self.identity.items() if record.get(key) != value]
                     if changed:
-                        fail(f"--resume: {file} is of a search with other {' and '.join(changed)}; "
-                             "give the same, or leave --resume out")
+                        fail(
+                            f"--resume: {file} is of a search with other {' and '.join(changed)}; "
+                            "give the same, or leave --resume out"
+                        )
                 elif "context" in record:
                     found[record["context"]] = record["predict"]
         return found
@@ -279,8 +319,15 @@ def identity(model: GPT2LMModel, contexts: list[list[int]], settings: SearchSett
     return {"checkpoint": fingerprint(weights), "data": data.hexdigest(), "flags": flags}
 
 
-def search(flags: Flags, world: World, loaded: Loaded, settings: SearchSettings, contexts: list[list[int]],
-           share: list[int], journal: Journal) -> dict[int, list[int]]:
+def search(
+    flags: Flags,
+    world: World,
+    loaded: Loaded,
+    settings: SearchSettings,
+    contexts: list[list[int]],
+    share: list[int],
+    journal: Journal,
+) -> dict[int, list[int]]:
     """Search the contexts of `share`, writing each into this rank's journal; index -> tokens."""
     model = loaded.model.eval()
     lora.merge(model)  # before the cast, so that the sum is taken in float32
@@ -291,8 +338,12 @@ def search(flags: Flags, world: World, loaded: Loaded, settings: SearchSettings,
     loaded.model = model = None  # the decoder has its own copy of most weights
 
     found = {}
-    bar = tqdm(total=len(share), desc="beam search" + (" (rank 0's share)" if world.size > 1 else ""), unit=" contexts",
-               disable=not world.is_main or not sys.stderr.isatty())
+    bar = tqdm(
+        total=len(share),
+        desc="beam search" + (" (rank 0's share)" if world.size > 1 else ""),
+        unit=" contexts",
+        disable=not world.is_main or not sys.stderr.isatty(),
+    )
     with journal.open(world.rank, fresh=not flags.resume) as handle, bar:
         for result in beam_search([contexts[index] for index in share], decoder, settings, slots):
             found[share[result.index]] = result.tokens
@@ -318,8 +369,10 @@ def prepare(flags: Flags, world: World) -> tuple[Loaded, SearchSettings, list[li
         if not os.access(os.path.dirname(flags.output) or ".", os.W_OK | os.X_OK):
             fail(f"--work_dir {flags.work_dir}: cannot be written to; name another folder")
         if cut:
-            print(f"{cut} of {len(of_line)} contexts are longer than --seq_len - --eval_len = "
-                  f"{flags.seq_len - flags.eval_len} tokens and are cut on the left")
+            print(
+                f"{cut} of {len(of_line)} contexts are longer than --seq_len - --eval_len = "
+                f"{flags.seq_len - flags.eval_len} tokens and are cut on the left"
+            )
         if flags.random_seed is not None:
             print("--random_seed: has no effect, nothing in a beam search is drawn at random")
         journal.hold()
@@ -346,7 +399,7 @@ def main() -> None:
     begin = time.perf_counter()
     found: dict[int, list[int]] = {}
     try:
-        found = search(flags, world, loaded, settings, contexts, by_length[world.rank::world.size], journal)
+        found = search(flags, world, loaded, settings, contexts, by_length[world.rank :: world.size], journal)
     except OSError as caught:
         error = caught
     world.agree(error)
@@ -359,8 +412,10 @@ def main() -> None:
                 out.write(json.dumps({"id": number, "predict": done[index]}) + "\n")
         journal.remove()
         seconds = time.perf_counter() - begin
-        print(f"{flags.output}: {len(of_line)} lines, {len(contexts)} different contexts, {len(by_length)} searched "
-              f"in {seconds:.1f} s ({len(by_length) / seconds:.1f} contexts/s)")
+        print(
+            f"{flags.output}: {len(of_line)} lines, {len(contexts)} different contexts, {len(by_length)} searched "
+            f"in {seconds:.1f} s ({len(by_length) / seconds:.1f} contexts/s)"
+        )
 
 
 if __name__ == "__main__":

@@ -42,10 +42,15 @@ def parse(argv: list[str]) -> Namespace:
     add("--max_grad_norm", type=float, default=1.0, help="C, the norm to which each example's gradient is clipped")
     add("--clip", type=float, default=0.0, help="bound on the norm of the released gradient; 0 = none")
     add("--seq_len", type=int, default=512, help="longest example in tokens; longer ones are cut")
-    add("--model_card", default="gpt2.md",
-        help=f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout")
-    add("--init_checkpoint",
-        help="weights to start from: a file, or a folder (its newest model.{step}.pt, PEFT's or Hugging Face's file)")
+    add(
+        "--model_card",
+        default="gpt2.md",
+        help=f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout",
+    )
+    add(
+        "--init_checkpoint",
+        help="weights to start from: a file, or a folder (its newest model.{step}.pt, PEFT's or Hugging Face's file)",
+    )
     add("--base_checkpoint", help="the frozen weights under an adapter-only --init_checkpoint, if not where it says")
     add("--fp16", action="store_true", help="refused: use --bf16")
     add("--platform", default="local", help="local (the launcher's environment, or one process) or k8s (Open MPI's)")
@@ -85,11 +90,32 @@ def check(args: Namespace) -> None:
         fail("--fp16: refused, its loss scaling may skip a step, which privacy accounting cannot allow; use --bf16")
     if args.noise_multiplier is not None and args.target_epsilon is not None:
         fail("--noise_multiplier and --target_epsilon: give one of them, the other follows")
-    check_least(args, train_batch_size=1, valid_batch_size=1, grad_acc=1, seq_len=2, max_step=1, warmup_step=0,
-                log_interval=1, eval_interval=1, save_interval=1, lora_dim=0, random_seed=0)
-    check_range(args, lr=(0, math.inf), weight_decay=(0, math.inf), adam_epislon=(0, math.inf), adam_beta1=(0, 1),
-                adam_beta2=(0, 1), lora_dropout=(0, 1), label_smooth=(0, 1), clip=(0, math.inf),
-                noise_multiplier=(0, math.inf))
+    check_least(
+        args,
+        train_batch_size=1,
+        valid_batch_size=1,
+        grad_acc=1,
+        seq_len=2,
+        max_step=1,
+        warmup_step=0,
+        log_interval=1,
+        eval_interval=1,
+        save_interval=1,
+        lora_dim=0,
+        random_seed=0,
+    )
+    check_range(
+        args,
+        lr=(0, math.inf),
+        weight_decay=(0, math.inf),
+        adam_epislon=(0, math.inf),
+        adam_beta1=(0, 1),
+        adam_beta2=(0, 1),
+        lora_dropout=(0, 1),
+        label_smooth=(0, 1),
+        clip=(0, math.inf),
+        noise_multiplier=(0, math.inf),
+    )
     check_positive(args, lora_alpha=math.inf, max_epoch=setup.MOST_EPOCHS)
     setup.check_noise(args, "max_grad_norm")
     if args.scheduler == "cycle":
@@ -105,8 +131,10 @@ def cycle_points(args: Namespace) -> list[tuple[int, float]]:
     except ValueError:
         fail(f"--i_steps {args.i_steps} --i_lrs {args.i_lrs}: expected numbers separated by commas")
     if len(steps) != len(rates) or steps != sorted(set(steps)) or min(rates) < 0 or steps[-1] < 1:
-        fail(f"--i_steps {args.i_steps} --i_lrs {args.i_lrs}: expected as many rates as steps, "
-             "the steps growing to above 0")
+        fail(
+            f"--i_steps {args.i_steps} --i_lrs {args.i_lrs}: expected as many rates as steps, "
+            "the steps growing to above 0"
+        )
     return list(zip(steps, rates))
 
 
@@ -134,8 +162,10 @@ def main() -> int:
         check_file(args.valid_data, "--valid_data")
         train = read_examples(args.train_data, "--train_data", config.vocab_size, args.seq_len, args.obj)
         valid = read_examples(args.valid_data, "--valid_data", config.vocab_size, args.seq_len)
-        digests = {"train_sha256": setup.digest_file(args.train_data),
-                   "valid_sha256": setup.digest_file(args.valid_data)}
+        digests = {
+            "train_sha256": setup.digest_file(args.train_data),
+            "valid_sha256": setup.digest_file(args.valid_data),
+        }
         setup.check_validation("--valid_data", args.valid_data, digests["valid_sha256"], digests["train_sha256"])
         batch = args.train_batch_size * args.grad_acc * world.size
         steps = count_steps(args, len(train), batch)
@@ -144,29 +174,47 @@ def main() -> int:
             sigma = DEFAULT_SIGMA
         points = cycle_points(args) if args.scheduler == "cycle" else ()
         request = setup.Request(
-            unit="example", N=len(train), longest=args.seq_len, batch=batch, steps=steps,
-            clip=args.max_grad_norm, sigma=sigma,
+            unit="example",
+            N=len(train),
+            longest=args.seq_len,
+            batch=batch,
+            steps=steps,
+            clip=args.max_grad_norm,
+            sigma=sigma,
             delta=setup.DEFAULT_DELTA if args.target_delta is None else args.target_delta,
-            target_epsilon=args.target_epsilon, betas=(args.adam_beta1, args.adam_beta2), adam_eps=args.adam_epislon,
-            weight_decay=args.weight_decay, correct_bias=args.correct_bias, no_decay_bias=args.no_decay_bias,
-            smoothing=args.label_smooth, grad_clip=args.clip, random_seed=args.random_seed,
-            lr=schedule(args.scheduler, args.lr, steps, args.warmup_step, points), log_interval=args.log_interval,
-            eval_interval=args.eval_interval, save_interval=args.save_interval)
+            target_epsilon=args.target_epsilon,
+            betas=(args.adam_beta1, args.adam_beta2),
+            adam_eps=args.adam_epislon,
+            weight_decay=args.weight_decay,
+            correct_bias=args.correct_bias,
+            no_decay_bias=args.no_decay_bias,
+            smoothing=args.label_smooth,
+            grad_clip=args.clip,
+            random_seed=args.random_seed,
+            lr=schedule(args.scheduler, args.lr, steps, args.warmup_step, points),
+            log_interval=args.log_interval,
+            eval_interval=args.eval_interval,
+            save_interval=args.save_interval,
+        )
         setup.check_request(request)
     except UserError as mistake:
         error = mistake
     world.agree(error)
 
     recorded = {**vars(args), **digests}
-    disclosed = ["N, and on the terminal how many training examples were cut at --seq_len, not privatised",
-                 setup.VALIDATION_LOSS]
+    disclosed = [
+        "N, and on the terminal how many training examples were cut at --seq_len, not privatised",
+        setup.VALIDATION_LOSS,
+    ]
     trainer = setup.build_trainer(request, args, world, loaded, train, valid, args.work_dir, disclosed, recorded)
     say = trainer.display.say
     if loaded.path is None:
         say("no --init_checkpoint: training starts from random weights")
     if train.cut:
-        say(f"{train.cut} training examples were longer than --seq_len {args.seq_len} and were cut"
-            + (f"; {train.unscored} of them have no scored token left" if train.unscored else ""))
+        say(
+            f"{train.cut} training examples were longer than --seq_len {args.seq_len} and were cut"
+            + (f"; {train.unscored} of them have no scored token left" if train.unscored else "")
+        )
     if world.is_main:
         setup.warn_of_shared(trainer, "examples", count_shared(valid, train), len(valid))
     if args.valid_batch_size is not None:

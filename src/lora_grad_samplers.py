@@ -25,12 +25,15 @@ Gradients = dict[nn.Parameter, Tensor]
 
 def register(*layers: type[nn.Module]) -> Callable:
     """Register `sampler(layer, x, grad)` for `layers`: x is the layer's input, grad the gradient at its output."""
+
     def decorate(sampler: Callable[[nn.Module, Tensor, Tensor], Gradients]) -> Callable:
         @register_grad_sampler(layers)
         def sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> Gradients:
             with torch.autocast(backprops.device.type, enabled=False):
                 return sampler(layer, activations[0], backprops.to(torch.promote_types(backprops.dtype, torch.float32)))
+
         return sampler
+
     return decorate
 
 

@@ -56,20 +56,26 @@ class MicroBatch:
         rows, T = units * self.rows_per_unit, self.ids.shape[1]
         ends = np.cumsum([0, *self.counts]).tolist()
         for first in range(0, self.units, units):
-            counts = self.counts[first:first + units]
+            counts = self.counts[first : first + units]
             begin, end = ends[first], ends[first + len(counts)]
             start = first * self.rows_per_unit
             yield MicroBatch(
-                fill_up(self.ids[start:start + rows], rows), self.positions[begin:end] - start * T,
-                self.targets[begin:end], self.weights[begin:end], counts + [0] * (units - len(counts)),
-                self.rows_per_unit, self.tokens)
+                fill_up(self.ids[start : start + rows], rows),
+                self.positions[begin:end] - start * T,
+                self.targets[begin:end],
+                self.weights[begin:end],
+                counts + [0] * (units - len(counts)),
+                self.rows_per_unit,
+                self.tokens,
+            )
 
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
             return self
         tensors = self.ids, self.positions, self.targets, self.weights
-        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.counts,
-                          self.rows_per_unit, self.tokens)
+        return MicroBatch(
+            *(tensor.to(device, non_blocking=True) for tensor in tensors), self.counts, self.rows_per_unit, self.tokens
+        )
 
 
 class LogitsLoss(torch.autograd.Function):
@@ -82,15 +88,15 @@ class LogitsLoss(torch.autograd.Function):
         losses = torch.empty(len(logits), device=logits.device, dtype=wide)
         normaliser = torch.empty_like(losses)
         for start in range(0, len(logits), rows):
-            part = logits[start:start + rows].to(wide)
+            part = logits[start : start + rows].to(wide)
             count = len(part)
-            true = part.gather(1, targets[start:start + rows, None]).squeeze(1)
+            true = part.gather(1, targets[start : start + rows, None]).squeeze(1)
             if products.block_rows:  # of a single row the sum would be taken in another order
                 part = fill_up(part, rows)
             lse = torch.logsumexp(part, dim=1)[:count]
             mean = part.mean(1)[:count] if smoothing else 0
-            losses[start:start + rows] = lse - (1 - smoothing) * true - smoothing * mean
-            normaliser[start:start + rows] = lse
+            losses[start : start + rows] = lse - (1 - smoothing) * true - smoothing * mean
+            normaliser[start : start + rows] = lse
         # Held outside save_for_backward, whose version check would forbid the overwriting: the buffer is ours alone.
         ctx.logits, ctx.smoothing = logits, smoothing
         ctx.save_for_backward(targets, normaliser)
@@ -105,14 +111,14 @@ class LogitsLoss(torch.autograd.Function):
         targets, normaliser = ctx.saved_tensors
         V, rows = logits.shape[1], row_chunk(logits)
         for start in range(0, len(logits), rows):
-            part = logits[start:start + rows]
-            weight = grad[start:start + rows, None]
+            part = logits[start : start + rows]
+            weight = grad[start : start + rows, None]
             p = part.to(normaliser.dtype)
-            p.sub_(normaliser[start:start + rows, None]).exp_()
+            p.sub_(normaliser[start : start + rows, None]).exp_()
             if ctx.smoothing:
                 p.sub_(ctx.smoothing / V)
             p.mul_(weight)
-            p.scatter_add_(1, targets[start:start + rows, None], (ctx.smoothing - 1) * weight)
+            p.scatter_add_(1, targets[start : start + rows, None], (ctx.smoothing - 1) * weight)
             if p is not part:
                 part.copy_(p)
         return logits, None, None
@@ -146,7 +152,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         expected = states.new_zeros(len(parts), rows, D) if ctx.needs_input_grad[0] else None
         total = torch.zeros(D, device=states.device, dtype=states.dtype)
         for start in range(0, V, block):
-            W = head[start:start + block].to(low)
+            W = head[start : start + block].to(low)
             for k, h in enumerate(parts):
                 logits = product(h, W).to(states.dtype)
                 new_top = torch.maximum(top[k], logits.amax(1, keepdim=True))
@@ -174,8 +180,9 @@ class FrozenHeadLoss(torch.autograd.Function):
         return d_states * grad[:, None], None, None, None
 
 
-def token_losses(model: GPT2LMModel, batch: MicroBatch, smoothing: float, head_trains: bool,
-                 all_positions: bool) -> Tensor:
+def token_losses(
+    model: GPT2LMModel, batch: MicroBatch, smoothing: float, head_trains: bool, all_positions: bool
+) -> Tensor:
     """The loss of each scored token, (n,).
 
     head_trains: the head needs a gradient, so the logits of what is scored are held for it.
@@ -190,8 +197,13 @@ def token_losses(model: GPT2LMModel, batch: MicroBatch, smoothing: float, head_t
     return FrozenHeadLoss.apply(states, model.lm_head.weight, batch.targets, smoothing)
 
 
-def unit_losses(model: GPT2LMModel, batch: MicroBatch, smoothing: float = 0.0, head_trains: bool = False,
-                all_positions: bool = False) -> Tensor:
+def unit_losses(
+    model: GPT2LMModel,
+    batch: MicroBatch,
+    smoothing: float = 0.0,
+    head_trains: bool = False,
+    all_positions: bool = False,
+) -> Tensor:
     """The loss of each unit, (U,)."""
     weighted = token_losses(model, batch, smoothing, head_trains, all_positions) * batch.weights
     counts = torch.tensor(batch.counts, device=weighted.device)

@@ -72,8 +72,14 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.c_attn = lora.MergedLinear(
-            config.n_embd, 3 * config.n_embd, r=lora_config.dim, lora_alpha=lora_config.alpha,
-            lora_dropout=lora_config.dropout, enable_lora=lora_config.enable, fan_in_fan_out=True)
+            config.n_embd,
+            3 * config.n_embd,
+            r=lora_config.dim,
+            lora_alpha=lora_config.alpha,
+            lora_dropout=lora_config.dropout,
+            enable_lora=lora_config.enable,
+            fan_in_fan_out=True,
+        )
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:

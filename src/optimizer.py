@@ -33,7 +33,7 @@ class FlatParameters:
         self.size = sum(parameter.numel() for _, parameter in self.named)
         self.data = torch.empty(self.size, device=named[0][1].device, dtype=named[0][1].dtype)
         self.sums = torch.zeros(self.size + extra, device=self.data.device, dtype=self.data.dtype)
-        self.grad = self.sums[:self.size]
+        self.grad = self.sums[: self.size]
         self.slices: dict[int, slice] = {}
         start = 0
         for _, parameter in self.named:
@@ -46,7 +46,7 @@ class FlatParameters:
     @property
     def extra(self) -> Tensor:
         """The tail of `sums`: what else a step sums over the ranks."""
-        return self.sums[self.size:]
+        return self.sums[self.size :]
 
     def grad_of(self, parameter: nn.Parameter | None) -> Tensor | None:
         """The view of `grad` that belongs to a parameter, in its shape; None for one that is not trained."""
@@ -84,8 +84,15 @@ class AdamW:
     torch_eps: eps stands beside the corrected root, sqrt(v/(1-b2^t)), as in torch.optim.AdamW.
     """
 
-    def __init__(self, flat: FlatParameters, betas: tuple[float, float], eps: float, weight_decay: float,
-                 correct_bias: bool, torch_eps: bool = False):
+    def __init__(
+        self,
+        flat: FlatParameters,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        correct_bias: bool,
+        torch_eps: bool = False,
+    ):
         self.flat, self.betas, self.eps = flat, betas, eps
         self.weight_decay, self.correct_bias, self.torch_eps = weight_decay, correct_bias, torch_eps
         self.steps = 0
@@ -98,9 +105,9 @@ class AdamW:
         b1, b2 = self.betas
         size, eps = lr, self.eps
         if self.correct_bias:
-            size *= math.sqrt(1 - b2 ** self.steps) / (1 - b1 ** self.steps)
+            size *= math.sqrt(1 - b2**self.steps) / (1 - b1**self.steps)
         if self.torch_eps:
-            eps *= math.sqrt(1 - b2 ** self.steps)
+            eps *= math.sqrt(1 - b2**self.steps)
         chunk = CACHE_CHUNK if grad.device.type == "cpu" else len(grad)
         for start in range(0, len(grad), chunk):
             span = slice(start, min(start + chunk, len(grad)))
@@ -109,7 +116,7 @@ class AdamW:
             v.mul_(b2).addcmul_(g, g, value=1 - b2)
             p.addcdiv_(m, v.sqrt().add_(eps), value=-size)
             if self.weight_decay and start < self.flat.decayed:
-                p[:self.flat.decayed - start].mul_(1 - lr * self.weight_decay)
+                p[: self.flat.decayed - start].mul_(1 - lr * self.weight_decay)
 
     def state_dict(self) -> dict:
         return {"steps": self.steps, "m": self.m.cpu(), "v": self.v.cpu()}
@@ -117,8 +124,9 @@ class AdamW:
     def load_state_dict(self, state: dict) -> None:
         for name in ("m", "v"):
             if state[name].shape != getattr(self, name).shape:
-                raise ValueError(f"optimizer state {name} has {state[name].numel()} coordinates, "
-                                 f"the run has {self.flat.size}")
+                raise ValueError(
+                    f"optimizer state {name} has {state[name].numel()} coordinates, the run has {self.flat.size}"
+                )
             getattr(self, name).copy_(state[name])
         self.steps = int(state["steps"])
 
@@ -126,8 +134,9 @@ class AdamW:
 SCHEDULES = ("cosine", "inv_sqrt", "dev_perf", "constant", "linear", "cycle")
 
 
-def schedule(name: str, lr: float, max_step: int, warmup: int = 0,
-             points: Sequence[tuple[int, float]] = ()) -> Callable[[int], float]:
+def schedule(
+    name: str, lr: float, max_step: int, warmup: int = 0, points: Sequence[tuple[int, float]] = ()
+) -> Callable[[int], float]:
     """The learning rate of logical step t, counted from 0, as a function of t.
 
     All but cycle begin with a linear warm-up lr t/warmup, then
@@ -137,6 +146,7 @@ def schedule(name: str, lr: float, max_step: int, warmup: int = 0,
       inv_sqrt            lr sqrt(warmup/t)
     cycle is linear between the points (step, rate), the last rate kept.
     """
+
     def cycle(t: int) -> float:
         for (left, start), (right, stop) in zip(points, points[1:]):
             if left <= t < right:

@@ -43,11 +43,20 @@ def parse(argv: list[str]) -> Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--canaries", type=int, default=1000, metavar="M", help="each in the data by a fair coin (default 1000)")
-    add("--canary_kind", choices=("gradient", "text"), default="gradient",
+    add(
+        "--canary_kind",
+        choices=("gradient", "text"),
+        default="gradient",
         help="gradient (default): directions of their own, seen in every released gradient; text: random rare tokens, "
-             "seen in the trained model's loss")
-    add("--guesses", type=int, nargs="+", metavar="R",
-        help="numbers of guesses to try, fixed beforehand; each takes its share of the 5 %% (default M, M/4, M/16 ...)")
+        "seen in the trained model's loss",
+    )
+    add(
+        "--guesses",
+        type=int,
+        nargs="+",
+        metavar="R",
+        help="numbers of guesses to try, fixed beforehand; each takes its share of the 5 %% (default M, M/4, M/16 ...)",
+    )
     add("--plot", metavar="PNG", help="the plot (default audit.png in --work_dir)")
     add("--train_data", required=True, help="token file of the training examples")
     add("--train_batch_size", type=int, default=8, help="expected units of a process in one accumulation step")
@@ -55,10 +64,15 @@ def parse(argv: list[str]) -> Namespace:
     add("--noise_multiplier", type=float, help="sigma; or give --target_epsilon")
     add("--max_grad_norm", type=float, default=1.0, help="C, the norm to which each unit's gradient is clipped")
     add("--seq_len", type=int, default=512, help="longest example in tokens; longer ones are cut")
-    add("--model_card", default="gpt2.md",
-        help=f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout")
-    add("--init_checkpoint",
-        help="weights to start from: a file, or a folder (its newest model.{step}.pt, PEFT's or Hugging Face's file)")
+    add(
+        "--model_card",
+        default="gpt2.md",
+        help=f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout",
+    )
+    add(
+        "--init_checkpoint",
+        help="weights to start from: a file, or a folder (its newest model.{step}.pt, PEFT's or Hugging Face's file)",
+    )
     add("--base_checkpoint", help="the frozen weights under an adapter-only --init_checkpoint, if not where it says")
     add("--platform", default="local", help="local (the launcher's environment, or one process) or k8s (Open MPI's)")
     add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
@@ -97,8 +111,17 @@ def check(args: Namespace) -> None:
     if args.plot and not os.path.isdir(os.path.dirname(args.plot) or "."):
         fail(f"--plot {args.plot}: the folder does not exist")
     check_least(args, train_batch_size=1, grad_acc=1, seq_len=2, max_step=1, log_interval=1, lora_dim=0, random_seed=0)
-    check_range(args, lr=(0, math.inf), weight_decay=(0, math.inf), adam_epislon=(0, math.inf), adam_beta1=(0, 1),
-                adam_beta2=(0, 1), lora_dropout=(0, 1), label_smooth=(0, 1), noise_multiplier=(0, math.inf))
+    check_range(
+        args,
+        lr=(0, math.inf),
+        weight_decay=(0, math.inf),
+        adam_epislon=(0, math.inf),
+        adam_beta1=(0, 1),
+        adam_beta2=(0, 1),
+        lora_dropout=(0, 1),
+        label_smooth=(0, 1),
+        noise_multiplier=(0, math.inf),
+    )
     check_positive(args, lora_alpha=math.inf, max_epoch=setup.MOST_EPOCHS)
     setup.check_noise(args, "max_grad_norm")
     if args.max_step is None and args.max_epoch is None:
@@ -110,14 +133,20 @@ def check(args: Namespace) -> None:
 def draw(result: Audit, scores: np.ndarray, coins: np.ndarray, claim: float, kind: str, path: str) -> None:
     """Scores of the included and the excluded canaries; lower bound against number of guesses, beside the claim."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     bins = np.histogram_bin_edges(scores, bins=60)
     for chosen, name in ((coins, "in the data"), (~coins, "not in the data")):
         left.hist(scores[chosen], bins, alpha=0.55, label=f"{name} ({chosen.sum()})")
-    left.set(title=f"{len(scores)} {kind} canaries", ylabel="canaries", yscale="log",
-             xlabel="log-likelihood ratio" if kind == "gradient" else "loss before - after [nats a token]")
+    left.set(
+        title=f"{len(scores)} {kind} canaries",
+        ylabel="canaries",
+        yscale="log",
+        xlabel="log-likelihood ratio" if kind == "gradient" else "loss before - after [nats a token]",
+    )
     made = [one.made for one in result.tried]
     right.plot(made, [one.epsilon for one in result.tried], "o-", label=f"lower bound, {result.confidence:.0%} for all")
     right.axhline(claim, color="C3", label=f"claim {claim:.2f} (PRV upper bound)")
@@ -150,14 +179,29 @@ def main() -> int:
         if args.max_epoch is not None:
             limits.append(setup.epochs_to_steps(args.max_epoch, N, batch))
         request = setup.Request(
-            unit="example", N=N, longest=args.seq_len, batch=batch, steps=min(limits),
-            clip=args.max_grad_norm, sigma=args.noise_multiplier,
+            unit="example",
+            N=N,
+            longest=args.seq_len,
+            batch=batch,
+            steps=min(limits),
+            clip=args.max_grad_norm,
+            sigma=args.noise_multiplier,
             delta=setup.DEFAULT_DELTA if args.target_delta is None else args.target_delta,
-            target_epsilon=args.target_epsilon, betas=(args.adam_beta1, args.adam_beta2), adam_eps=args.adam_epislon,
-            weight_decay=args.weight_decay, correct_bias=args.correct_bias, no_decay_bias=False,
-            smoothing=args.label_smooth, grad_clip=0.0, random_seed=args.random_seed,
-            lr=schedule("constant", args.lr, min(limits)), log_interval=args.log_interval,
-            eval_interval=0, save_interval=min(limits), resumable=False)
+            target_epsilon=args.target_epsilon,
+            betas=(args.adam_beta1, args.adam_beta2),
+            adam_eps=args.adam_epislon,
+            weight_decay=args.weight_decay,
+            correct_bias=args.correct_bias,
+            no_decay_bias=False,
+            smoothing=args.label_smooth,
+            grad_clip=0.0,
+            random_seed=args.random_seed,
+            lr=schedule("constant", args.lr, min(limits)),
+            log_interval=args.log_interval,
+            eval_interval=0,
+            save_interval=min(limits),
+            resumable=False,
+        )
         setup.check_request(request)
     except UserError as mistake:
         error = mistake
@@ -168,8 +212,9 @@ def main() -> int:
     texts = canaries.text_canaries(m, train, config.vocab_size, world) if text else None
     recorded = {**vars(args), "train_sha256": setup.digest_file(args.train_data)}
     disclosed = [f"a privacy audit with {m} {args.canary_kind} canaries among the {N} units: no model to be used"]
-    trainer = setup.build_trainer(request, args, world, loaded, canaries.CanaryData(train, coins, texts), None,
-                                      args.work_dir, disclosed, recorded)
+    trainer = setup.build_trainer(
+        request, args, world, loaded, canaries.CanaryData(train, coins, texts), None, args.work_dir, disclosed, recorded
+    )
     plan, cut = trainer.plan, trainer.options.cut
     if text:
         before = canaries.text_losses(trainer.model, texts, world.device, cut) if world.is_main else None
@@ -188,19 +233,37 @@ def main() -> int:
         refuted, best = result.epsilon > claim, result.best
         with atomic_write(trainer.work.file("audit_scores.npz"), "wb") as handle:
             np.savez_compressed(handle, scores=scores.astype(np.float32), coins=coins)
-        trainer.work.write_json("audit.json", {
-            "canaries": m, "canary_kind": args.canary_kind, "included": int(coins.sum()),
-            "confidence": result.confidence, "delta": result.delta, "epsilon_lower": result.epsilon,
-            "epsilon_claimed": finite_or_text(claim), "epsilon_claimed_rdp": finite_or_text(claim_rdp),
-            "refuted": refuted,
-            "guesses_made": best.made, "guesses_right": best.right,
-            "tried": [vars(one) for one in result.tried], "N": N, "q": plan.settings.q, "sigma": plan.settings.sigma,
-            "clip": plan.settings.clip, "steps_charged": plan.ledger.state.charged, "world_size": world.size,
-            "seconds": round(time.monotonic() - started, 3)})
+        trainer.work.write_json(
+            "audit.json",
+            {
+                "canaries": m,
+                "canary_kind": args.canary_kind,
+                "included": int(coins.sum()),
+                "confidence": result.confidence,
+                "delta": result.delta,
+                "epsilon_lower": result.epsilon,
+                "epsilon_claimed": finite_or_text(claim),
+                "epsilon_claimed_rdp": finite_or_text(claim_rdp),
+                "refuted": refuted,
+                "guesses_made": best.made,
+                "guesses_right": best.right,
+                "tried": [vars(one) for one in result.tried],
+                "N": N,
+                "q": plan.settings.q,
+                "sigma": plan.settings.sigma,
+                "clip": plan.settings.clip,
+                "steps_charged": plan.ledger.state.charged,
+                "world_size": world.size,
+                "seconds": round(time.monotonic() - started, 3),
+            },
+        )
         draw(result, scores, coins, claim, args.canary_kind, args.plot or trainer.work.file("audit.png"))
-        say(f"epsilon >= {result.epsilon:.4f} with 95 % confidence ({best.right} of {best.made} guesses right; "
+        say(
+            f"epsilon >= {result.epsilon:.4f} with 95 % confidence ({best.right} of {best.made} guesses right; "
             f"{len(result.tried)} numbers of guesses tried), claimed <= {claim:.4f}, both at delta {result.delta:.3g}: "
-            + ("the claim is REFUTED" if refuted else "no contradiction"), important=True)
+            + ("the claim is REFUTED" if refuted else "no contradiction"),
+            important=True,
+        )
         status = int(refuted)
     world.close()
     return status

@@ -83,8 +83,13 @@ def disagreements(report: dict, state: LedgerState) -> list[str]:
     expected["noise_source"] = " and ".join(sorted(noise_sources(state)))
     expected |= {"steps_charged": state.charged, "epsilon_prv": finite_or_text(prv), "epsilon_rdp": finite_or_text(rdp)}
     # Keys beyond those that every report has.
-    optional = {"attempts": state.attempts, "ledger_checksum": state.last_checksum, "delta_strict": strict,
-                "epsilon_prv_strict": finite_or_text(strict_prv), "epsilon_rdp_strict": finite_or_text(strict_rdp)}
+    optional = {
+        "attempts": state.attempts,
+        "ledger_checksum": state.last_checksum,
+        "delta_strict": strict,
+        "epsilon_prv_strict": finite_or_text(strict_prv),
+        "epsilon_rdp_strict": finite_or_text(strict_rdp),
+    }
     expected |= {key: value for key, value in optional.items() if key in report}
 
     def same(left: object, right: object) -> bool:
@@ -95,8 +100,11 @@ def disagreements(report: dict, state: LedgerState) -> list[str]:
             return math.isclose(left, right, rel_tol=1e-6)
         return left == right
 
-    return [f"{key}: {report.get(key, 'missing')} in {REPORT_NAME}, {value} by the ledger"
-            for key, value in expected.items() if not same(report.get(key), value)]
+    return [
+        f"{key}: {report.get(key, 'missing')} in {REPORT_NAME}, {value} by the ledger"
+        for key, value in expected.items()
+        if not same(report.get(key), value)
+    ]
 
 
 def settings_lines(state: LedgerState) -> list[str]:
@@ -197,15 +205,28 @@ def plan(
         """PRV, RDP, PRV at 1/(10 N), and shuffled, of `count` steps."""
         drawn = [Phase(noise, q, count)]
         shuffled = accounting.epsilon_shuffle(noise, math.ceil(count / per_epoch), delta)
-        return ticked((accounting.epsilon_prv(drawn, delta), accounting.epsilon_rdp(drawn, delta),
-                       accounting.epsilon_prv(drawn, strict), shuffled))
+        return ticked(
+            (
+                accounting.epsilon_prv(drawn, delta),
+                accounting.epsilon_rdp(drawn, delta),
+                accounting.epsilon_prv(drawn, strict),
+                shuffled,
+            )
+        )
 
     by_steps = [(count, *prices(sigma, count)) for count in counts]
     by_sigma = [(sigma * factor, *prices(sigma * factor, steps)) for factor in FACTORS]
     needed = []
     for wanted in targets:
-        needed.append(ticked((wanted, sigma_or_none(wanted, delta, N, batch, steps, "poisson"),
-                              sigma_or_none(wanted, delta, N, batch, steps, "shuffle"))))
+        needed.append(
+            ticked(
+                (
+                    wanted,
+                    sigma_or_none(wanted, delta, N, batch, steps, "poisson"),
+                    sigma_or_none(wanted, delta, N, batch, steps, "shuffle"),
+                )
+            )
+        )
     bar.close()
 
     print(f"plan          N {N}, expected batch {batch}, q {q:.8g}, {epochs:g} epochs = {steps} steps")
@@ -216,8 +237,10 @@ def plan(
     deltas = {delta: "--delta", strict: "1/(10 N)"}
     print(epsilon_table(phases, deltas))
     shuffled = accounting.epsilon_shuffle(sigma, uses, delta)
-    print(f"shuffled      the same noise, every unit {uses} times: epsilon {shuffled:.4f} at delta {delta:g}, "
-          f"not amplified (Poisson {bound.epsilon:.4f})")
+    print(
+        f"shuffled      the same noise, every unit {uses} times: epsilon {shuffled:.4f} at delta {delta:g}, "
+        f"not amplified (Poisson {bound.epsilon:.4f})"
+    )
     header = f"{'PRV':>10} {'RDP':>10} {'PRV 1/(10N)':>12} {'shuffled':>10}"
     print(f"\n{'steps':>10} {'epochs':>8} {header}")
     for count, *values in by_steps:
@@ -268,8 +291,12 @@ def draw(
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    names = [f"PRV, delta {delta:g}", f"RDP, delta {delta:g}", f"PRV, delta {strict:.3g} = 1/(10 N)",
-             f"shuffled, delta {delta:g}"]
+    names = [
+        f"PRV, delta {delta:g}",
+        f"RDP, delta {delta:g}",
+        f"PRV, delta {strict:.3g} = 1/(10 N)",
+        f"shuffled, delta {delta:g}",
+    ]
     styles = [("tab:blue", "-"), ("tab:orange", "--"), ("tab:green", "-."), ("tab:red", ":")]
     for column, (name, (colour, line)) in enumerate(zip(names, styles), start=1):
         if column < 4:

@@ -18,8 +18,13 @@ class Parser(argparse.ArgumentParser):
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=form, allow_abbrev=False)
         self.add_argument("--json", dest="json_file", metavar="FILE", help="write all scores with their signature")
-        self.add_argument("--java_timeout", type=float, default=300.0, metavar="SECONDS",
-                          help="silence after which Java counts as hung (default 300)")
+        self.add_argument(
+            "--java_timeout",
+            type=float,
+            default=300.0,
+            metavar="SECONDS",
+            help="silence after which Java counts as hung (default 300)",
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

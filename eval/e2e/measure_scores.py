@@ -29,8 +29,11 @@ RULE = "=============="
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("ref_file", metavar="REF",
-                        help="references: groups parted by empty lines, .tsv/.csv, or a folder of reference0, ...")
+    parser.add_argument(
+        "ref_file",
+        metavar="REF",
+        help="references: groups parted by empty lines, .tsv/.csv, or a folder of reference0, ...",
+    )
     parser.add_argument("sys_file", metavar="SYS", help="system outputs, one a line; or .tsv/.csv")
     parser.add_argument("-l", "--sent-level", "--seg-level", "--sentence-level", "--segment-level", dest="segment_file",
                         metavar="FILE", help="also write the scores of each segment as TSV")  # fmt: skip

@@ -157,8 +157,10 @@ def read_parallel(folder: str) -> list[list[Text]]:
             raise UserError(f"{path}: {len(column)} lines, but {paths[0]} has {len(columns[0])}; decode anew")
     if "" in columns[0]:
         raise UserError(f"{paths[0]}:{columns[0].index('') + 1}: no reference; every text needs one here")
-    return [[Text(number, "", text) for text in (first, *(other for other in others if other not in ("", first)))]
-            for number, (first, *others) in enumerate(zip(*columns, strict=True), start=1)]
+    return [
+        [Text(number, "", text) for text in (first, *(other for other in others if other not in ("", first)))]
+        for number, (first, *others) in enumerate(zip(*columns, strict=True), start=1)
+    ]
 
 
 def group_table(path: str, outputs: list[Text], output_path: str) -> list[list[Text]]:

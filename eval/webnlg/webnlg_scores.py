@@ -43,8 +43,10 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if len(args.files) % 2:
         raise UserError(f"{args.files[-1]}: has no SYS beside it; want pairs of REF and SYS")
-    args.pairs = {os.path.basename(os.path.normpath(ref)): (ref, out) for ref, out in
-                  zip(args.files[::2], args.files[1::2], strict=True)}
+    args.pairs = {
+        os.path.basename(os.path.normpath(ref)): (ref, out)
+        for ref, out in zip(args.files[::2], args.files[1::2], strict=True)
+    }
     if len(args.pairs) < len(args.files) // 2:
         raise UserError(f"REF: want a different name for each, got {' '.join(args.files[::2])}")
     check_files(args, args.files, json=args.json_file)
@@ -54,8 +56,11 @@ def parse_arguments() -> argparse.Namespace:
 def score(segments: Segments, statistics: np.ndarray) -> tuple[dict[str, float], dict[str, str]]:
     """(scores as fractions, signatures) of one set. statistics: (N, 23) of METEOR."""
     streams = list(zip_longest(*segments.references))  # None where a text has fewer references
-    metrics = {"BLEU": BLEU(lowercase=True, force=True, tokenize="none", smooth_method="none"), "TER": TER(),
-               "chrF++": CHRF(word_order=2, eps_smoothing=True)}
+    metrics = {
+        "BLEU": BLEU(lowercase=True, force=True, tokenize="none", smooth_method="none"),
+        "TER": TER(),
+        "chrF++": CHRF(word_order=2, eps_smoothing=True),
+    }
     scores = {name: metric.corpus_score(segments.outputs, streams).score / 100 for name, metric in metrics.items()}
     scores["METEOR"] = float(caption_metrics.meteor_score(caption_metrics.meteor_addends(statistics).sum(axis=0)))
     signatures = {name: str(metric.get_signature()) for name, metric in metrics.items()}
@@ -66,8 +71,11 @@ def note_untokenized(name: str, segments: Segments) -> None:
     """Say where a reference has a word and a sign in one token, for which every score is lower than the challenge's."""
     for number, reference in enumerate(chain.from_iterable(segments.references), start=1):
         if found := re.search(r"\S*(\w[^\w\s]|[^\w\s]\w)\S*", reference):
-            print(f"note: {name}: {found[0]!r} of reference {number} is one token here; the challenge scores what "
-                  "gpt2_decode.py --tokenize --lower writes", file=sys.stderr)
+            print(
+                f"note: {name}: {found[0]!r} of reference {number} is one token here; the challenge scores what "
+                "gpt2_decode.py --tokenize --lower writes",
+                file=sys.stderr,
+            )
             return
 
 
@@ -77,8 +85,10 @@ def main() -> None:
     for name, segments in sets.items():
         note_untokenized(name, segments)
     with java.Meteor(args.java_timeout) as meteor:
-        rows = meteor.statistics(list(chain.from_iterable(s.references for s in sets.values())),
-                                 list(chain.from_iterable(s.outputs for s in sets.values())))
+        rows = meteor.statistics(
+            list(chain.from_iterable(s.references for s in sets.values())),
+            list(chain.from_iterable(s.outputs for s in sets.values())),
+        )
     parts = np.split(rows, np.cumsum([len(segments.outputs) for segments in sets.values()])[:-1])
     scored = {name: score(segments, part) for (name, segments), part in zip(sets.items(), parts, strict=True)}
 
@@ -86,13 +96,23 @@ def main() -> None:
     print(" " * width + "".join(f"{name:>9}" for name in NAMES) + "  segments  references")
     for name, (scores, _) in scored.items():
         counts = [len(group) for group in sets[name].references]
-        print(f"{name:{width}}" + "".join(f"{scores[metric]:9.4f}" for metric in NAMES)
-              + f"{len(counts):10,}{sum(counts):12,}")
+        print(
+            f"{name:{width}}"
+            + "".join(f"{scores[metric]:9.4f}" for metric in NAMES)
+            + f"{len(counts):10,}{sum(counts):12,}"
+        )
     if args.json_file:
-        record = {"scores": {name: scores for name, (scores, _) in scored.items()},
-                  "signature": {name: {"segments": len(sets[name].outputs),
-                                       "references": sum(map(len, sets[name].references)), **signatures}
-                                for name, (_, signatures) in scored.items()}}
+        record = {
+            "scores": {name: scores for name, (scores, _) in scored.items()},
+            "signature": {
+                name: {
+                    "segments": len(sets[name].outputs),
+                    "references": sum(map(len, sets[name].references)),
+                    **signatures,
+                }
+                for name, (_, signatures) in scored.items()
+            },
+        }
         with whole_file(args.json_file) as handle:
             json.dump(record, handle, indent=2)
             handle.write("\n")

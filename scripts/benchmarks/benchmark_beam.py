@@ -84,9 +84,11 @@ def floor_seconds(decoder: CountingDecoder, config: GPT2Config) -> float:
     per_logit = best_of(10, lambda: [logits.amax(-1) for _ in range(blocks)]) / (blocks * logits.numel())
     head = 2 * config.n_embd * config.vocab_size
     body = 2 * config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.inner)
-    print(f"floor: {decoder.rows} hypotheses through the head, {head * decoder.rows / 1e9:.0f} GFLOP; "
-          f"{decoder.tokens} tokens through the layers, {body * decoder.tokens / 1e9:.0f} GFLOP; "
-          f"{1e-9 / per_product:.0f} GFLOP/s, {1e-9 / per_logit:.1f} G logits/s")
+    print(
+        f"floor: {decoder.rows} hypotheses through the head, {head * decoder.rows / 1e9:.0f} GFLOP; "
+        f"{decoder.tokens} tokens through the layers, {body * decoder.tokens / 1e9:.0f} GFLOP; "
+        f"{1e-9 / per_product:.0f} GFLOP/s, {1e-9 / per_logit:.1f} G logits/s"
+    )
     return (head * decoder.rows + body * decoder.tokens) * per_product + decoder.rows * config.vocab_size * per_logit
 
 
@@ -100,13 +102,22 @@ def transformers_seconds(folder: str, contexts: list[list[int]], settings: Searc
 
     def work() -> None:
         for start in range(0, len(ordered), batch):
-            part = ordered[start:start + batch]
+            part = ordered[start : start + batch]
             longest = max(map(len, part))
             ids = torch.tensor([[ends[-1]] * (longest - len(context)) + context for context in part])
             mask = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in part])
-            model.generate(ids, attention_mask=mask, num_beams=settings.beam, do_sample=False, early_stopping=False,
-                           max_new_tokens=settings.eval_len, length_penalty=settings.length_penalty,
-                           no_repeat_ngram_size=0, eos_token_id=ends, pad_token_id=ends[-1])
+            model.generate(
+                ids,
+                attention_mask=mask,
+                num_beams=settings.beam,
+                do_sample=False,
+                early_stopping=False,
+                max_new_tokens=settings.eval_len,
+                length_penalty=settings.length_penalty,
+                no_repeat_ngram_size=0,
+                eos_token_id=ends,
+                pad_token_id=ends[-1],
+            )
 
     with torch.inference_mode():
         return best_of(1, work)
@@ -118,8 +129,9 @@ def main() -> None:
     parser.add_argument("--init_checkpoint", required=True, help="a folder in Hugging Face's layout")
     parser.add_argument("--contexts", type=int, default=60)
     parser.add_argument("--slots", type=int, default=32, help="contexts in work at once")
-    parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1, 4, 10, 20, 30],
-                        help="for transformers; none skips it")
+    parser.add_argument(
+        "--batch_sizes", type=int, nargs="*", default=[1, 4, 10, 20, 30], help="for transformers; none skips it"
+    )
     args = parser.parse_args()
     for name, values in (("contexts", [args.contexts]), ("slots", [args.slots]), ("batch_sizes", args.batch_sizes)):
         if min(values, default=1) < 1:
@@ -141,8 +153,10 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     counting = CountingDecoder(loaded.model, args.slots, settings.beam)
     search(counting, settings)
-    print(f"{len(contexts)} contexts, beam {settings.beam}, {torch.get_num_threads()} threads, "
-          f"load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{len(contexts)} contexts, beam {settings.beam}, {torch.get_num_threads()} threads, "
+        f"load {os.getloadavg()[0]:.1f}"
+    )
     floor = floor_seconds(counting, config) / len(contexts)
     print(f"floor          {floor:.4f} s a context")
     print(f"this project   {ours:.4f} s a context, {ours / floor:.1f} times the floor, peak memory {peak:.0f} MiB")

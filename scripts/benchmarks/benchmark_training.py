@@ -81,7 +81,7 @@ def make_examples(task: str, units: int, length: int, vocab_size: int, seed: int
 def multiply_adds(examples: Examples, config, lora: bool) -> float:
     """What the real tokens need: forward and state gradients everywhere, weight gradients of what trains (biases,
     norms, attention scores and adapters left out: well under 2 %)."""
-    per_token = config.n_layer * (4 * config.n_embd ** 2 + 2 * config.n_embd * config.inner)
+    per_token = config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.inner)
     states = (examples.lengths - 1).sum()
     scored = (examples.lengths - examples.first_scored).sum()
     passes = 2 if lora else 3
@@ -165,7 +165,7 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
     examples = make_examples(task, logical, options.length, 50257)
     by_length = np.argsort(examples.lengths, kind="stable")
     every = logical // units  # a part has the lengths of the whole
-    drawn = torch.from_numpy(by_length[every // 2::every][:units])
+    drawn = torch.from_numpy(by_length[every // 2 :: every][:units])
     cut: Cut = TightCut(tokens)
     if variant == "book_keeping":  # a private run pads to public lengths; the others pad as little as they can
         public = make_examples(task, 4 * logical, options.length, 50257, seed=1).inputs
@@ -188,8 +188,15 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
             noise.add_normal_(flat.grad, 0.6)
         optimizer.step(flat.grad.div_(logical), 1e-5)
 
-    return Step(gradients, update, batches, units, logical, int(examples.lengths.sum()),
-                multiply_adds(examples, MODEL_CARDS[options.model_card], lora))
+    return Step(
+        gradients,
+        update,
+        batches,
+        units,
+        logical,
+        int(examples.lengths.sum()),
+        multiply_adds(examples, MODEL_CARDS[options.model_card], lora),
+    )
 
 
 # ------------------------------------------------------------------ taking turns
@@ -256,23 +263,54 @@ def compare(task: str, variant: str, options: argparse.Namespace, rate: float) -
 
     def summary(one: Worker) -> dict:
         seconds = statistics.median(one.seconds)
-        return {"units_per_s": one.units / seconds, "tokens_per_s": one.tokens / seconds, "peak_gb": one.peak / 1e9,
-                "share_of_matmul_rate": one.multiply_adds / seconds / rate, "units": one.units, "seconds": one.seconds}
+        return {
+            "units_per_s": one.units / seconds,
+            "tokens_per_s": one.tokens / seconds,
+            "peak_gb": one.peak / 1e9,
+            "share_of_matmul_rate": one.multiply_adds / seconds / rate,
+            "units": one.units,
+            "seconds": one.seconds,
+        }
 
-    return {"task": task, "variant": variant, "ratio_median": statistics.median(ratios), "ratio_min": min(ratios),
-            "ratio_max": max(ratios), "ours": summary(ours), "other": summary(other)}
+    return {
+        "task": task,
+        "variant": variant,
+        "ratio_median": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "ours": summary(ours),
+        "other": summary(other),
+    }
 
 
-HEAD = ("task", "against", "ours/other", "min", "max", "ours units/s", "other units/s", "ours tokens/s",
-        "ours of matmul rate", "other of matmul rate", "ours peak GB", "other peak GB")
+HEAD = (
+    "task",
+    "against",
+    "ours/other",
+    "min",
+    "max",
+    "ours units/s",
+    "other units/s",
+    "ours tokens/s",
+    "ours of matmul rate",
+    "other of matmul rate",
+    "ours peak GB",
+    "other peak GB",
+)
 
 
 def cells(row: dict) -> tuple[str, ...]:
     """A comparison under HEAD."""
     ours, other = row["ours"], row["other"]
-    return (row["task"], row["variant"], *(f"{row[f'ratio_{name}']:.2f}" for name in ("median", "min", "max")),
-            f"{ours['units_per_s']:.2f}", f"{other['units_per_s']:.2f}", f"{ours['tokens_per_s']:.0f}",
-            *(f"{one[name]:.2f}" for name in ("share_of_matmul_rate", "peak_gb") for one in (ours, other)))
+    return (
+        row["task"],
+        row["variant"],
+        *(f"{row[f'ratio_{name}']:.2f}" for name in ("median", "min", "max")),
+        f"{ours['units_per_s']:.2f}",
+        f"{other['units_per_s']:.2f}",
+        f"{ours['tokens_per_s']:.0f}",
+        *(f"{one[name]:.2f}" for name in ("share_of_matmul_rate", "peak_gb") for one in (ours, other)),
+    )
 
 
 def show(paths: list[str]) -> None:
@@ -312,8 +350,14 @@ def scaling(options: argparse.Namespace) -> list[dict]:
         one.close()
         seconds = statistics.median(one.seconds)
         rows.append({"task": task, "units": units, "length": length, "tokens": one.tokens, "seconds": one.seconds})
-        line = (task, str(units), "E2E" if task == "e2e_lora" else str(length), str(one.tokens), f"{seconds:.2f}",
-                f"{one.tokens / seconds:.0f}")
+        line = (
+            task,
+            str(units),
+            "E2E" if task == "e2e_lora" else str(length),
+            str(one.tokens),
+            f"{seconds:.2f}",
+            f"{one.tokens / seconds:.0f}",
+        )
         print(table_line(line), end="", flush=True)
     return rows
 
@@ -321,12 +365,15 @@ def scaling(options: argparse.Namespace) -> list[dict]:
 def draw_scaling(rows: list[dict], path: str) -> None:
     """Seconds a step against the real tokens of the logical batch: in proportion, or not."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (batches, lengths) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, task, x, label in ((batches, "e2e_lora", "tokens", "real tokens of the logical batch"),
-                                 (lengths, "author_full", "length", "tokens of a text, 4,096 in all")):
+    for axes, task, x, label in (
+        (batches, "e2e_lora", "tokens", "real tokens of the logical batch"),
+        (lengths, "author_full", "length", "tokens of a text, 4,096 in all"),
+    ):
         cells = [row for row in rows if row["task"] == task]
         seconds = [statistics.median(row["seconds"]) for row in cells]
         axes.plot([row[x] for row in cells], seconds, marker="o")
@@ -379,9 +426,17 @@ def main() -> None:
     path = options.output or os.path.join(ROOT, "results", f"{datetime.date.today()}_benchmark_training{kind}.json")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with atomic_write(path) as handle:
-        json.dump({"device": name, "torch": torch.__version__, "matmul_multiply_adds_per_s": rate,
-                   "options": {name: value for name, value in vars(options).items() if name != "output"},
-                   "rows": rows}, handle, indent=1)
+        json.dump(
+            {
+                "device": name,
+                "torch": torch.__version__,
+                "matmul_multiply_adds_per_s": rate,
+                "options": {name: value for name, value in vars(options).items() if name != "output"},
+                "rows": rows,
+            },
+            handle,
+            indent=1,
+        )
         handle.write("\n")
     print(f"wrote {os.path.relpath(path)}")
     if options.scaling:

@@ -119,9 +119,11 @@ class GhostClipping:
         from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
         import lora_grad_samplers  # noqa: F401
+
         self.flat, self.smoothing = flat, smoothing
-        self.module = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", max_grad_norm=C,
-                                                           use_ghost_clipping=True)
+        self.module = GradSampleModuleFastGradientClipping(
+            model, loss_reduction="sum", max_grad_norm=C, use_ghost_clipping=True
+        )
 
     def accumulate(self, batch: MicroBatch) -> None:
         for _, parameter in self.flat.named:
@@ -141,13 +143,25 @@ class PlainLoop:
 
     def __init__(self, card: str, lora: bool):
         from transformers import GPT2Config, GPT2LMHeadModel
+
         shape = MODEL_CARDS[card]
-        self.model = GPT2LMHeadModel(GPT2Config(n_embd=shape.n_embd, n_layer=shape.n_layer, n_head=shape.n_head,
-                                                attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False))
+        self.model = GPT2LMHeadModel(
+            GPT2Config(
+                n_embd=shape.n_embd,
+                n_layer=shape.n_layer,
+                n_head=shape.n_head,
+                attn_pdrop=0.0,
+                embd_pdrop=0.0,
+                resid_pdrop=0.0,
+                use_cache=False,
+            )
+        )
         if lora:
             from peft import LoraConfig, get_peft_model
-            self.model = get_peft_model(self.model, LoraConfig(r=4, lora_alpha=32, target_modules=["c_attn"],
-                                                               fan_in_fan_out=True))
+
+            self.model = get_peft_model(
+                self.model, LoraConfig(r=4, lora_alpha=32, target_modules=["c_attn"], fan_in_fan_out=True)
+            )
 
     def accumulate(self, batch: MicroBatch) -> None:
         labels = torch.full((batch.ids.numel(),), -100, dtype=torch.int64, device=batch.ids.device)

@@ -84,8 +84,12 @@ def project(args, config: GPT2Config, n: int) -> dict:
     compute = max(arithmetic, traffic)
     size = 4 * (P + EXTRA)
     ring = 2 * (inside - 1) / inside / args.link_bandwidth + 2 * (machines - 1) / machines / args.node_bandwidth
-    parts = {"compute": compute, "load": compute * (largest_draw(mean, n) / mean - 1), "sum": size * ring,
-             "update": (22 + 4 / n) * 4 * P / args.memory_bandwidth}
+    parts = {
+        "compute": compute,
+        "load": compute * (largest_draw(mean, n) / mean - 1),
+        "sum": size * ring,
+        "update": (22 + 4 / n) * 4 * P / args.memory_bandwidth,
+    }
     step = sum(parts.values())
     return {**parts, "step": step, "hours": step * round(args.epochs * args.N / args.batch) / 3600}
 
@@ -100,18 +104,26 @@ def show(args, config: GPT2Config) -> None:
     P = trained_coordinates(config, args.lora_dim)
     steps = round(args.epochs * args.N / args.batch)
     trained = f"adapters of rank {args.lora_dim}" if args.lora_dim else "all parameters"
-    print(f"{args.model_card}, {trained}: {P:,} trained coordinates, {4 * (P + EXTRA) / 1e9:.3g} GB summed a step; "
-          f"{args.epochs:g} epochs of {args.N:,} examples at {args.batch} a step: {steps:,} steps; {args.tokens:g} "
-          f"tokens an example, {args.scored:g} scored.\n"
-          f"Assumed: {args.rate:.3g} multiply-adds/s of which {args.reached:.0%} is reached, clipping included; memory "
-          f"{args.memory_bandwidth:.3g} B/s, links {args.link_bandwidth:.3g} B/s a GPU, {args.node_bandwidth:.3g} B/s "
-          f"a machine of {args.gpus_per_machine} GPUs.\n")
+    print(
+        f"{args.model_card}, {trained}: {P:,} trained coordinates, {4 * (P + EXTRA) / 1e9:.3g} GB summed a step; "
+        f"{args.epochs:g} epochs of {args.N:,} examples at {args.batch} a step: {steps:,} steps; {args.tokens:g} "
+        f"tokens an example, {args.scored:g} scored.\n"
+        f"Assumed: {args.rate:.3g} multiply-adds/s of which {args.reached:.0%} is reached, clipping included; memory "
+        f"{args.memory_bandwidth:.3g} B/s, links {args.link_bandwidth:.3g} B/s a GPU, {args.node_bandwidth:.3g} B/s "
+        f"a machine of {args.gpus_per_machine} GPUs.\n"
+    )
     alone = project(args, config, 1)["hours"]
     parts, lines = ("compute", "load", "sum", "update", "step"), []
     for n in args.gpus:
         found = project(args, config, n)
-        lines.append([str(n), *(f"{1e3 * found[name]:.0f}" for name in parts), f"{found['hours']:.2f}",
-                      f"{alone / found['hours'] / n:.0%}"])
+        lines.append(
+            [
+                str(n),
+                *(f"{1e3 * found[name]:.0f}" for name in parts),
+                f"{found['hours']:.2f}",
+                f"{alone / found['hours'] / n:.0%}",
+            ]
+        )
     print(markdown(["GPUs", *(f"{name} [ms]" for name in parts), "run [h]", "efficiency"], lines), end="")
 
 
@@ -120,6 +132,7 @@ def show(args, config: GPT2Config) -> None:
 
 def best(call, repeats: int, device: torch.device) -> float:
     """Seconds of the fastest of several calls, the first left out."""
+
     def timed() -> float:
         start = time.perf_counter()
         call()
@@ -145,8 +158,15 @@ def measure_compute(device: torch.device, config: GPT2Config, bf16: bool) -> dic
     ids = torch.randint(0, config.vocab_size, (rows, tokens))
     positions = (torch.arange(rows)[:, None] * tokens + torch.arange(first - 1, tokens - 1)).flatten()
     scored = tokens - first
-    batch = MicroBatch(ids, positions, ids.flatten()[positions + 1], torch.full((rows * scored,), 1 / scored),
-                       [scored] * rows, 1, rows * tokens).to(device)
+    batch = MicroBatch(
+        ids,
+        positions,
+        ids.flatten()[positions + 1],
+        torch.full((rows * scored,), 1 / scored),
+        [scored] * rows,
+        1,
+        rows * tokens,
+    ).to(device)
     found = {"multiply_adds_per_s": rate}
     for name in ("ordinary", "private"):
         model = GPT2LMModel(config, LoRAConfig())
@@ -175,8 +195,9 @@ def reduce_worker(rank: int, size: int, port: int, count: int, pipe) -> None:
     """One of `size` ranks that sum `count` float32; rank 0 sends the seconds of the fastest of five."""
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=f"tcp://127.0.0.1:{port}",
-                            rank=rank, world_size=size)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
+    )
     buffer = torch.ones(count, device=device)
     seconds = best(lambda: dist.all_reduce(buffer), 5, device)
     if rank == 0:
@@ -202,8 +223,12 @@ def measure_sum(count: int) -> dict:
 def measure(args, config: GPT2Config) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    found = {"device": name, "torch": torch.__version__, "model_card": args.model_card,
-             "load": round(os.getloadavg()[0], 2)}
+    found = {
+        "device": name,
+        "torch": torch.__version__,
+        "model_card": args.model_card,
+        "load": round(os.getloadavg()[0], 2),
+    }
     return {**found, **measure_compute(device, config, device.type == "cuda"), **measure_sum(25_000_000)}
 
 
@@ -224,15 +249,28 @@ def main() -> None:
     add("--memory_bandwidth", type=float, help="bytes/s of a GPU's memory")
     add("--link_bandwidth", type=float, help="bytes/s between GPUs of a machine, one way")
     add("--node_bandwidth", type=float, help="bytes/s between machines, one way, of a whole machine")
-    add("--micro_batch_tokens", type=int, default=DEFAULT_TOKENS["cuda"],
-        help=f"of a training on GPUs (default {DEFAULT_TOKENS['cuda']})")
-    add("--reached", type=float, default=0.4,
-        help="share of the rate that a private step reaches (default 0.4, an assumption)")
+    add(
+        "--micro_batch_tokens",
+        type=int,
+        default=DEFAULT_TOKENS["cuda"],
+        help=f"of a training on GPUs (default {DEFAULT_TOKENS['cuda']})",
+    )
+    add(
+        "--reached",
+        type=float,
+        default=0.4,
+        help="share of the rate that a private step reaches (default 0.4, an assumption)",
+    )
     add("--measure", action="store_true", help="measure on this machine what can be, and print it as JSON")
     args = parser.parse_args()
     rates = ("rate", "memory_bandwidth", "link_bandwidth", "node_bandwidth")
-    check_positive(args, epochs=MOST_EPOCHS, **dict.fromkeys(
-        ("gpus_per_machine", "N", "batch", "tokens", "micro_batch_tokens", "reached", *rates), math.inf))
+    check_positive(
+        args,
+        epochs=MOST_EPOCHS,
+        **dict.fromkeys(
+            ("gpus_per_machine", "N", "batch", "tokens", "micro_batch_tokens", "reached", *rates), math.inf
+        ),
+    )
     if min(args.gpus) < 1 or args.lora_dim < 0 or not 0 <= args.scored <= args.tokens:
         fail("--gpus, --lora_dim, --scored: expected at least 1 GPU, none below 0, no more scored than --tokens")
     for name, value in zip(rates, DEVICES[args.device]):

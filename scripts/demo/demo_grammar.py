@@ -77,29 +77,60 @@ def tavern_name(draw: Draw) -> str:
 
 
 RESTAURANT_PHRASES: Phrases = {
-    "food": {"pre": ("@",), "post": ("that serves @ food", "serving @ food"),
-             "verb": ("serves @ food", "serves @ food", "offers @ food")},
+    "food": {
+        "pre": ("@",),
+        "post": ("that serves @ food", "serving @ food"),
+        "verb": ("serves @ food", "serves @ food", "offers @ food"),
+    },
     "price": {"post": ("with prices @",), "verb": ("has prices @", "has a price range @")},
-    "price=cheap": {"pre": ("cheap", "low priced"), "post": ("with cheap prices",),
-                    "verb": ("is cheap", "has cheap prices")},
-    "price=moderate": {"pre": ("moderately priced",), "post": ("with moderate prices",),
-                       "verb": ("is moderately priced", "has moderate prices")},
-    "price=high": {"pre": ("high priced", "expensive"), "post": ("with high prices",),
-                   "verb": ("is expensive", "has high prices")},
-    "customer rating": {"post": ("with a customer rating of @",),
-                        "verb": ("has a customer rating of @", "is rated @ by customers")},
-    "customer rating=low": {"pre": ("low rated", "poorly rated"), "post": ("with a low customer rating",),
-                            "verb": ("has a low customer rating", "is rated low by customers")},
-    "customer rating=average": {"pre": ("average rated",), "post": ("with an average customer rating",),
-                                "verb": ("has an average customer rating",)},
-    "customer rating=high": {"pre": ("highly rated",), "post": ("with a high customer rating",),
-                             "verb": ("has a high customer rating", "is highly rated by customers")},
-    "area": {"post": ("in the @", "in the @ area"), "front": ("in the @", "in the @ area"),
-             "verb": ("is located in the @", "is in the @ area")},
-    "family friendly=yes": {"pre": ("family friendly", "child friendly"), "post": ("that welcomes families",),
-                            "verb": ("is family friendly", "is child friendly", "welcomes families")},
-    "family friendly=no": {"post": ("that is not family friendly",),
-                           "verb": ("is not family friendly", "is not child friendly")},
+    "price=cheap": {
+        "pre": ("cheap", "low priced"),
+        "post": ("with cheap prices",),
+        "verb": ("is cheap", "has cheap prices"),
+    },
+    "price=moderate": {
+        "pre": ("moderately priced",),
+        "post": ("with moderate prices",),
+        "verb": ("is moderately priced", "has moderate prices"),
+    },
+    "price=high": {
+        "pre": ("high priced", "expensive"),
+        "post": ("with high prices",),
+        "verb": ("is expensive", "has high prices"),
+    },
+    "customer rating": {
+        "post": ("with a customer rating of @",),
+        "verb": ("has a customer rating of @", "is rated @ by customers"),
+    },
+    "customer rating=low": {
+        "pre": ("low rated", "poorly rated"),
+        "post": ("with a low customer rating",),
+        "verb": ("has a low customer rating", "is rated low by customers"),
+    },
+    "customer rating=average": {
+        "pre": ("average rated",),
+        "post": ("with an average customer rating",),
+        "verb": ("has an average customer rating",),
+    },
+    "customer rating=high": {
+        "pre": ("highly rated",),
+        "post": ("with a high customer rating",),
+        "verb": ("has a high customer rating", "is highly rated by customers"),
+    },
+    "area": {
+        "post": ("in the @", "in the @ area"),
+        "front": ("in the @", "in the @ area"),
+        "verb": ("is located in the @", "is in the @ area"),
+    },
+    "family friendly=yes": {
+        "pre": ("family friendly", "child friendly"),
+        "post": ("that welcomes families",),
+        "verb": ("is family friendly", "is child friendly", "welcomes families"),
+    },
+    "family friendly=no": {
+        "post": ("that is not family friendly",),
+        "verb": ("is not family friendly", "is not child friendly"),
+    },
     "near": {"post": ("near @",), "front": ("near @",), "verb": ("is near @", "is located near @")},
 }
 
@@ -135,20 +166,152 @@ def restaurants(draw: Draw) -> Kind:
 
 # ------------------------------------------------------ public: the rest
 
-ONSETS = ("b", "bl", "br", "c", "ch", "cl", "cr", "d", "dr", "f", "fl", "fr", "g", "gl", "gr", "h", "j", "k", "l", "m",
-          "n", "p", "pl", "pr", "qu", "r", "s", "sh", "sk", "sl", "sp", "st", "str", "sw", "t", "th", "tr", "tw", "v",
-          "w", "wh", "y", "z", "", "")
+ONSETS = (
+    "b",
+    "bl",
+    "br",
+    "c",
+    "ch",
+    "cl",
+    "cr",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "fr",
+    "g",
+    "gl",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pl",
+    "pr",
+    "qu",
+    "r",
+    "s",
+    "sh",
+    "sk",
+    "sl",
+    "sp",
+    "st",
+    "str",
+    "sw",
+    "t",
+    "th",
+    "tr",
+    "tw",
+    "v",
+    "w",
+    "wh",
+    "y",
+    "z",
+    "",
+    "",
+)
 VOWELS = ("a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "ai", "ea", "ee", "oo", "ou", "ie", "ar", "er", "or")
-CODAS = ("", "", "", "", "n", "l", "r", "s", "t", "m", "d", "ck", "nd", "rt", "st", "x", "b", "p", "g", "ng", "ll",
-         "lk", "mp", "rn", "sh", "ss", "tch", "ve", "ne", "le", "ty")
+CODAS = (
+    "",
+    "",
+    "",
+    "",
+    "n",
+    "l",
+    "r",
+    "s",
+    "t",
+    "m",
+    "d",
+    "ck",
+    "nd",
+    "rt",
+    "st",
+    "x",
+    "b",
+    "p",
+    "g",
+    "ng",
+    "ll",
+    "lk",
+    "mp",
+    "rn",
+    "sh",
+    "ss",
+    "tch",
+    "ve",
+    "ne",
+    "le",
+    "ty",
+)
 FEWEST, MOST = 3, 8  # letters of a made-up word
 # What chance would spell now and then.
-UNFIT = ("tit", "shit", "fag", "twat", "pis", "jew", "nig", "poo", "peni", "kike", "rape", "slut", "nazi", "porn",
-         "fuc", "fuk", "cun", "cock", "dick", "sex", "cum", "ass", "arse", "whor", "spic", "coon", "wank", "crap",
-         "anus", "kill", "die", "pric", "boob", "tard", "hore")
+UNFIT = (
+    "tit",
+    "shit",
+    "fag",
+    "twat",
+    "pis",
+    "jew",
+    "nig",
+    "poo",
+    "peni",
+    "kike",
+    "rape",
+    "slut",
+    "nazi",
+    "porn",
+    "fuc",
+    "fuk",
+    "cun",
+    "cock",
+    "dick",
+    "sex",
+    "cum",
+    "ass",
+    "arse",
+    "whor",
+    "spic",
+    "coon",
+    "wank",
+    "crap",
+    "anus",
+    "kill",
+    "die",
+    "pric",
+    "boob",
+    "tard",
+    "hore",
+)
 PRIVATE = {made.lower() for made in TAVERN_FIRST + TAVERN_LAST} | {
-    "pub", "inn", "diner", "bar", "cafe", "tea", "eat", "eats", "meal", "food", "dish", "dine", "menu", "cook", "chef",
-    "wine", "beer", "coffee", "bread", "supper", "dinner", "bistro", "lunch", "drink"}
+    "pub",
+    "inn",
+    "diner",
+    "bar",
+    "cafe",
+    "tea",
+    "eat",
+    "eats",
+    "meal",
+    "food",
+    "dish",
+    "dine",
+    "menu",
+    "cook",
+    "chef",
+    "wine",
+    "beer",
+    "coffee",
+    "bread",
+    "supper",
+    "dinner",
+    "bistro",
+    "lunch",
+    "drink",
+}
 
 
 def word(draw: Draw) -> str:
@@ -191,15 +354,22 @@ def spot(draw: Draw) -> str:
     return place(draw) if draw.chance(0.4) else public_name(draw)
 
 
-QUARTER = or_made_up("north harbour", "lake shore", "west hill", "city walls", "town centre", "east side",
-                     "riverside walk")
+QUARTER = or_made_up(
+    "north harbour", "lake shore", "west hill", "city walls", "town centre", "east side", "riverside walk"
+)
 PRICE = number(4, 60, 2, "£ @")
 
 PLACE_PHRASES: Phrases = {
-    "area": {"post": ("by the @", "down by the @"), "front": ("by the @", "down by the @"),
-             "verb": ("stands by the @", "can be found by the @", "is to be located by the @")},
-    "near": {"post": ("beside @", "close to @"), "front": ("beside @", "close to @"),
-             "verb": ("lies close to @", "sits beside @", "stands near @")},
+    "area": {
+        "post": ("by the @", "down by the @"),
+        "front": ("by the @", "down by the @"),
+        "verb": ("stands by the @", "can be found by the @", "is to be located by the @"),
+    },
+    "near": {
+        "post": ("beside @", "close to @"),
+        "front": ("beside @", "close to @"),
+        "verb": ("lies close to @", "sits beside @", "stands near @"),
+    },
     "ticket": {"post": ("for @", "at @ a ticket"), "verb": ("charges @ a ticket", "costs under @ to enter")},
     "rating": {"pre": ("@ rated",), "verb": ("gets a rating that is @", "is thought to rate as @")},
     "step free=yes": {"pre": ("step free",), "verb": ("can be entered without steps", "has step free doors")},
@@ -254,8 +424,14 @@ def public_kinds() -> list[Kind]:
     )
     museum = public_place(
         ("museum", "gallery", "science centre"),
-        {"shows": or_made_up("old ships", "clocks", "glass", "portraits", "fossils", "model planes", "coins", "maps"),
-         "ticket": PRICE, "opens": MORNING, "family ticket": YES_NO},
+        {
+            "shows": or_made_up(
+                "old ships", "clocks", "glass", "portraits", "fossils", "model planes", "coins", "maps"
+            ),
+            "ticket": PRICE,
+            "opens": MORNING,
+            "family ticket": YES_NO,
+        },
         {
             "shows": {"post": ("of @", "full of @"), "verb": ("shows @", "collects @")},
             "family ticket=yes": {"verb": ("sells a family ticket", "lets a family in on one ticket")},
@@ -264,8 +440,13 @@ def public_kinds() -> list[Kind]:
     )
     cinema = public_place(
         ("cinema", "film theatre", "picture house"),
-        {"film": public_name, "screens": number(1, 14, 1, "@"), "ticket": PRICE, "starts": EVENING,
-         "language": or_made_up("Italian", "Indian", "Greek", "Thai", "French", "Polish", "Danish")},
+        {
+            "film": public_name,
+            "screens": number(1, 14, 1, "@"),
+            "ticket": PRICE,
+            "starts": EVENING,
+            "language": or_made_up("Italian", "Indian", "Greek", "Thai", "French", "Polish", "Danish"),
+        },
         {
             "film": {"post": ("showing @",), "verb": ("is now showing @", "runs the film @")},
             "screens": {"pre": ("@ screen",), "verb": ("counts @ screens", "is fitted with @ screens")},
@@ -275,22 +456,35 @@ def public_kinds() -> list[Kind]:
     )
     park = public_place(
         ("park", "garden", "nature reserve"),
-        {"acres": number(3, 200, 3, "@"),
-         "known for": or_made_up("roses", "tall oaks", "ponds", "owls", "statues", "wild deer"),
-         "dogs": YES_NO, "closes": EVENING, "playground": YES_NO},
+        {
+            "acres": number(3, 200, 3, "@"),
+            "known for": or_made_up("roses", "tall oaks", "ponds", "owls", "statues", "wild deer"),
+            "dogs": YES_NO,
+            "closes": EVENING,
+            "playground": YES_NO,
+        },
         {
             "acres": {"pre": ("@ acre",), "post": ("of @ acres",), "verb": ("covers @ acres", "spreads over @ acres")},
             "known for": {"post": ("known for its @",), "verb": ("is loved for its @", "boasts @")},
             "playground=yes": {"post": ("with a playground",), "verb": ("has swings for a child", "suits families")},
-            "playground=no": {"post": ("without a playground",),
-                              "verb": ("has no swings for a child", "bores families")},
+            "playground=no": {
+                "post": ("without a playground",),
+                "verb": ("has no swings for a child", "bores families"),
+            },
         },
     )
     shop = public_place(
         ("market", "craft shop", "gift shop", "corner shop", "street stall"),
-        {"sells": or_made_up("used books", "kites", "boots", "rare records", "lamps", "tulips", "board games", "hats"),
-         "opens": MORNING, "closes": EVENING, "staff": one_of("friendly", "busy", "helpful", "slow"),
-         "price": one_of("cheap", "moderate", "expensive"), "card": YES_NO},
+        {
+            "sells": or_made_up(
+                "used books", "kites", "boots", "rare records", "lamps", "tulips", "board games", "hats"
+            ),
+            "opens": MORNING,
+            "closes": EVENING,
+            "staff": one_of("friendly", "busy", "helpful", "slow"),
+            "price": one_of("cheap", "moderate", "expensive"),
+            "card": YES_NO,
+        },
         {
             "sells": {"post": ("for @", "selling @"), "verb": ("sells @", "stocks a range of @")},
             "staff": {"post": ("run by @ staff",), "verb": ("employs @ staff", "greets customers with @ staff")},
@@ -302,8 +496,12 @@ def public_kinds() -> list[Kind]:
     )
     library = public_place(
         ("library", "archive", "reading room"),
-        {"books": number(2000, 90000, 500, "@"), "closes": EVENING, "study rooms": YES_NO,
-         "loan": number(2, 9, 1, "@ weeks")},
+        {
+            "books": number(2000, 90000, 500, "@"),
+            "closes": EVENING,
+            "study rooms": YES_NO,
+            "loan": number(2, 9, 1, "@ weeks"),
+        },
         {
             "books": {"post": ("of @ books",), "verb": ("holds @ books", "keeps @ books on its shelves")},
             "study rooms=yes": {"verb": ("has rooms to study in", "lends out study rooms")},
@@ -314,8 +512,14 @@ def public_kinds() -> list[Kind]:
     train = Kind(
         or_made_up("express", "night train", "local train", "ferry", "coach"),
         public_name,
-        {"from": spot, "to": spot, "leaves": MORNING, "fare": PRICE, "platform": number(1, 20, 1, "@"),
-         "bikes": YES_NO},
+        {
+            "from": spot,
+            "to": spot,
+            "leaves": MORNING,
+            "fare": PRICE,
+            "platform": number(1, 20, 1, "@"),
+            "bikes": YES_NO,
+        },
         {
             "from": {"post": ("from @",), "front": ("from @",), "verb": ("sets out from @", "begins its run at @")},
             "to": {"post": ("to @", "bound for @", "serving @"), "verb": ("serves @", "ends its run at @")},
@@ -339,8 +543,14 @@ def public_kinds() -> list[Kind]:
     concert = Kind(
         or_made_up("concert", "festival", "recital", "dance show"),
         public_name,
-        {"played by": public_name, "hall": spot, "day": one_of("Monday", "Tuesday", "Thursday", "Friday", "Sunday"),
-         "starts": EVENING, "seat": PRICE, "music": or_made_up("jazz", "folk", "choral", "organ", "rock", "brass")},
+        {
+            "played by": public_name,
+            "hall": spot,
+            "day": one_of("Monday", "Tuesday", "Thursday", "Friday", "Sunday"),
+            "starts": EVENING,
+            "seat": PRICE,
+            "music": or_made_up("jazz", "folk", "choral", "organ", "rock", "brass"),
+        },
         {
             "played by": {"post": ("by @", "played by @"), "verb": ("brings @ to the stage", "presents @")},
             "hall": {"post": ("at @",), "front": ("at @",), "verb": ("fills the hall of @", "takes place at @")},

@@ -82,8 +82,10 @@ def main() -> None:
                 sentences.append(sentence)
                 words += sentence.count(" ") + 1
             out.write(json.dumps({"author": f"author{owner}", "content": " ".join(sentences)}) + "\n")
-    print(f"{args.out}: {args.records} records by {args.authors} authors, the most by one {sizes.max()}, "
-          f"median {int(np.median(sizes))}")
+    print(
+        f"{args.out}: {args.records} records by {args.authors} authors, the most by one {sizes.max()}, "
+        f"median {int(np.median(sizes))}"
+    )
 
 
 if __name__ == "__main__":

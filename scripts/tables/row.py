@@ -30,8 +30,10 @@ def output_of(*command: str) -> str | None:
 
 def commit() -> dict:
     """The commit of this checkout, and whether its files differ from it."""
-    return {"hash": output_of("git", "rev-parse", "HEAD"),
-            "modified": bool(output_of("git", "status", "--porcelain", "--untracked-files=no"))}
+    return {
+        "hash": output_of("git", "rev-parse", "HEAD"),
+        "modified": bool(output_of("git", "status", "--porcelain", "--untracked-files=no")),
+    }
 
 
 def hardware() -> dict:
@@ -44,9 +46,14 @@ def hardware() -> dict:
         with open_text("/proc/cpuinfo") as handle:
             names = [line.split(":", 1)[1].strip() for line in handle if line.startswith("model name")]
         processor = names[0] if names else processor
-    return {"machines": int(os.environ.get("SLURM_JOB_NUM_NODES") or 1), "cores": len(os.sched_getaffinity(0)),
-            "device": gpus.splitlines()[0] if gpus else processor, "gpus": len(gpus.splitlines()) if gpus else 0,
-            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "load": round(os.getloadavg()[0], 2)}
+    return {
+        "machines": int(os.environ.get("SLURM_JOB_NUM_NODES") or 1),
+        "cores": len(os.sched_getaffinity(0)),
+        "device": gpus.splitlines()[0] if gpus else processor,
+        "gpus": len(gpus.splitlines()) if gpus else 0,
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load": round(os.getloadavg()[0], 2),
+    }
 
 
 def write_row(path: str, folder: str, facts: dict, trained: bool, scored: bool) -> None:
@@ -68,8 +75,12 @@ def write_row(path: str, folder: str, facts: dict, trained: bool, scored: bool) 
     with open_text(os.path.join(folder, "commands.txt")) as handle:
         row["commands"] = handle.read().splitlines()
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-    row |= {"commit": commit(), "hardware": hardware(), "versions": versions,
-            "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+    row |= {
+        "commit": commit(),
+        "hardware": hardware(),
+        "versions": versions,
+        "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
     with atomic_write(path) as handle:
         json.dump(row, handle, indent=1)
         handle.write("\n")

@@ -36,9 +36,13 @@ Several values stand in one word: --epsilon "3 8 inf". Flags behind -- are the l
 -- --lr 0.002 --max_epoch 5. The same command goes on where it stopped or was killed. Other seeds or budgets under the
 same --name add rows."""
 FORMS = {  # of a word of an option: what it must match, and what is wanted
-    "epsilon": (r"inf|published|\d+(\.\d+)?", "a number, inf or published"), "method": ("lora|full", "lora or full"),
-    "seeds": (r"\d+", "whole numbers"), "batch": (r"[1-9]\d*", "a whole number above 0"),
-    "nproc": (r"[1-9]\d*", "a whole number above 0"), "name": ("[A-Za-z0-9.-]+", "letters, digits, dots and hyphens")}
+    "epsilon": (r"inf|published|\d+(\.\d+)?", "a number, inf or published"),
+    "method": ("lora|full", "lora or full"),
+    "seeds": (r"\d+", "whole numbers"),
+    "batch": (r"[1-9]\d*", "a whole number above 0"),
+    "nproc": (r"[1-9]\d*", "a whole number above 0"),
+    "name": ("[A-Za-z0-9.-]+", "letters, digits, dots and hyphens"),
+}
 PATHS = ("data", "test", "vocab", "train_file", "mirror", "runs", "results")
 
 
@@ -53,22 +57,39 @@ class Options(Parser):
 
 def parse(task: AnyTask, words: list[str]) -> argparse.Namespace:
     """The options, each checked by itself; paths as seen from the repository's root, into which main() changes."""
-    own, extra = (words[:words.index("--")], words[words.index("--") + 1:]) if "--" in words else (words, [])
-    parser = Options(prog=f"bash scripts/{task.name}_table.sh", description=task.title, epilog=EPILOG,
-                     usage=f"%(prog)s [OPTIONS] [MODEL...] [-- FLAGS OF {task.script}]",
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    own, extra = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    parser = Options(
+        prog=f"bash scripts/{task.name}_table.sh",
+        description=task.title,
+        epilog=EPILOG,
+        usage=f"%(prog)s [OPTIONS] [MODEL...] [-- FLAGS OF {task.script}]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("models", metavar="MODEL", nargs="*", help=f"{' '.join(task.models)}, or a folder in Hugging Face's layout "
-        f"(default: {' '.join(task.default_models)})")
-    add("--epsilon", metavar="E", default=task.epsilons,
+    add(
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        help=f"{' '.join(task.models)}, or a folder in Hugging Face's layout "
+        f"(default: {' '.join(task.default_models)})",
+    )
+    add(
+        "--epsilon",
+        metavar="E",
+        default=task.epsilons,
         help="one or more of: a number (the noise is chosen for it), inf (no privacy), 0 (the model as it is)"
-        f"{', published (noise multiplier 0.6, for E2E epsilon 5.43)' * task.is_scored}; default {task.epsilons}")
+        f"{', published (noise multiplier 0.6, for E2E epsilon 5.43)' * task.is_scored}; default {task.epsilons}",
+    )
     add("--method", metavar="M", default=task.methods, help=f"one or both of: lora, full (default {task.methods})")
     add("--seeds", metavar="S", default=task.seeds, help=f"one or more (default {task.seeds})")
     add("--nproc", metavar="N", help="processes (default: the GPUs, or the cores where there is none)")
-    add("--batch", metavar="B", default=str(task.batch),
+    add(
+        "--batch",
+        metavar="B",
+        default=str(task.batch),
         help=f"logical batch, of expected authors where these are the unit (default {task.batch}); accumulation keeps "
-        "it, whatever the number of processes")
+        "it, whatever the number of processes",
+    )
     for name, metavar, default, text in task.options:
         add(f"--{name}", metavar=metavar, default=default, help=text)
     add("--mirror", metavar="DIR", help="where to copy data, vocabulary and checkpoints from, in place of downloading")
@@ -106,8 +127,10 @@ def count_processes(batch: int, given: str | None) -> int:
     """The processes asked for, or the GPUs, or the cores where there is none, as far as they divide `batch`."""
     if given is not None:
         if batch % int(given):
-            fail(f"--nproc {given}: does not divide the logical batch of {batch}, which would change, and the noise "
-                 "with it; choose a divisor, or another --batch")
+            fail(
+                f"--nproc {given}: does not divide the logical batch of {batch}, which would change, and the noise "
+                "with it; choose a divisor, or another --batch"
+            )
         return int(given)
     visible, gpus = os.environ.get("CUDA_VISIBLE_DEVICES"), []
     if visible != "":
@@ -121,8 +144,10 @@ def check(task: AnyTask, args: argparse.Namespace) -> None:
     """UserError for a mistake that needs the file system, or the task."""
     for model in args.models:
         if model not in task.models and not os.path.isdir(model):
-            fail(f"{model}: no such model or folder; wanted {', '.join(task.models)} or a folder in Hugging Face's "
-                 "layout")
+            fail(
+                f"{model}: no such model or folder; wanted {', '.join(task.models)} or a folder in Hugging Face's "
+                "layout"
+            )
     task.check(args)
     for flag, word in itertools.product(task.fixed.split(), args.extra):
         if word.partition("=")[0] == flag:
@@ -159,8 +184,11 @@ class Table:
             return
         env = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **os.environ}
         # a terminal sends SIGINT to all: the command hears of it from here, once
-        child = subprocess.Popen([env["PYTHON"] if words[0] == "python" else words[0], *words[1:]], env=env,
-                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+        child = subprocess.Popen(
+            [env["PYTHON"] if words[0] == "python" else words[0], *words[1:]],
+            env=env,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )
         try:
             status = child.wait()
         except Stopped:
@@ -178,8 +206,9 @@ class Table:
                 before = handle.readlines()
             if before != lines:
                 sys.stderr.writelines(difflib.unified_diff(before, lines, "there", "now", n=0))
-                fail(f"{os.path.dirname(path)}: was begun with other data or commands, see above; choose another "
-                     "--name")
+                fail(
+                    f"{os.path.dirname(path)}: was begun with other data or commands, see above; choose another --name"
+                )
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with atomic_write(path) as handle:
             handle.writelines(lines)
@@ -208,18 +237,30 @@ class Table:
             elif not self.args.dry_run and not step.is_done():
                 self.start(*step.command, *(["--resume"] if step.is_begun() else []))
         if not self.args.dry_run:
-            write_row(row, run.folder, {
-                "task": self.task.name, "model": os.path.basename(run.model), "method": run.method,
-                "epsilon": run.epsilon, "seed": run.seed, "processes": self.args.nproc},
-                trained=run.epsilon != "0" or not self.task.is_scored, scored=self.task.is_scored)
+            write_row(
+                row,
+                run.folder,
+                {
+                    "task": self.task.name,
+                    "model": os.path.basename(run.model),
+                    "method": run.method,
+                    "epsilon": run.epsilon,
+                    "seed": run.seed,
+                    "processes": self.args.nproc,
+                },
+                trained=run.epsilon != "0" or not self.task.is_scored,
+                scored=self.task.is_scored,
+            )
 
     def make_all(self) -> None:
         """Every run that is not there yet, then the table and the plot of all, those of earlier calls too."""
         dry = self.args.dry_run
         if not dry:
             if importlib.util.find_spec("torch") is None:
-                fail(f"PYTHON={sys.executable}: has no torch; pip install -r requirements.txt, or name another Python "
-                     "by this variable")
+                fail(
+                    f"PYTHON={sys.executable}: has no torch; pip install -r requirements.txt, or name another Python "
+                    "by this variable"
+                )
             os.makedirs(f"{self.folder}/rows", exist_ok=True)
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, stop)

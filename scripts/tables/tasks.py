@@ -123,13 +123,17 @@ class TextTask(Task):
         """UserError for a mistake in the options."""
         for flag, value in (("--vocab", args.vocab), ("--test", args.test)) if args.data is None else ():
             if value is not None:
-                fail(f"{flag} {value}: wanted --data beside it; the tokens of data/{self.name} are of GPT-2's "
-                     "vocabulary" + " and of its own test set" * (flag == "--test"))
+                fail(
+                    f"{flag} {value}: wanted --data beside it; the tokens of data/{self.name} are of GPT-2's "
+                    "vocabulary" + " and of its own test set" * (flag == "--test")
+                )
         args.vocab = args.vocab or "vocab"
         for file in self.sources(args) if args.data is not None else ():
             if not os.path.isfile(file):
-                fail(f"--data {args.data}, --vocab {args.vocab}: there is no {file}; wanted {', '.join(self.parts)} "
-                     "(or --test FILE), and encoder.json and vocab.bpe (GPT-2's: bash scripts/download_vocab.sh)")
+                fail(
+                    f"--data {args.data}, --vocab {args.vocab}: there is no {file}; wanted {', '.join(self.parts)} "
+                    "(or --test FILE), and encoder.json and vocab.bpe (GPT-2's: bash scripts/download_vocab.sh)"
+                )
 
     def sources(self, args: argparse.Namespace) -> list[str]:
         """The files that the tokens are made of."""
@@ -154,8 +158,18 @@ class TextTask(Task):
                 if not os.path.exists(tokens):
                     formatted = f"{args.tokens}/{part}_formatted.jsonl"
                     table.start("python", f"src/format_converting_{self.name}.py", source, formatted)
-                    table.start("python", "src/gpt2_encode.py", "--vocab", args.vocab, "--add_bos", "--add_eos",
-                                "--input", formatted, "--output", tokens)
+                    table.start(
+                        "python",
+                        "src/gpt2_encode.py",
+                        "--vocab",
+                        args.vocab,
+                        "--add_bos",
+                        "--add_eos",
+                        "--input",
+                        formatted,
+                        "--output",
+                        tokens,
+                    )
         self.fetch_checkpoints(table)
         end: object = 628  # two line feeds end a text, as published: this token of GPT-2's vocabulary
         if args.vocab != "vocab":
@@ -166,29 +180,52 @@ class TextTask(Task):
     def steps(self, table, run: Run) -> tuple[list[str], list[Step]]:
         """(lines that say what the run is made of, its steps)."""
         args, predictions, scores = table.args, f"{run.folder}/predict.jsonl", f"{run.folder}/scores.json"
-        names = {**vars(args), "model": run.model, "run": run.folder, "seed": run.seed,
-                 "checkpoint": self.checkpoint(run.model)}
+        names = {
+            **vars(args),
+            "model": run.model,
+            "run": run.folder,
+            "seed": run.seed,
+            "checkpoint": self.checkpoint(run.model),
+        }
         training = Step([], lambda: True)
         if run.method != "none":
             noise = {"published": ["--noise_multiplier", "0.6"], "inf": ["--noise_multiplier", "0"]}
             per_device, accumulation = table.split_batch(8)  # as published, where there are 16 processes
-            training = training_step(run, fill(
-                TEXT_TRAINING, launch=table.launch(self.script), per_device=per_device, accumulation=accumulation,
-                noise=noise.get(run.epsilon, ["--target_epsilon", run.epsilon]),
-                adapter=LORA if run.method == "lora" else ["--lora_dim", "0"], **names))
+            training = training_step(
+                run,
+                fill(
+                    TEXT_TRAINING,
+                    launch=table.launch(self.script),
+                    per_device=per_device,
+                    accumulation=accumulation,
+                    noise=noise.get(run.epsilon, ["--target_epsilon", run.epsilon]),
+                    adapter=LORA if run.method == "lora" else ["--lora_dim", "0"],
+                    **names,
+                ),
+            )
             names["checkpoint"] = run.folder
-        search = Step(fill(TEXT_SEARCH, launch=table.launch("src/gpt2_beam.py"), **names),
-                      lambda: os.path.exists(predictions),
-                      lambda: bool(glob.glob(f"{glob.escape(predictions)}.journal.*")))
+        search = Step(
+            fill(TEXT_SEARCH, launch=table.launch("src/gpt2_beam.py"), **names),
+            lambda: os.path.exists(predictions),
+            lambda: bool(glob.glob(f"{glob.escape(predictions)}.journal.*")),
+        )
         if self.references:
-            decoded = [(f"{run.folder}/references/{keep}", f"{run.folder}/predictions_{keep}.txt",
-                        [*self.references.split(), "--filter", keep]) for keep in self.sets(args.tokens)]
+            decoded = [
+                (
+                    f"{run.folder}/references/{keep}",
+                    f"{run.folder}/predictions_{keep}.txt",
+                    [*self.references.split(), "--filter", keep],
+                )
+                for keep in self.sets(args.tokens)
+            ]
             scorer = ["eval/webnlg/webnlg_scores.py", *(path for *pair, _ in decoded for path in pair)]
         else:
             decoded = [(f"{run.folder}/e2e_ref.txt", f"{run.folder}/e2e_pred.txt", [])]
             scorer = ["eval/e2e/measure_scores.py", *decoded[0][:2], "-p"]
-        decoding = [Step(fill(TEXT_DECODING, refs=refs, texts=texts, references=flags, **names))
-                    for refs, texts, flags in decoded]
+        decoding = [
+            Step(fill(TEXT_DECODING, refs=refs, texts=texts, references=flags, **names))
+            for refs, texts, flags in decoded
+        ]
         score = Step(["python", *scorer, "--json", scores], lambda: os.path.exists(scores))
         return [f"# data: {args.data}, vocabulary: {args.vocab}"], [training, search, *decoding, score]
 
@@ -229,14 +266,31 @@ class AuthorTask(Task):
     def steps(self, table, run: Run) -> tuple[list[str], list[Step]]:
         """(no lines, the training)."""
         rate, adapter, largest = ("1e-4", [], 32) if run.method == "full" else ("3e-4", [*LORA, "--enable_lora"], 64)
-        privacy = {"inf": ["--disable_dp"],  # of an untrained model the rate is 0, whatever stands behind --
-                   "0": ["--disable_dp", "--max_steps", "1", "--learning_rate", "0"]}
+        privacy = {
+            "inf": ["--disable_dp"],  # of an untrained model the rate is 0, whatever stands behind --
+            "0": ["--disable_dp", "--max_steps", "1", "--learning_rate", "0"],
+        }
         per_device, accumulation = table.split_batch(largest)
-        return [], [training_step(run, fill(
-            AUTHOR_TRAINING, launch=table.launch(self.script), run=run.folder, model=run.model, seed=run.seed,
-            per_device=per_device, accumulation=accumulation, adapter=adapter, rate="0" if run.epsilon == "0" else rate,
-            privacy=privacy.get(run.epsilon, ["--target_epsilon", run.epsilon, "--per_sample_max_grad_norm", "1.0"]),
-            **vars(table.args)))]
+        return [], [
+            training_step(
+                run,
+                fill(
+                    AUTHOR_TRAINING,
+                    launch=table.launch(self.script),
+                    run=run.folder,
+                    model=run.model,
+                    seed=run.seed,
+                    per_device=per_device,
+                    accumulation=accumulation,
+                    adapter=adapter,
+                    rate="0" if run.epsilon == "0" else rate,
+                    privacy=privacy.get(
+                        run.epsilon, ["--target_epsilon", run.epsilon, "--per_sample_max_grad_norm", "1.0"]
+                    ),
+                    **vars(table.args),
+                ),
+            )
+        ]
 
 
 def sha256(path: str) -> str:
@@ -244,20 +298,38 @@ def sha256(path: str) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def text_task(name: str, title: str, epsilons: str, parts: tuple[str, str, str], references: str = "",
-              parted: bool = False) -> TextTask:
+def text_task(
+    name: str, title: str, epsilons: str, parts: tuple[str, str, str], references: str = "", parted: bool = False
+) -> TextTask:
     """A task whose runs are those of E2E on other data."""
     return TextTask(
-        name, title, HUGGING_FACE, [*HUGGING_FACE], epsilons, "lora", "110", 128,
-        [("data", "DIR", None,
-          f"folder of {', '.join(parts)} (default: data/{name}, fetched where it is missing)"),
-         ("test", "FILE", None, f"with --data: another test set than its {parts[2]}"),
-         ("vocab", "DIR", None, "with --data: folder of encoder.json and vocab.bpe to encode it with (default: vocab)"),
-         ("seq_len", "T", 512, "longest example in tokens (default 512)")],
+        name,
+        title,
+        HUGGING_FACE,
+        [*HUGGING_FACE],
+        epsilons,
+        "lora",
+        "110",
+        128,
+        [
+            ("data", "DIR", None, f"folder of {', '.join(parts)} (default: data/{name}, fetched where it is missing)"),
+            ("test", "FILE", None, f"with --data: another test set than its {parts[2]}"),
+            (
+                "vocab",
+                "DIR",
+                None,
+                "with --data: folder of encoder.json and vocab.bpe to encode it with (default: vocab)",
+            ),
+            ("seq_len", "T", 512, "longest example in tokens (default 512)"),
+        ],
         "--train_batch_size --grad_acc --noise_multiplier --target_epsilon --random_seed --seq_len --train_data "
         "--valid_data --model_card --init_checkpoint --work_dir --resume",
-        "--epsilon, --seeds, --batch, --seq_len, --data, --method or MODEL", "src/gpt2_ft.py", parts=parts,
-        references=references, parted=parted)
+        "--epsilon, --seeds, --batch, --seq_len, --data, --method or MODEL",
+        "src/gpt2_ft.py",
+        parts=parts,
+        references=references,
+        parted=parted,
+    )
 
 
 AnyTask = TextTask | AuthorTask
@@ -281,19 +353,53 @@ A small corpus (Shakespeare's 299 speakers), four texts of an author a step:
       --sequence_len 32 --eval_fraction 0.1 --num_train_epochs 10
 and --method lora --epsilon "8 inf" with --learning_rate 1e-2. Of so few authors a table compares methods and is no
 example of a private release: delta = 1/N is 4e-3, which publishing all of one author, drawn at random, would keep."""
-TASKS: dict[str, AnyTask] = {task.name: task for task in (
-    text_task("e2e", E2E, "published", ("train.txt", "valid.txt", "test.txt")),
-    text_task("webnlg", WEBNLG, "8", ("train.json", "dev.json", "test.json"),
-              "--ref_type webnlg --ref_num 6 --tokenize --lower", parted=True),
-    text_task("dart", DART, "8",
-              ("dart-v1.1.1-full-train.json", "dart-v1.1.1-full-dev.json", "dart-v1.1.1-full-test.json"),
-              "--ref_type dart --ref_num 6 --tokenize --lower"),
-    AuthorTask(
-        "author", AUTHOR, {name: name for name in HUGGING_FACE.values()}, ["gpt2"], "8", "full lora", "42", 1024,
-        [("train_file", "FILE", None,
-          "JSON lines with an author and a content (default data/reddit/train.jsonl, made where it is missing)"),
-         ("vocab", "DIR", None, "folder of encoder.json and vocab.bpe (default: vocab, fetched where it is missing)")],
-        "--per_device_train_batch_size --gradient_accumulation_steps --noise_multiplier --target_epsilon --disable_dp "
-        "--seed --train_file --vocab --model_name --output_dir --resume --resume_from_checkpoint --dry_run "
-        "--enable_lora", "--epsilon, --seeds, --batch, --train_file, --vocab, --method or MODEL",
-        "src/fine-tune-dp.py"))}
+TASKS: dict[str, AnyTask] = {
+    task.name: task
+    for task in (
+        text_task("e2e", E2E, "published", ("train.txt", "valid.txt", "test.txt")),
+        text_task(
+            "webnlg",
+            WEBNLG,
+            "8",
+            ("train.json", "dev.json", "test.json"),
+            "--ref_type webnlg --ref_num 6 --tokenize --lower",
+            parted=True,
+        ),
+        text_task(
+            "dart",
+            DART,
+            "8",
+            ("dart-v1.1.1-full-train.json", "dart-v1.1.1-full-dev.json", "dart-v1.1.1-full-test.json"),
+            "--ref_type dart --ref_num 6 --tokenize --lower",
+        ),
+        AuthorTask(
+            "author",
+            AUTHOR,
+            {name: name for name in HUGGING_FACE.values()},
+            ["gpt2"],
+            "8",
+            "full lora",
+            "42",
+            1024,
+            [
+                (
+                    "train_file",
+                    "FILE",
+                    None,
+                    "JSON lines with an author and a content (default data/reddit/train.jsonl, made where it is missing)",
+                ),
+                (
+                    "vocab",
+                    "DIR",
+                    None,
+                    "folder of encoder.json and vocab.bpe (default: vocab, fetched where it is missing)",
+                ),
+            ],
+            "--per_device_train_batch_size --gradient_accumulation_steps --noise_multiplier --target_epsilon --disable_dp "
+            "--seed --train_file --vocab --model_name --output_dir --resume --resume_from_checkpoint --dry_run "
+            "--enable_lora",
+            "--epsilon, --seeds, --batch, --train_file, --vocab, --method or MODEL",
+            "src/fine-tune-dp.py",
+        ),
+    )
+}

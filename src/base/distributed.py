@@ -73,8 +73,10 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            raise UserError(f"rank {self.rank}: the job ends, another rank died or did not answer in time "
-                            f"({str(error).splitlines()[0][:200]}); the cause is in that rank's output")
+            raise UserError(
+                f"rank {self.rank}: the job ends, another rank died or did not answer in time "
+                f"({str(error).splitlines()[0][:200]}); the cause is in that rank's output"
+            )
 
     def barrier(self) -> None:
         """Wait until every rank is here: reading the sum makes the process wait, not the GPU's stream alone."""
@@ -167,8 +169,16 @@ def open_store(address: str, port: int, size: int, is_master: bool, seconds: flo
 
     def connect() -> None:
         try:
-            outcome.append(dist.TCPStore(address, port, size, is_master=is_master, multi_tenant=True,
-                                         timeout=datetime.timedelta(seconds=seconds + 60)))
+            outcome.append(
+                dist.TCPStore(
+                    address,
+                    port,
+                    size,
+                    is_master=is_master,
+                    multi_tenant=True,
+                    timeout=datetime.timedelta(seconds=seconds + 60),
+                )
+            )
         except (RuntimeError, ValueError) as error:  # DistStoreError and DistNetworkError are RuntimeErrors
             outcome.append(error)
 
@@ -177,8 +187,10 @@ def open_store(address: str, port: int, size: int, is_master: bool, seconds: flo
     thread.join(seconds)
     if not outcome or isinstance(outcome[0], Exception):
         reason = f" ({str(outcome[0]).splitlines()[0][:160]})" if outcome else ""
-        fail(f"environment: {size} processes did not meet at MASTER_ADDR={address} MASTER_PORT={port} within "
-             f"{seconds:g} s{reason}; is WORLD_SIZE stale? {UNSET}")
+        fail(
+            f"environment: {size} processes did not meet at MASTER_ADDR={address} MASTER_PORT={port} within "
+            f"{seconds:g} s{reason}; is WORLD_SIZE stale? {UNSET}"
+        )
     return outcome[0]
 
 
@@ -211,8 +223,9 @@ def job_name() -> str | None:
     return None if name == "none" or "RANK" not in os.environ else name
 
 
-def start(platform: str = "local", local_rank_flag: int | None = None, timeout_seconds: float = 600,
-          join_seconds: float = 120) -> World:
+def start(
+    platform: str = "local", local_rank_flag: int | None = None, timeout_seconds: float = 600, join_seconds: float = 120
+) -> World:
     """Join the job that the environment describes.
 
     timeout_seconds: how long a collective waits for the other ranks before the job ends
@@ -240,12 +253,18 @@ def start(platform: str = "local", local_rank_flag: int | None = None, timeout_s
     store = open_store(address, port, size, is_master=rank == 0 and not agent_store, seconds=join_seconds)
     try:
         name = meeting_name(store, rank, size, join_seconds)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size,
-                                store=dist.PrefixStore(name, store),
-                                timeout=datetime.timedelta(seconds=timeout_seconds))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=size,
+            store=dist.PrefixStore(name, store),
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+        )
     except (RuntimeError, ValueError) as error:
-        fail(f"environment: the {size} processes met at MASTER_ADDR={address} MASTER_PORT={port} but cannot talk to "
-             f"each other ({str(error).splitlines()[0][:160]})")
+        fail(
+            f"environment: the {size} processes met at MASTER_ADDR={address} MASTER_PORT={port} but cannot talk to "
+            f"each other ({str(error).splitlines()[0][:160]})"
+        )
     world = World(rank, size, local_rank, device)
     atexit.register(world.close)  # a group left open can abort the process as it ends, and hide its exit status
     return world

@@ -43,8 +43,10 @@ def read_object(path: str, wanted: str, flag: str = "") -> dict:
 def check_file(path: str, flag: str) -> None:
     """Raise UserError for a pipe or a device, which gives its content once, where it is read more than once."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        fail(f"{flag} {path}: is a pipe or a device, and is read more than once; write its content into a file, and "
-             "name that")
+        fail(
+            f"{flag} {path}: is a pipe or a device, and is read more than once; write its content into a file, and "
+            "name that"
+        )
 
 
 def read_lines(path: str, flag: str = "") -> Iterator[tuple[int, str]]:

@@ -30,13 +30,19 @@ def made_by_intel() -> bool:
         return False
 
 
-AVAILABLE = (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-             and not made_by_intel())
+AVAILABLE = (
+    torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not made_by_intel()
+)
 
 
 def applies(x: Tensor, weight: Tensor) -> bool:
-    return (AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
-            and not torch.is_autocast_enabled("cpu"))
+    return (
+        AVAILABLE
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -89,11 +95,11 @@ def by_rows(function: Callable[..., Tensor], *operands: Tensor, rows: int | None
         return function(*operands)
     out = None
     for start in range(0, n, rows):
-        block = [fill_up(operand[start:start + rows], rows) for operand in operands]
+        block = [fill_up(operand[start : start + rows], rows) for operand in operands]
         result = function(*block)
         if out is None:
             out = result.new_empty(n, *result.shape[1:])
-        out[start:start + rows] = result[:n - start]
+        out[start : start + rows] = result[: n - start]
     return out
 
 
@@ -129,7 +135,8 @@ class Linear(torch.autograd.Function):
                 by_rows(lambda block: product(block, weight.T), grad, rows=ctx.rows).to(type_x) if need_x else None,
                 product(grad.T, x.T).to(type_weight) if need_weight else None,
                 grad.sum(0, dtype=type_bias) if need_bias else None,
-                None)
+                None,
+            )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -152,8 +159,9 @@ class Gelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (x,) = ctx.saved_tensors
-        return by_rows(lambda g, block: torch.ops.aten.gelu_backward(g, block, approximate="tanh"), grad, x,
-                       rows=ctx.rows), None
+        return by_rows(
+            lambda g, block: torch.ops.aten.gelu_backward(g, block, approximate="tanh"), grad, x, rows=ctx.rows
+        ), None
 
 
 def gelu(x: Tensor) -> Tensor:

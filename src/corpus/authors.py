@@ -246,8 +246,9 @@ def prepare_cache(source: Source, cache_dir: str | None, processes: int | None =
     Raises UserError with file:line for a line that is no record.
     """
     sha256, parts = scan(source.path, source.flag)
-    key = json.dumps([FORMAT, sha256, digest_vocab(source.vocab), source.length, source.author_field,
-                      source.content_field])
+    key = json.dumps(
+        [FORMAT, sha256, digest_vocab(source.vocab), source.length, source.author_field, source.content_field]
+    )
     name = f"{os.path.splitext(os.path.basename(source.path))[0]}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
     cache_dir = cache_dir or os.path.join(os.path.dirname(os.path.abspath(source.path)), ".author_cache")
     folder = os.path.join(cache_dir, name)
@@ -275,8 +276,13 @@ def write_cache(folder: str, source: Source, sha256: str, parts: list, processes
     numbers: dict[str, int] = {}  # author -> number, by first appearance
     owners, lengths = [], []
     vocab_size = load_tokenizer(source.vocab).vocab_size
-    bar = tqdm(desc=f"tokenise {source.path}", total=sum(size for _, size, _ in parts), unit="B", unit_scale=True,
-               disable=not sys.stderr.isatty())
+    bar = tqdm(
+        desc=f"tokenise {source.path}",
+        total=sum(size for _, size, _ in parts),
+        unit="B",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+    )
     with atomic_write(os.path.join(folder, "tokens.bin"), "wb") as out, bar:
         for (_, size, _), result in zip(parts, tokenised_parts(parts, source, processes)):
             if isinstance(result, UserError):
@@ -310,16 +316,20 @@ def open_cache(folder: str) -> Corpus:
             arrays = {name: index[name] for name in ("starts", "lengths", "first", "keys")}
         tokens = np.memmap(os.path.join(folder, "tokens.bin"), dtype=token_type(facts["vocab_size"]), mode="r")
     except (OSError, ValueError, KeyError) as error:
-        fail(f"{folder}: a damaged cache, or one that this machine does not see ({type(error).__name__}); remove the "
-             "folder, or name one with --cache_dir that all machines share")
+        fail(
+            f"{folder}: a damaged cache, or one that this machine does not see ({type(error).__name__}); remove the "
+            "folder, or name one with --cache_dir that all machines share"
+        )
     if len(tokens) != arrays["lengths"].sum(dtype=np.int64):
         fail(f"{folder}: a damaged cache (tokens.bin is not as long as index.npz says); remove the folder")
     return Corpus(tokens, **arrays, facts=facts)
 
 
 def describe_left_out(facts: dict) -> str:
-    return (f"left out: {facts['without_author']} records without an author, {facts['pseudo_author']} of "
-            f"{' and '.join(PSEUDO_AUTHORS)}, {facts['too_short']} of a single token")
+    return (
+        f"left out: {facts['without_author']} records without an author, {facts['pseudo_author']} of "
+        f"{' and '.join(PSEUDO_AUTHORS)}, {facts['too_short']} of a single token"
+    )
 
 
 # ------------------------------------------------------------------ draws

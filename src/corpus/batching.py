@@ -62,8 +62,9 @@ class PublicLengths:
                 yield slice(start, min(start + units, int(end))), T
 
 
-def choose_lengths(public: np.ndarray | None, longest: int, units: float, token_budget: int, filler: float,
-                   rows_per_unit: int = 1) -> tuple[int, ...]:
+def choose_lengths(
+    public: np.ndarray | None, longest: int, units: float, token_budget: int, filler: float, rows_per_unit: int = 1
+) -> tuple[int, ...]:
     """The lengths of PublicLengths: those of the least expected cost for a draw of `units` units a rank.
 
     public   (n,) lengths of texts that the run does not protect, such as its validation data; None or empty: unknown
@@ -101,8 +102,14 @@ def choose_lengths(public: np.ndarray | None, longest: int, units: float, token_
     return tuple(lengths)
 
 
-def collate(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, first_scored: np.ndarray, T: int,
-            rows_per_unit: int = 1) -> MicroBatch:
+def collate(
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    first_scored: np.ndarray,
+    T: int,
+    rows_per_unit: int = 1,
+) -> MicroBatch:
     """A micro-batch of texts, padded to T inputs: tokens[starts[m] : starts[m] + lengths[m]] is row m, scored from its
     token first_scored[m] on; rows_per_unit consecutive ones belong to a unit."""
     inputs = lengths - 1  # the last token of a text is a target only: no state is computed for it
@@ -117,8 +124,10 @@ def collate(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, first_s
         positions=torch.from_numpy(np.flatnonzero(scored)),
         targets=torch.from_numpy(tokens[source[scored] + 1].astype(np.int64)),
         weights=torch.from_numpy(np.repeat(1 / (np.maximum(counts, 1) * rows_per_unit), counts).astype(np.float32)),
-        counts=counts.reshape(-1, rows_per_unit).sum(1).tolist(), rows_per_unit=rows_per_unit,
-        tokens=int(lengths.sum()))
+        counts=counts.reshape(-1, rows_per_unit).sum(1).tolist(),
+        rows_per_unit=rows_per_unit,
+        tokens=int(lengths.sum()),
+    )
 
 
 def groups_within(lengths: Sequence[int] | np.ndarray, token_budget: int) -> list[slice]:

@@ -85,8 +85,10 @@ def read_examples(path: str, flag: str, vocab_size: int, seq_len: int, objective
             fail(f"{where}: token ids must be whole numbers; {WANTED}")
         if ids.min() < 0 or ids.max() >= vocab_size:
             bad = ids.min() if ids.min() < 0 else ids.max()
-            fail(f"{where}: token id {bad} is outside the vocabulary of {vocab_size}; "
-                 "was the file encoded with this model's --vocab?")
+            fail(
+                f"{where}: token id {bad} is outside the vocabulary of {vocab_size}; "
+                "was the file encoded with this model's --vocab?"
+            )
         first = len(context) if objective == "clm" else 1
         if len(ids) > seq_len:
             ids = ids[:seq_len]
@@ -104,10 +106,11 @@ def read_examples(path: str, flag: str, vocab_size: int, seq_len: int, objective
 def count_shared(valid: Any, train: Any) -> int:
     """How many texts of `valid` are texts of `train`, too: the same tokens, cut as the run cuts them. Where context
     ends and completion begins does not matter. Both have tokens, starts and lengths, as Examples and AuthorTexts do."""
+
     def texts(data: Any) -> Iterator[bytes]:
         tokens = np.asarray(data.tokens)  # slices of a memory map are ten times as slow
         for start, length in zip(data.starts.tolist(), data.lengths.tolist()):
-            yield tokens[start:start + length].tobytes()
+            yield tokens[start : start + length].tobytes()
 
     wanted = Counter(texts(valid))  # of the smaller file
     return sum(wanted[text] for text in {text for text in texts(train) if text in wanted})

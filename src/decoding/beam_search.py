@@ -110,7 +110,7 @@ class Beams:
     def edits(self, slots: np.ndarray, places: np.ndarray) -> Edits:
         """What the rules change in the logits of each row: (row, token) pairs to penalise and to forbid."""
         settings, history, length = self.settings, self.history[slots, places], self.length[slots]  # (R, N), (R,)
-        history = history[:, :length.max(initial=0)]
+        history = history[:, : length.max(initial=0)]
         penalised = banned = np.empty((2, 0), int)
         if settings.repetition_penalty != 1.0:
             rows, columns = np.nonzero(history != NOTHING)
@@ -158,20 +158,23 @@ class Beams:
         for i in np.nonzero(score > self.best_score[slots])[0]:
             slot = slots[i]
             self.best_score[slot] = score[i]
-            self.best_tokens[slot] = self.history[slot, first[i], :self.length[slot]].tolist()
+            self.best_tokens[slot] = self.history[slot, first[i], : self.length[slot]].tolist()
 
     def close(self, slots: np.ndarray) -> list[Found]:
         """Hand out the results of slots that are done, and free them."""
-        found = [Found(int(self.index[slot]), self.best_tokens[slot], float(self.best_score[slot]) * math.log(2))
-                 for slot in slots]
+        found = [
+            Found(int(self.index[slot]), self.best_tokens[slot], float(self.best_score[slot]) * math.log(2))
+            for slot in slots
+        ]
         self.index[slots] = NOTHING
         self.total[slots] = -np.inf
         return found
 
 
 @torch.inference_mode()
-def beam_search(contexts: Sequence[Sequence[int]], decoder: Decoder, settings: SearchSettings,
-                slots: int) -> Iterator[Found]:
+def beam_search(
+    contexts: Sequence[Sequence[int]], decoder: Decoder, settings: SearchSettings, slots: int
+) -> Iterator[Found]:
     """Search every context and yield each result as soon as it stands, in no particular order.
 
     contexts: token ids, none empty. slots: contexts in work at once; it bounds memory and changes no result.
@@ -195,15 +198,21 @@ def beam_search(contexts: Sequence[Sequence[int]], decoder: Decoder, settings: S
         free = np.nonzero(beams.index == NOTHING)[0]
         if waiting and (len(free) >= refill or not len(slot)):
             indices = [waiting.pop() for _ in range(min(len(free), len(waiting)))]
-            newcomers = free[:len(indices)]
+            newcomers = free[: len(indices)]
             states.append(decoder.admit(newcomers, [contexts[index] for index in indices]))
             beams.open(newcomers, indices)
             slot, place = np.concatenate([slot, newcomers]), np.concatenate([place, np.zeros_like(newcomers)])
 
         active, context = np.unique(slot, return_inverse=True)
         total, parent, token = decoder.vocabulary.best_pairs(
-            torch.cat(states), beams.total[slot, place], context, place, len(active), settings.beam,
-            beams.edits(slot, place))
+            torch.cat(states),
+            beams.total[slot, place],
+            context,
+            place,
+            len(active),
+            settings.beam,
+            beams.edits(slot, place),
+        )
         done = beams.extend(active, total, parent, token)
         yield from beams.close(done)
 

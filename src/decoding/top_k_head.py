@@ -49,7 +49,7 @@ class PackedLinear:
         """x (R, in) -> (R, out)."""
         if self.packed:
             padded = F.pad(x, (0, 0, 0, -len(x) % ROW_STEP))
-            return torch.ops.mkldnn._linear_pointwise(padded, self.weight, self.bias, "none", [], "")[:len(x)]
+            return torch.ops.mkldnn._linear_pointwise(padded, self.weight, self.bias, "none", [], "")[: len(x)]
         return F.linear(x, self.weight, self.bias)
 
 
@@ -65,10 +65,18 @@ class Vocabulary:
         self.groups = F.pad(weight, (0, 0, 0, padding)).view(-1, GROUP, width)  # (G, GROUP, D)
         padded = self.groups.view(-1, width)
         self.starts = range(0, len(padded), block)
-        self.blocks = [PackedLinear(padded[start:start + block]) for start in self.starts]
+        self.blocks = [PackedLinear(padded[start : start + block]) for start in self.starts]
 
-    def best_pairs(self, states: Tensor, score: np.ndarray, context: np.ndarray, place: np.ndarray, contexts: int,
-                   beam: int, edits: Edits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def best_pairs(
+        self,
+        states: Tensor,
+        score: np.ndarray,
+        context: np.ndarray,
+        place: np.ndarray,
+        contexts: int,
+        beam: int,
+        edits: Edits,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The `beam` best (hypothesis, token) pairs of each context, best first.
 
         states (R, D); score (R,) float32, total log2-probability so far; context (R,) in [0, contexts) and place (R,)
@@ -114,13 +122,13 @@ class Vocabulary:
         for i, (start, project) in enumerate(zip(self.starts, self.blocks)):
             logits = project(x).float()  # (R, block)
             if start + logits.shape[1] > self.size:
-                logits[:, self.size - start:] = -math.inf
+                logits[:, self.size - start :] = -math.inf
             if penalised[i] is not None:
                 penalise(logits, *penalised[i], edits.penalty)
             if banned[i] is not None:
                 logits[*banned[i]] = -math.inf
             block_max = logits.view(rows, -1, GROUP).amax(-1)
-            group_max[:, start // GROUP:start // GROUP + block_max.shape[1]] = block_max
+            group_max[:, start // GROUP : start // GROUP + block_max.shape[1]] = block_max
             higher = torch.maximum(top, block_max.amax(-1, keepdim=True))
             total = total * torch.exp2(top - higher) + logits.sub_(higher).exp2_().sum(-1, keepdim=True)
             top = higher
@@ -133,8 +141,10 @@ class Vocabulary:
         row, token = pairs[:, np.argsort(pairs[1])]
         bounds = np.searchsorted(token, [*self.starts, self.size])
         row, token = torch.from_numpy(row).to(device), torch.from_numpy(token).to(device)
-        return [(row[a:b], token[a:b] - start) if a < b else None
-                for start, a, b in zip(self.starts, bounds[:-1], bounds[1:])]
+        return [
+            (row[a:b], token[a:b] - start) if a < b else None
+            for start, a, b in zip(self.starts, bounds[:-1], bounds[1:])
+        ]
 
     def edit_groups(self, logits: Tensor, row: Tensor, group: Tensor, there: Tensor, rows: int, edits: Edits) -> None:
         """Apply the edits to recomputed groups, in place: logits (n, GROUP) holds group[i] of row[i] where there[i]."""

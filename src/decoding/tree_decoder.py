@@ -64,13 +64,13 @@ class TreeDecoder:
         self.make_room(slots, lengths)
         ids = np.zeros((B, T), np.int64)
         for row, context in zip(ids, contexts):
-            row[:len(context)] = context
+            row[: len(context)] = context
         real = np.arange(T) < lengths[:, None]  # (B, T): padding is on the right, where causal attention ignores it
         row, position = np.nonzero(real)
         source, target = self.indices(row * T + position), self.indices(slots[row] * self.room + position)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            self.kv[layer].flatten(0, 1)[target] = qkv[source, self.config.n_embd:]
+            self.kv[layer].flatten(0, 1)[target] = qkv[source, self.config.n_embd :]
             query, key, value = qkv.view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
             y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
             return y.transpose(1, 2).reshape(B * T, -1)

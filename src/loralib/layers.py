@@ -81,13 +81,22 @@ class MergedLinear(LoRALayer, nn.Module):
     `fan_in_fan_out=True` stores weight as (I, O), the layout of GPT-2's Conv1D; else (O, I).
     """
 
-    def __init__(self, in_features: int, out_features: int, r: int = 0, lora_alpha: float = 1,
-                 lora_dropout: float = 0.0, enable_lora: tuple[bool, ...] = (False,), fan_in_fan_out: bool = False,
-                 bias: bool = True):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        enable_lora: tuple[bool, ...] = (False,),
+        fan_in_fan_out: bool = False,
+        bias: bool = True,
+    ):
         super().__init__()
         if not enable_lora or out_features % len(enable_lora):
-            raise ValueError(f"enable_lora has {len(enable_lora)} slots: "
-                             f"expected a divisor of out_features={out_features}")
+            raise ValueError(
+                f"enable_lora has {len(enable_lora)} slots: expected a divisor of out_features={out_features}"
+            )
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout={lora_dropout}: expected 0 <= lora_dropout < 1")
         self.init_lora(r, lora_alpha)
@@ -127,8 +136,10 @@ class MergedLinear(LoRALayer, nn.Module):
     def slots(self) -> list[tuple[slice, slice, slice]]:
         """For each enabled slot: (its outputs, its rows of lora_A, its rows of lora_B)."""
         width, enabled = self.slot_width, [i for i, on in enumerate(self.enable_lora) if on]
-        return [(slice(i * width, (i + 1) * width), slice(j * self.r, (j + 1) * self.r),
-                 slice(j * width, (j + 1) * width)) for j, i in enumerate(enabled)]
+        return [
+            (slice(i * width, (i + 1) * width), slice(j * self.r, (j + 1) * self.r), slice(j * width, (j + 1) * width))
+            for j, i in enumerate(enabled)
+        ]
 
     def expanded_B(self) -> Tensor:
         """lora_B as one block matrix (O, G*R), scaling included: outputs without an adapter have zero rows."""
@@ -171,8 +182,9 @@ class MergedLinear(LoRALayer, nn.Module):
                 return x if dropped is None else dropped.reshape(x.shape)
         raise RuntimeError("no forward pass watched by a hook saw this input, so its dropout mask is unknown")
 
-    def adapter_factors(self, x: Tensor, grad: Tensor
-                        ) -> tuple[tuple[Tensor, Tensor], list[tuple[slice, Tensor, Tensor]]]:
+    def adapter_factors(
+        self, x: Tensor, grad: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], list[tuple[slice, Tensor, Tensor]]]:
         """The adapter's gradients as sums of outer products over positions.
 
         x (B, ..., I) is the input, grad (B, ..., O) the gradient at the output. Returns ((p, q), [(rows, p, q), ...]):
@@ -202,8 +214,16 @@ class MergedLinear(LoRALayer, nn.Module):
 class Linear(MergedLinear):
     """nn.Linear with one adapter over the whole output: lora_A (R, I), lora_B (O, R)."""
 
-    def __init__(self, in_features: int, out_features: int, r: int = 0, lora_alpha: float = 1,
-                 lora_dropout: float = 0.0, fan_in_fan_out: bool = False, bias: bool = True):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        fan_in_fan_out: bool = False,
+        bias: bool = True,
+    ):
         super().__init__(in_features, out_features, r, lora_alpha, lora_dropout, (True,), fan_in_fan_out, bias)
 
 
@@ -213,8 +233,9 @@ class Embedding(LoRALayer, nn.Embedding):
     Of nn.Embedding's options those are left out that would make one example's gradient depend on another's.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, r: int = 0, lora_alpha: float = 1,
-                 padding_idx: int | None = None):
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, r: int = 0, lora_alpha: float = 1, padding_idx: int | None = None
+    ):
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, padding_idx)
         self.init_lora(r, lora_alpha)
         if self.has_adapter():

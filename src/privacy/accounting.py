@@ -238,8 +238,10 @@ def _smallest_sigma(epsilon: Function, quick: Function, target: float, aim: floa
     """
     low, high = SIGMA_RANGE  # above the target, within it
     if epsilon(low) <= target:
-        fail(f"{words}: noise multiplier {low:g} already meets it, which is next to no privacy; "
-             "lower the target or the delta")
+        fail(
+            f"{words}: noise multiplier {low:g} already meets it, which is next to no privacy; "
+            "lower the target or the delta"
+        )
     if quick(high) > target and epsilon(high) > target:
         fail(f"{words}: no noise multiplier up to {high:g} meets it; raise the target or take fewer steps")
     tried: list[tuple[float, float]] = []
@@ -271,7 +273,10 @@ def calibrate_sigma(target_epsilon: float, delta: float, q: float, steps: int) -
     return _smallest_sigma(
         lambda sigma: epsilon_prv([Phase(sigma, q, steps)], delta),
         lambda sigma: _without_a_grid(_merge([Phase(sigma, q, steps)]), delta).epsilon,
-        target_epsilon, target_epsilon * (1 - TOLERANCE / 2), words)
+        target_epsilon,
+        target_epsilon * (1 - TOLERANCE / 2),
+        words,
+    )
 
 
 def calibrate_sigma_shuffle(target_epsilon: float, delta: float, participations: int) -> float:
@@ -310,8 +315,9 @@ def permitted_steps(
         return low
     tried: list[tuple[float, float]] = []
     while len(tried) < MOST_TRIES and high - low > max(1, low // (10**6 if len(tried) < MODEL_TRIES else 10**4)):
-        place = _next_place(tried, lambda count: _without_a_grid(phases(count), float(delta)).epsilon, target_epsilon,
-                            max(low, 1), high)
+        place = _next_place(
+            tried, lambda count: _without_a_grid(phases(count), float(delta)).epsilon, target_epsilon, max(low, 1), high
+        )
         count = (low + high) // 2
         if len(tried) < MODEL_TRIES and not math.isnan(place):
             count = min(max(math.floor(place), low + 1), high - 1)

@@ -96,8 +96,14 @@ def numbers_of_guesses(m: int) -> list[int]:
     return found
 
 
-def audit(scores: np.ndarray, included: np.ndarray, delta: float, two_sided: bool, confidence: float = 0.95,
-          counts: Sequence[int] | None = None) -> Audit:
+def audit(
+    scores: np.ndarray,
+    included: np.ndarray,
+    delta: float,
+    two_sided: bool,
+    confidence: float = 0.95,
+    counts: Sequence[int] | None = None,
+) -> Audit:
     """The lower bound that guessing by score gives.
 
     scores (m,) float: higher speaks for inclusion. included (m,) bool, the coins. counts: the numbers of guesses to

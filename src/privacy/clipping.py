@@ -149,6 +149,7 @@ class Lookup:
         def of_units(ids: Tensor, rows: Tensor) -> Tensor:
             same = ids[:, :, None] == ids[:, None, :]  # (U, S, S): two positions add up where they share an entry
             return gram_norm_sq(rows @ rows.mT, same.to(rows.dtype))
+
         return by_units(of_units, self.ids, self.rows)
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
@@ -311,22 +312,26 @@ class BookKeeping:
             if not own:
                 continue
             if type(module) not in RULES and not isinstance(module, TiedHead):
-                raise ValueError(f"{name} ({type(module).__name__}) has trainable parameters and no per-unit gradient "
-                                 "rule")
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) has trainable parameters and no per-unit gradient rule"
+                )
             if isinstance(module, nn.LayerNorm) and len(own) != 2:
                 raise ValueError(f"{name}: a layer norm is trained with both weight and bias, or not at all")
-            if isinstance(module, nn.Embedding) and (module.padding_idx is not None or module.max_norm is not None
-                                                     or module.scale_grad_by_freq):
-                raise ValueError(f"{name}: an embedding with padding_idx, max_norm or scale_grad_by_freq has no "
-                                 "per-unit rule")
+            if isinstance(module, nn.Embedding) and (
+                module.padding_idx is not None or module.max_norm is not None or module.scale_grad_by_freq
+            ):
+                raise ValueError(
+                    f"{name}: an embedding with padding_idx, max_norm or scale_grad_by_freq has no per-unit rule"
+                )
             found.append(module)
             for parameter in own:
                 owners.setdefault(id(parameter), []).append((name, module))
         for places in owners.values():
             kinds = sorted(type(module).__name__ for _, module in places)
             if len(places) > 1 and kinds != ["Embedding", "TiedHead"]:
-                raise ValueError(f"{' and '.join(name for name, _ in places)} share a parameter: no per-unit rule for "
-                                 "that")
+                raise ValueError(
+                    f"{' and '.join(name for name, _ in places)} share a parameter: no per-unit rule for that"
+                )
         if len(owners) != len(self.column):
             raise ValueError("a trainable parameter belongs to no module")
         return found
@@ -338,8 +343,9 @@ class BookKeeping:
         if self.batch is None:
             return
         if module in self.waiting:
-            raise RuntimeError(f"a {type(module).__name__} ran twice in one micro-batch: its norm would miss cross "
-                               "terms")
+            raise RuntimeError(
+                f"a {type(module).__name__} ran twice in one micro-batch: its norm would miss cross terms"
+            )
         self.waiting.add(module)
         if not output.requires_grad:
             output.requires_grad_()  # nothing trained lies below: the graph begins here

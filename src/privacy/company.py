@@ -26,7 +26,7 @@ def probe_batch(T: int, units: int, vocabulary: int) -> MicroBatch:
     texts[-1] = np.random.default_rng(1).integers(0, vocabulary, T + 1)
     lengths = np.full(units, T + 1)
     batch = collate(texts.ravel(), np.arange(units) * (T + 1), lengths, np.full(units, max(1, T // 2)), T)
-    batch.weights[:-batch.counts[-1]] = 0.0
+    batch.weights[: -batch.counts[-1]] = 0.0
     return batch
 
 
@@ -66,8 +66,9 @@ def influence_of_company(engine, model: GPT2LMModel, flat: FlatParameters, cut: 
     return worst
 
 
-def influence_of_rank(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, bf16: bool,
-                      world: World) -> float:
+def influence_of_rank(
+    engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, bf16: bool, world: World
+) -> float:
     """The largest relative difference of a unit's clipped gradient between rank 0 and another. Collective.
 
     A unit more shifts those behind it in the file to other ranks, so that where machines compute in another way, all
@@ -83,16 +84,26 @@ def influence_of_rank(engine, model: GPT2LMModel, flat: FlatParameters, cut: Pub
 def check_company(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, world: World) -> None:
     """Raise UserError, on every rank, where in bfloat16 a unit's gradient depends on the others in its micro-batch."""
     influence = influence_of_company(engine, model, flat, cut, bf16=True)
-    world.agree(None if influence <= MOST else UserError(
-        f"--bf16: on this machine one unit changes the gradients of the others by {influence:.1e} of themselves: "
-        "the epsilon would not be true; leave --bf16 out"))
+    world.agree(
+        None
+        if influence <= MOST
+        else UserError(
+            f"--bf16: on this machine one unit changes the gradients of the others by {influence:.1e} of themselves: "
+            "the epsilon would not be true; leave --bf16 out"
+        )
+    )
 
 
-def check_ranks_compute_alike(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths,
-                              world: World) -> None:
+def check_ranks_compute_alike(
+    engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, world: World
+) -> None:
     """Raise UserError, on every rank, where in bfloat16 a unit's gradient depends on the rank that computes it."""
     influence = influence_of_rank(engine, model, flat, cut, True, world)
     if not influence <= MOST:
-        world.agree(UserError(f"--bf16: the machines of this job compute a unit's gradient in different ways, by "
-                              f"{influence:.1e} of itself, and one unit more moves others to another rank: the epsilon "
-                              "would not be true; use machines of one kind, or leave --bf16 out"))
+        world.agree(
+            UserError(
+                f"--bf16: the machines of this job compute a unit's gradient in different ways, by "
+                f"{influence:.1e} of itself, and one unit more moves others to another rank: the epsilon "
+                "would not be true; use machines of one kind, or leave --bf16 out"
+            )
+        )

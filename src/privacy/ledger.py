@@ -26,8 +26,21 @@ FILE_NAME = "privacy_ledger.jsonl"
 KEPT = ".kept"  # ends the name of the copy that a run leaves whose ledger was taken away
 # A resumed run must agree with the ledger on these, unless --resume_changed names them.
 FIXED = ("unit", "N", "q", "sigma", "clip", "sampling", "steps_per_epoch", "delta", "world_size", "noise_source")
-TYPES = {"step": int, "attempt": int, "unit": str, "N": int, "q": float, "sigma": float, "clip": float, "sampling": str,
-         "steps_per_epoch": int, "delta": float, "world_size": int, "noise_source": str, "checksum": str}
+TYPES = {
+    "step": int,
+    "attempt": int,
+    "unit": str,
+    "N": int,
+    "q": float,
+    "sigma": float,
+    "clip": float,
+    "sampling": str,
+    "steps_per_epoch": int,
+    "delta": float,
+    "world_size": int,
+    "noise_source": str,
+    "checksum": str,
+}
 
 
 def checksum(previous: str, record: Mapping) -> str:
@@ -73,11 +86,19 @@ def check_record(record: object, previous: LedgerState) -> str | None:
             return f"{key} is {record[key]!r}, wanted {kind.__name__}"
     if record["checksum"] != checksum(previous.last_checksum, record):
         return "its checksum does not follow from the line before"
-    if not (record["step"] >= 1 and record["attempt"] >= max(1, previous.attempts) and record["N"] >= 1
-            and 0 < record["q"] <= 1 and 0 <= record["sigma"] < math.inf and 0 < record["clip"] < math.inf
-            and record["sampling"] in ("poisson", "shuffle") and record["steps_per_epoch"] >= 1
-            and 0 < record["delta"] < 1 and record["world_size"] >= 1
-            and record["noise_source"] in ("os", "secure", "seeded")):
+    if not (
+        record["step"] >= 1
+        and record["attempt"] >= max(1, previous.attempts)
+        and record["N"] >= 1
+        and 0 < record["q"] <= 1
+        and 0 <= record["sigma"] < math.inf
+        and 0 < record["clip"] < math.inf
+        and record["sampling"] in ("poisson", "shuffle")
+        and record["steps_per_epoch"] >= 1
+        and 0 < record["delta"] < 1
+        and record["world_size"] >= 1
+        and record["noise_source"] in ("os", "secure", "seeded")
+    ):
         return "a value is out of range"
     return None
 
@@ -85,8 +106,10 @@ def check_record(record: object, previous: LedgerState) -> str | None:
 def check_none_was_kept(path: str) -> None:
     """Raise UserError where a run has left a copy of its ledger, because the file at `path` no longer was it."""
     if os.path.exists(f"{path}{KEPT}"):
-        fail(f"{path}{KEPT}: holds what a run charged whose {os.path.basename(path)} was taken away or changed; put it "
-             f"into the place of {path}, or remove it where that one holds all its lines")
+        fail(
+            f"{path}{KEPT}: holds what a run charged whose {os.path.basename(path)} was taken away or changed; put it "
+            f"into the place of {path}, or remove it where that one holds all its lines"
+        )
 
 
 def read_ledger(path: str, opened: int | None = None) -> LedgerState:
@@ -121,8 +144,9 @@ class Ledger:
     Where another wrote meanwhile, nothing more is drawn, and nothing of what was written is cut away.
     """
 
-    def __init__(self, work_dir: str, settings: Mapping, resume: bool, changed: tuple[str, ...] = (),
-                 flag: str = "--work_dir"):
+    def __init__(
+        self, work_dir: str, settings: Mapping, resume: bool, changed: tuple[str, ...] = (), flag: str = "--work_dir"
+    ):
         """settings: the FIXED keys. resume: continue the folder's ledger, which must agree with `settings` except in
         `changed`. Raises UserError where it is missing or differs, where a new run finds one, where another run holds
         it."""
@@ -132,13 +156,17 @@ class Ledger:
         try:
             self.handle = os.open(self.path, os.O_RDWR | os.O_APPEND | (0 if resume else os.O_CREAT), 0o644)
         except FileNotFoundError:
-            fail(f"--resume: {self.path} is missing: nobody knows what the run has spent; restore it or start in a new "
-                 "folder")
+            fail(
+                f"--resume: {self.path} is missing: nobody knows what the run has spent; restore it or start in a new "
+                "folder"
+            )
         try:
             self.locked = lock(self.handle)  # False: there are no locks, and check() alone notices another run
             if not resume and os.fstat(self.handle).st_size:  # an empty one is of a run that never drew a step
-                fail(f"{flag} {work_dir}: holds {FILE_NAME} of an earlier run; continue it with --resume, "
-                     "or choose another folder (deleting it would forget privacy already spent)")
+                fail(
+                    f"{flag} {work_dir}: holds {FILE_NAME} of an earlier run; continue it with --resume, "
+                    "or choose another folder (deleting it would forget privacy already spent)"
+                )
             self.state = read_ledger(self.path, self.handle)
             if self.state.records:
                 self.compare(self.state.records[-1], changed)
@@ -155,13 +183,17 @@ class Ledger:
 
     def compare(self, last: Mapping, changed: tuple[str, ...]) -> None:
         if last["unit"] != self.settings["unit"]:  # no epsilon of one unit says anything about the other
-            fail(f"--resume: {self.path} counts for one {last['unit']}, this run for one {self.settings['unit']}: "
-                 "no epsilon holds for both; start in a new folder")
+            fail(
+                f"--resume: {self.path} counts for one {last['unit']}, this run for one {self.settings['unit']}: "
+                "no epsilon holds for both; start in a new folder"
+            )
         differing = [key for key in FIXED if last[key] != self.settings[key] and key not in changed]
         if differing:
             what = ", ".join(f"{key} {last[key]} there, {self.settings[key]} here" for key in differing)
-            fail(f"--resume: {self.path} is of a run with other settings: {what}; "
-                 f"if that is meant, say so with --resume_changed {' '.join(differing)}")
+            fail(
+                f"--resume: {self.path} is of a run with other settings: {what}; "
+                f"if that is meant, say so with --resume_changed {' '.join(differing)}"
+            )
 
     def mend(self) -> None:
         """Write a whole record over a torn last line, so that lines may follow it. The torn step stays charged, with
@@ -180,8 +212,10 @@ class Ledger:
         except OSError as error:
             with contextlib.suppress(OSError):  # failing here too leaves a record too many, never one too few
                 os.ftruncate(handle, before)  # what could not be mended stays torn: it counts
-            fail(f"{self.path}: {error.strerror}: its last line is cut short and could not be mended; make room and "
-                 "--resume")
+            fail(
+                f"{self.path}: {error.strerror}: its last line is cut short and could not be mended; make room and "
+                "--resume"
+            )
         finally:
             os.close(handle)
         self.add(record, line)
@@ -281,8 +315,11 @@ def participations(state: LedgerState) -> Counter:
 
     A resumed attempt shuffles afresh, so an epoch that it shares with the attempt before counts twice.
     """
-    epochs = {(record["attempt"], (record["step"] - 1) // record["steps_per_epoch"], record["sigma"])
-              for record in state.records if record["sampling"] == "shuffle"}
+    epochs = {
+        (record["attempt"], (record["step"] - 1) // record["steps_per_epoch"], record["sigma"])
+        for record in state.records
+        if record["sampling"] == "shuffle"
+    }
     counts = Counter(sigma for _, _, sigma in epochs)
     if state.torn and state.records and state.records[-1]["sampling"] == "shuffle":
         counts[state.records[-1]["sigma"]] += 1

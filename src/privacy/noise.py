@@ -54,8 +54,10 @@ class AesCtrWords:
         try:
             from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
         except ImportError:
-            fail("--noise_source secure: needs the package cryptography, which is not installed; "
-                 "pip install -r requirements.txt")
+            fail(
+                "--noise_source secure: needs the package cryptography, which is not installed; "
+                "pip install -r requirements.txt"
+            )
         self.encryptor = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
 
     def words(self, count: int) -> np.ndarray:
@@ -153,7 +155,7 @@ class NoiseSource:
         words = self._source.words(MERSENNE_WORDS + 1)
         torch.manual_seed(int(words[0]))
         state = torch.get_rng_state()  # seed (8 bytes), left, seeded, next (16), the words as uint64, ...
-        state[24:24 + 8 * MERSENNE_WORDS] = torch.from_numpy((words[1:] >> 32).view(np.uint8))
+        state[24 : 24 + 8 * MERSENNE_WORDS] = torch.from_numpy((words[1:] >> 32).view(np.uint8))
         torch.set_rng_state(state)
 
     @torch.no_grad()

@@ -39,8 +39,14 @@ class OpacusEngine:
 
     losses: type[nn.Module] = UnitLosses
 
-    def __init__(self, model: GPT2LMModel, flat: FlatParameters, rule: ClippingRule, smoothing: float = 0.0,
-                 world: World = World()):
+    def __init__(
+        self,
+        model: GPT2LMModel,
+        flat: FlatParameters,
+        rule: ClippingRule,
+        smoothing: float = 0.0,
+        world: World = World(),
+    ):
         self.model, self.flat, self.rule = model, flat, rule
         module = self.losses(model, smoothing)
         if world.size > 1:  # alone there is no process group to broadcast in
@@ -57,7 +63,7 @@ class OpacusEngine:
         """
         if not len(batch.targets):
             return torch.zeros(batch.units, device=batch.ids.device)
-        return torch.cat([self.accumulate_part(part) for part in batch.split(UNITS)])[:batch.units]
+        return torch.cat([self.accumulate_part(part) for part in batch.split(UNITS)])[: batch.units]
 
     def accumulate_part(self, batch: MicroBatch) -> Tensor:
         if not len(batch.targets):

@@ -76,9 +76,18 @@ class PlanSettings:
         return 1 / (10 * self.N)
 
     def ledger_entries(self, world_size: int) -> dict:
-        return {"unit": self.unit, "N": self.N, "q": self.q, "sigma": self.sigma, "clip": self.clip,
-                "sampling": self.sampling, "steps_per_epoch": self.steps_per_epoch, "delta": self.delta,
-                "world_size": world_size, "noise_source": self.noise_source}
+        return {
+            "unit": self.unit,
+            "N": self.N,
+            "q": self.q,
+            "sigma": self.sigma,
+            "clip": self.clip,
+            "sampling": self.sampling,
+            "steps_per_epoch": self.steps_per_epoch,
+            "delta": self.delta,
+            "world_size": world_size,
+            "noise_source": self.noise_source,
+        }
 
 
 def choose_sigma(target_epsilon: float, delta: float, N: int, batch: int, steps: int, sampling: str) -> float:
@@ -116,10 +125,17 @@ class PrivacyPlan:
         if settings.target_epsilon is None or not settings.private:
             return settings.steps
         if settings.sampling == "poisson":
-            return accounting.permitted_steps(settings.target_epsilon, settings.delta, spent(state),
-                                              settings.q, settings.sigma, settings.steps)
-        epochs = accounting.permitted_steps(settings.target_epsilon, settings.delta, spent(state), 1.0,
-                                            settings.sigma, math.ceil(settings.steps / settings.steps_per_epoch))
+            return accounting.permitted_steps(
+                settings.target_epsilon, settings.delta, spent(state), settings.q, settings.sigma, settings.steps
+            )
+        epochs = accounting.permitted_steps(
+            settings.target_epsilon,
+            settings.delta,
+            spent(state),
+            1.0,
+            settings.sigma,
+            math.ceil(settings.steps / settings.steps_per_epoch),
+        )
         return max(0, epochs * settings.steps_per_epoch - done % settings.steps_per_epoch)
 
     def open_step(self, step: int) -> Tensor | None:
@@ -175,7 +191,7 @@ class PrivacyPlan:
         if self.settings.private:
             self.noise.begin_step(self.open)
             size, rank = self.world.size, self.world.rank
-            own = sums[coordinates * rank // size:coordinates * (rank + 1) // size]
+            own = sums[coordinates * rank // size : coordinates * (rank + 1) // size]
             self.noise.add_normal_(own, self.settings.sigma * self.settings.sensitivity)
         self.world.all_reduce(sums)
         self.open = None
@@ -202,15 +218,27 @@ class PrivacyPlan:
         prv, rdp = self.epsilon()
         strict_prv, strict_rdp = self.epsilon(settings.strict_delta)
         return {
-            "unit": settings.unit, "relation": relation(settings.unit, samplings),
-            "N": settings.N, "q": settings.q, "expected_batch": settings.batch, "sigma": settings.sigma,
-            "clip": settings.clip, "clipping": settings.clipping, "rounding": settings.rounding,
-            "steps_charged": self.ledger.state.charged, "ledger_checksum": self.ledger.state.last_checksum,
-            "attempts": self.ledger.state.attempts, "delta": settings.delta,
-            "epsilon_prv": finite_or_text(prv), "epsilon_rdp": finite_or_text(rdp),
-            "delta_strict": settings.strict_delta, "epsilon_prv_strict": finite_or_text(strict_prv),
-            "epsilon_rdp_strict": finite_or_text(strict_rdp), "target_epsilon": settings.target_epsilon,
-            "sampling": settings.sampling, "noise_source": " and ".join(sorted(sources)),
+            "unit": settings.unit,
+            "relation": relation(settings.unit, samplings),
+            "N": settings.N,
+            "q": settings.q,
+            "expected_batch": settings.batch,
+            "sigma": settings.sigma,
+            "clip": settings.clip,
+            "clipping": settings.clipping,
+            "rounding": settings.rounding,
+            "steps_charged": self.ledger.state.charged,
+            "ledger_checksum": self.ledger.state.last_checksum,
+            "attempts": self.ledger.state.attempts,
+            "delta": settings.delta,
+            "epsilon_prv": finite_or_text(prv),
+            "epsilon_rdp": finite_or_text(rdp),
+            "delta_strict": settings.strict_delta,
+            "epsilon_prv_strict": finite_or_text(strict_prv),
+            "epsilon_rdp_strict": finite_or_text(strict_rdp),
+            "target_epsilon": settings.target_epsilon,
+            "sampling": settings.sampling,
+            "noise_source": " and ".join(sorted(sources)),
             "warning": SEEDED_WARNING if "seeded" in sources and settings.private else None,
             "disclosed": disclosed,
         }

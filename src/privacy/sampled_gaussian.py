@@ -98,7 +98,7 @@ def _rdp_per_step(sigma: float, q: float) -> np.ndarray:
         terms = binomials + k * np.log(q) + (WHOLE[:, None] - k) * np.log1p(-q) + np.log(-np.expm1(-exponent))
         terms = np.where(np.isneginf(binomials), -np.inf, terms + exponent)
         whole = np.logaddexp(0, logsumexp(terms, axis=1))
-        moments[len(BROKEN):] = np.fmin(moments[len(BROKEN):], whole)
+        moments[len(BROKEN) :] = np.fmin(moments[len(BROKEN) :], whole)
 
         reach = min(0.9 * math.pi * sigma * sigma, 7 * sigma)  # y
         width = 2 * math.pi * reach / (40 + (reach / sigma) ** 2 / 2)
@@ -107,7 +107,7 @@ def _rdp_per_step(sigma: float, q: float) -> np.ndarray:
             density = np.log(width / sigma / math.sqrt(2 * math.pi)) - (z / sigma) ** 2 / 2
             loss = _loss(q, (z - 0.5) / sigma / sigma)
             broken = np.logaddexp(0, logsumexp(density + _log_excess(BROKEN[:, None], loss), axis=1))
-            moments[:len(BROKEN)] = np.fmin(moments[:len(BROKEN)], broken)
+            moments[: len(BROKEN)] = np.fmin(moments[: len(BROKEN)], broken)
         rdp = moments / (ORDERS - 1) * (1 + ROUNDING)
     rdp.setflags(write=False)  # it is shared by all callers of the cache
     return rdp

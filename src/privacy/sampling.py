@@ -17,7 +17,7 @@ class PoissonSampler:
     """
 
     def __init__(self, N: int, q: float, world: World, source: NoiseSource):
-        self.own = torch.arange(N)[world.rank::world.size]
+        self.own = torch.arange(N)[world.rank :: world.size]
         self.q, self.source = q, source
 
     def draw(self, step: int) -> Tensor:
@@ -45,5 +45,5 @@ class ShuffleSampler:
             self.source.begin_step(epoch + 1)
             order = self.source.permutation(self.N) if self.world.is_main else torch.empty(self.N, dtype=torch.int64)
             self.epoch, self.order = epoch, self.world.broadcast(order)
-        batch = self.order[position * self.batch:(position + 1) * self.batch]
-        return batch[self.world.rank::self.world.size]
+        batch = self.order[position * self.batch : (position + 1) * self.batch]
+        return batch[self.world.rank :: self.world.size]

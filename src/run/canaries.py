@@ -45,7 +45,7 @@ def text_canaries(m: int, train: Examples, vocabulary: int, world: World) -> Exa
     """m examples of CONTEXT + COMPLETION tokens, each drawn from the rare ones: those that `train` never uses, or where
     they are fewer than a quarter of the vocabulary, that quarter which it uses least. The same on every rank."""
     counts = np.bincount(train.tokens, minlength=vocabulary)
-    rare = np.argsort(counts, kind="stable")[:max(int((counts == 0).sum()), -(-vocabulary // 4))]
+    rare = np.argsort(counts, kind="stable")[: max(int((counts == 0).sum()), -(-vocabulary // 4))]
     length = CONTEXT + COMPLETION
     drawn = torch.from_numpy(np.random.default_rng().choice(rare, m * length))
     tokens = world.broadcast(drawn).numpy().astype(np.int32)
@@ -85,8 +85,9 @@ class CanaryData:
             yield from map(CanaryBatch, canaries.split(CHUNK))
 
 
-def quiet_coordinates(engine: BookKeeping, flat: FlatParameters, examples: Examples, m: int, cut: Cut,
-                      world: World) -> Tensor:
+def quiet_coordinates(
+    engine: BookKeeping, flat: FlatParameters, examples: Examples, m: int, cut: Cut, world: World
+) -> Tensor:
     """(m,) int64, ascending: the coordinates in which the sum of the first PROBE examples' clipped gradients is
     smallest. The same on every rank; `flat.grad` is left at zero."""
     flat.sums.zero_()
@@ -148,7 +149,9 @@ class Adversary:
 def text_losses(model: GPT2LMModel, texts: Examples, device: torch.device, cut: Cut) -> np.ndarray:
     """(m,) float64: the loss of each text canary, nats a token, without label smoothing."""
     model.eval()
-    losses = [unit_losses(model, batch.to(device)).double().cpu()  # all are of one length, so they keep their order
-              for batch in texts.micro_batches(torch.arange(len(texts)), cut)]
+    losses = [
+        unit_losses(model, batch.to(device)).double().cpu()  # all are of one length, so they keep their order
+        for batch in texts.micro_batches(torch.arange(len(texts)), cut)
+    ]
     model.train()
     return torch.cat(losses).numpy()

@@ -53,8 +53,10 @@ class WorkDir:
         try:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and the package need not be there
         except ImportError as error:
-            fail(f"--tensorboard: the package tensorboard does not work ({error}); install it anew, or leave the flag "
-                 "out")
+            fail(
+                f"--tensorboard: the package tensorboard does not work ({error}); install it anew, or leave the flag "
+                "out"
+            )
         self.board = SummaryWriter(self.file("tensorboard"), purge_step=done + 1)
 
     def append_metrics(self, record: dict) -> None:
@@ -135,8 +137,12 @@ class Meter:
         released gradient before --clip (None where it is not finite, or there was no step); starts anew."""
         seconds = max(time.monotonic() - self.start, 1e-9)
         grad_norm = self.grad_norm / self.steps if self.steps else math.nan
-        reading = {"loss": self.loss / self.units if self.units else None,
-                   f"{unit}s_per_s": self.units / seconds, "texts_per_s": self.texts / seconds,
-                   "tokens_per_s": self.tokens / seconds, "grad_norm": grad_norm if math.isfinite(grad_norm) else None}
+        reading = {
+            "loss": self.loss / self.units if self.units else None,
+            f"{unit}s_per_s": self.units / seconds,
+            "texts_per_s": self.texts / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        }
         self.reset()
         return reading

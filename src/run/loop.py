@@ -99,8 +99,15 @@ def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextMana
 
 
 @torch.no_grad()
-def evaluate(model: GPT2LMModel, data: Data, world: World, cut: Cut, bf16: bool,
-             show_bar: bool = False, stop: StopRequest | None = None) -> tuple[float, float] | None:
+def evaluate(
+    model: GPT2LMModel,
+    data: Data,
+    world: World,
+    cut: Cut,
+    bf16: bool,
+    show_bar: bool = False,
+    stop: StopRequest | None = None,
+) -> tuple[float, float] | None:
     """(mean negative log-likelihood of a scored token in nats, perplexity) over `data`, shared out among the ranks;
     None where a rank was asked to stop before its share was done.
 
@@ -108,7 +115,7 @@ def evaluate(model: GPT2LMModel, data: Data, world: World, cut: Cut, bf16: bool,
     """
     model.eval()
     total = torch.zeros(3, dtype=torch.float64, device=world.device)  # losses, tokens, ranks asked to stop
-    own = torch.arange(len(data))[world.rank::world.size]
+    own = torch.arange(len(data))[world.rank :: world.size]
     bar = tqdm(total=len(own), desc="evaluation", unit="text", leave=False, dynamic_ncols=True, disable=not show_bar)
     with bar, autocast(world.device, bf16):
         for batch in data.micro_batches(own, cut):
@@ -132,9 +139,22 @@ def evaluate(model: GPT2LMModel, data: Data, world: World, cut: Cut, bf16: bool,
 class Trainer:
     """One run from its first step, or from the last checkpoint, to its last."""
 
-    def __init__(self, world: World, loaded: checkpoint.Loaded, flat: FlatParameters, engine: Engine, optimizer: AdamW,
-                 plan: PrivacyPlan, data: Data, valid: Data | None, work: WorkDir | None, options: LoopOptions,
-                 disclosed: list[str], done: int = 0, before: dict | None = None):
+    def __init__(
+        self,
+        world: World,
+        loaded: checkpoint.Loaded,
+        flat: FlatParameters,
+        engine: Engine,
+        optimizer: AdamW,
+        plan: PrivacyPlan,
+        data: Data,
+        valid: Data | None,
+        work: WorkDir | None,
+        options: LoopOptions,
+        disclosed: list[str],
+        done: int = 0,
+        before: dict | None = None,
+    ):
         """work: the run's folder on rank 0, None on the others. disclosed: what the run shows beside the model.
         before: a resumed run's progress() at its checkpoint."""
         self.world, self.model, self.base, self.flat, self.engine = world, loaded.model, loaded.base, flat, engine
@@ -167,8 +187,9 @@ class Trainer:
                 self.display.advance()
                 stopped = self.after_step(stopped)
             if exhausted:
-                self.display.say(f"the privacy budget permits no step after {self.done}: the run ends here",
-                                 important=True)
+                self.display.say(
+                    f"the privacy budget permits no step after {self.done}: the run ends here", important=True
+                )
             if not stopped:
                 stopped = self.finish()
             if self.saved != self.done:
@@ -179,8 +200,9 @@ class Trainer:
         if stopped:
             number = self.world.gather(self.stop.signal)
             number = next(value for value in number if value is not None)
-            self.display.say(f"{signal.Signals(number).name}: stopped after step {self.done}; continue with --resume",
-                             important=True)
+            self.display.say(
+                f"{signal.Signals(number).name}: stopped after step {self.done}; continue with --resume", important=True
+            )
             return 128 + number
         return 0
 
@@ -216,8 +238,10 @@ class Trainer:
         self.total_units += units
         if not math.isfinite(flat.data.sum().item()):  # the same bits on every rank: all of them stop
             spent = f"epsilon {self.plan.epsilon()[0]:.4f} is spent" if self.world.is_main else "see rank 0"
-            mistake = UserError(f"step {self.done}: a parameter is NaN or infinite; {spent}; lower the learning "
-                                "rate and start from the last checkpoint")
+            mistake = UserError(
+                f"step {self.done}: a parameter is NaN or infinite; {spent}; lower the learning "
+                "rate and start from the last checkpoint"
+            )
             mistake.on_every_rank = True
             raise mistake
         return asked > 0
@@ -239,8 +263,12 @@ class Trainer:
 
     def head(self) -> dict:
         """What every line of metrics.jsonl begins with."""
-        return {"step": self.done, "epoch": round(self.done / self.options.steps_per_epoch, 4),
-                "lr": self.options.lr(max(0, self.done - 1)), "seconds": round(time.monotonic() - self.started, 3)}
+        return {
+            "step": self.done,
+            "epoch": round(self.done / self.options.steps_per_epoch, 4),
+            "lr": self.options.lr(max(0, self.done - 1)),
+            "seconds": round(time.monotonic() - self.started, 3),
+        }
 
     def log(self) -> None:
         if self.work is None:
@@ -249,19 +277,28 @@ class Trainer:
         reading = self.meter.read(self.plan.settings.unit)
         prv, rdp = self.plan.epsilon()
         # The norm is of what was released and costs no privacy; one of units, or of their sum before the noise, would.
-        record = {**self.head(), **reading, "noise_norm": self.plan.noise_norm(self.flat.size),
-                  "epsilon": finite_or_text(prv), "epsilon_rdp": finite_or_text(rdp)}
+        record = {
+            **self.head(),
+            **reading,
+            "noise_norm": self.plan.noise_norm(self.flat.size),
+            "epsilon": finite_or_text(prv),
+            "epsilon_rdp": finite_or_text(rdp),
+        }
         self.work.append_metrics(record)
         loss = reading["loss"]
-        shown = {"loss": "-" if loss is None else f"{loss:.4f}",
-                 "ppl": "-" if loss is None else f"{math.exp(min(loss, 700)):.2f}",
-                 "tok/s": f"{reading['tokens_per_s']:.0f}", "eps": f"{prv:.3f}"}
+        shown = {
+            "loss": "-" if loss is None else f"{loss:.4f}",
+            "ppl": "-" if loss is None else f"{math.exp(min(loss, 700)):.2f}",
+            "tok/s": f"{reading['tokens_per_s']:.0f}",
+            "eps": f"{prv:.3f}",
+        }
         self.display.status(**shown)
         self.display.say(
             f"| epoch {record['epoch']:7.2f} step {self.done:>7d} of {self.options.steps} | lr {record['lr']:.3g} | "
             f"loss {shown['loss']} | ppl {shown['ppl']} | {reading['texts_per_s']:.1f} texts/s "
             f"{shown['tok/s']} tokens/s | epsilon {prv:.4f} (PRV) {rdp:.4f} (RDP) at delta "
-            f"{self.plan.settings.delta:.3g}")
+            f"{self.plan.settings.delta:.3g}"
+        )
 
     def evaluate(self) -> bool:
         """The validation loss into the log. Returns whether any rank was asked to stop, which ends it at once."""
@@ -269,16 +306,26 @@ class Trainer:
             return False
         start = time.monotonic()
         cut = TightCut(self.options.cut.token_budget)
-        losses = evaluate(self.model, self.valid, self.world, cut, self.options.bf16,
-                          show_bar=self.display.bar is not None, stop=self.stop)
+        losses = evaluate(
+            self.model,
+            self.valid,
+            self.world,
+            cut,
+            self.options.bf16,
+            show_bar=self.display.bar is not None,
+            stop=self.stop,
+        )
         if losses is None:
             return True
         self.valid_loss, ppl = losses
         if self.work is not None:
-            self.work.append_metrics({**self.head(), "valid_loss": finite_or_text(self.valid_loss),
-                                      "valid_ppl": finite_or_text(ppl)})
-            self.display.say(f"| evaluation at step {self.done} | {time.monotonic() - start:.1f} s | "
-                             f"valid loss {self.valid_loss:.4f} | valid ppl {ppl:.3f}")
+            self.work.append_metrics(
+                {**self.head(), "valid_loss": finite_or_text(self.valid_loss), "valid_ppl": finite_or_text(ppl)}
+            )
+            self.display.say(
+                f"| evaluation at step {self.done} | {time.monotonic() - start:.1f} s | "
+                f"valid loss {self.valid_loss:.4f} | valid ppl {ppl:.3f}"
+            )
         self.meter.start += time.monotonic() - start  # rates are of training alone
         return False
 
@@ -289,15 +336,22 @@ class Trainer:
             try:
                 # Another run's records there would mean that its checkpoints are there, too.
                 self.plan.ledger.check(f"the checkpoint of step {self.done} was not written")
-                checkpoint.save_checkpoint(self.work.path, self.done, self.model, self.base,
-                                           {**self.optimizer.state_dict(), "progress": self.progress()},
-                                           provenance.excerpt(self.report()))
+                checkpoint.save_checkpoint(
+                    self.work.path,
+                    self.done,
+                    self.model,
+                    self.base,
+                    {**self.optimizer.state_dict(), "progress": self.progress()},
+                    provenance.excerpt(self.report()),
+                )
                 self.write_report()
             except UserError as failure:
                 error = failure
             except OSError as failure:
-                error = UserError(f"{self.work.path}: the checkpoint of step {self.done} could not be written "
-                                  f"({failure.strerror}); the one before is intact: make room and --resume")
+                error = UserError(
+                    f"{self.work.path}: the checkpoint of step {self.done} could not be written "
+                    f"({failure.strerror}); the one before is intact: make room and --resume"
+                )
         self.world.agree(error)
         self.saved = self.done
         if self.work is not None:
@@ -312,8 +366,12 @@ class Trainer:
 
     def progress(self) -> dict:
         """What a resumed run continues to count: sum of the units' losses, units, seconds, bytes."""
-        return {"loss": self.total_loss, "units": self.total_units, "seconds": time.monotonic() - self.started,
-                "peak_memory_bytes": self.peak_memory}
+        return {
+            "loss": self.total_loss,
+            "units": self.total_units,
+            "seconds": time.monotonic() - self.started,
+            "peak_memory_bytes": self.peak_memory,
+        }
 
     @property
     def train_loss(self) -> float | None:
@@ -325,9 +383,13 @@ class Trainer:
         """The run in five numbers, on rank 0: last evaluation, epsilons, seconds, the most memory that a rank used
         (World.peak_memory, bytes)."""
         prv, rdp = self.plan.epsilon()
-        return {"eval_loss": None if self.valid_loss is None else finite_or_text(self.valid_loss),
-                "final_epsilon_prv": finite_or_text(prv), "final_epsilon_rdp": finite_or_text(rdp),
-                "train_runtime": round(time.monotonic() - self.started, 3), "peak_memory_bytes": self.peak_memory}
+        return {
+            "eval_loss": None if self.valid_loss is None else finite_or_text(self.valid_loss),
+            "final_epsilon_prv": finite_or_text(prv),
+            "final_epsilon_rdp": finite_or_text(rdp),
+            "train_runtime": round(time.monotonic() - self.started, 3),
+            "peak_memory_bytes": self.peak_memory,
+        }
 
     def report(self) -> dict:
         """The content of privacy.json, on rank 0."""
@@ -354,7 +416,9 @@ class Trainer:
             f"epsilon {float(report['epsilon_prv']):.4f} (PRV upper bound), {float(report['epsilon_rdp']):.4f} (RDP) "
             f"at delta {report['delta']:.3g}; {float(report['epsilon_prv_strict']):.4f} (PRV) at delta "
             f"{report['delta_strict']:.3g}; "
-            f"{report['relation']}; {report['steps_charged']} steps charged", important=True)
+            f"{report['relation']}; {report['steps_charged']} steps charged",
+            important=True,
+        )
 
 
 def resume(work_dir: str, model: GPT2LMModel, optimizer: AdamW) -> tuple[int, dict | None, dict | None]:

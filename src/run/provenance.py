@@ -20,16 +20,25 @@ from weights.checkpoint import Loaded
 
 REPORT_NAME = "privacy.json"
 # epsilon_prv and epsilon_rdp are at `delta`; infinity is a text.
-TYPES = {"unit": (str,), "relation": (str,), "steps_charged": (int,), "delta": (float,),
-         "epsilon_prv": (float, int, str), "epsilon_rdp": (float, int, str), "noise_source": (str,)}
+TYPES = {
+    "unit": (str,),
+    "relation": (str,),
+    "steps_charged": (int,),
+    "delta": (float,),
+    "epsilon_prv": (float, int, str),
+    "epsilon_rdp": (float, int, str),
+    "noise_source": (str,),
+}
 # ledger_checksum: of the last record, a digest of all; folder: where the run's files were seen.
 OPTIONAL = {"run": (str,), "ledger_checksum": (str,), "folder": (str,)}
 
 
 def excerpt(report: dict) -> dict:
     """Of a privacy.json what is a report in the sense of this file."""
-    return {**{key: report[key] for key in (*OPTIONAL, *TYPES) if key in report},
-            "initial_weights": report.get("initial_weights", [])}
+    return {
+        **{key: report[key] for key in (*OPTIONAL, *TYPES) if key in report},
+        "initial_weights": report.get("initial_weights", []),
+    }
 
 
 def checked(report: object, where: str) -> dict:
@@ -37,10 +46,14 @@ def checked(report: object, where: str) -> dict:
     before = report.get("initial_weights", []) if isinstance(report, dict) else None
     for account in [report, *before] if isinstance(before, list) else [None]:
         if not isinstance(account, dict) or not all(
-                type(account.get(key)) in kinds for key, kinds in (TYPES | OPTIONAL).items()
-                if key in TYPES or key in account):
-            fail(f"{where}: does not say what its run spent; wanted {', '.join(TYPES)}, as a run or an export writes "
-                 "them: restore it, or remove it where it is of something else")
+            type(account.get(key)) in kinds
+            for key, kinds in (TYPES | OPTIONAL).items()
+            if key in TYPES or key in account
+        ):
+            fail(
+                f"{where}: does not say what its run spent; wanted {', '.join(TYPES)}, as a run or an export writes "
+                "them: restore it, or remove it where it is of something else"
+            )
     return excerpt(report)
 
 
@@ -54,10 +67,16 @@ def account_of(state: LedgerState) -> dict:
     """The account of a ledger with a whole record, at its own delta."""
     last = state.records[-1]
     prv, rdp = epsilons(state, last["delta"])
-    return {"ledger_checksum": state.last_checksum, "unit": last["unit"],
-            "relation": relation(last["unit"], {record["sampling"] for record in state.records}),
-            "steps_charged": state.charged, "delta": last["delta"], "epsilon_prv": finite_or_text(prv),
-            "epsilon_rdp": finite_or_text(rdp), "noise_source": " and ".join(sorted(noise_sources(state)))}
+    return {
+        "ledger_checksum": state.last_checksum,
+        "unit": last["unit"],
+        "relation": relation(last["unit"], {record["sampling"] for record in state.records}),
+        "steps_charged": state.charged,
+        "delta": last["delta"],
+        "epsilon_prv": finite_or_text(prv),
+        "epsilon_rdp": finite_or_text(rdp),
+        "noise_source": " and ".join(sorted(noise_sources(state))),
+    }
 
 
 def identity(account: dict) -> str | None:
@@ -137,6 +156,8 @@ def describe(account: dict) -> str:
     """A line for `disclosed` and for the screen."""
     epsilon = account["epsilon_prv"]
     shown = epsilon if isinstance(epsilon, str) else f"{epsilon:.4f}"
-    return (f"initial weights of {account.get('folder') or 'run ' + str(identity(account))}, whose own ledger charges "
-            f"{account['steps_charged']} steps: not counted here; epsilon {shown} at delta {account['delta']:.3g} for "
-            f"one {account['unit']}, which adds to this run's where it saw the same data")
+    return (
+        f"initial weights of {account.get('folder') or 'run ' + str(identity(account))}, whose own ledger charges "
+        f"{account['steps_charged']} steps: not counted here; epsilon {shown} at delta {account['delta']:.3g} for "
+        f"one {account['unit']}, which adds to this run's where it saw the same data"
+    )

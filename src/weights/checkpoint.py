@@ -73,8 +73,10 @@ def read_file(path: str, flag: str = "--init_checkpoint") -> dict:
         reason = f"it asks for {asked[1]}" if asked else "it is no pickle of tensors"
         fail(f"{flag} {path}: refused, {reason}; nothing in it was run; wanted tensors and plain values alone")
     except Exception as error:  # the parsers raise whatever bytes of another kind lead them to
-        fail(f"{flag} {path}: not a checkpoint, or a truncated one ({type(error).__name__}); "
-             "wanted a .safetensors, a pytorch_model.bin or a model.{step}.pt")
+        fail(
+            f"{flag} {path}: not a checkpoint, or a truncated one ({type(error).__name__}); "
+            "wanted a .safetensors, a pytorch_model.bin or a model.{step}.pt"
+        )
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         fail(f"{flag} {path}: not a checkpoint: holds a {type(content).__name__}, wanted a dict of named tensors")
     return content
@@ -108,8 +110,10 @@ def canonical_weights(content: dict, path: str, flag: str) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             fail(f"{flag} {path}: {name} is a {type(value).__name__}, wanted a tensor")
         if value.device.type != "cpu" or value.layout != torch.strided or not value.is_floating_point():
-            fail(f"{flag} {path}: {name} is {value.dtype}, {value.layout}, {value.device}, "
-                 "wanted a dense floating-point tensor")
+            fail(
+                f"{flag} {path}: {name} is {value.dtype}, {value.layout}, {value.device}, "
+                "wanted a dense floating-point tensor"
+            )
         if name in HEAD_NAMES:
             head = value
         elif PREFIX + bare in weights:
@@ -132,13 +136,17 @@ def load_strictly(model: GPT2LMModel, weights: dict[str, Tensor], path: str, fla
     lora_absent = not any("lora_" in name for name in weights)
     missing = [name for name in wanted if name not in weights and not (lora_absent and "lora_" in name)]
     unknown = [name for name in weights if name not in wanted]
-    shaped = [f"{name} {tuple(weights[name].shape)} for {tuple(wanted[name].shape)}" for name in wanted
-              if name in weights and weights[name].shape != wanted[name].shape]
+    shaped = [
+        f"{name} {tuple(weights[name].shape)} for {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in weights and weights[name].shape != wanted[name].shape
+    ]
     for names, what in ((shaped, "has another shape"), (missing, "lacks"), (unknown, "holds unknown")):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            fail(f"{flag} {path}: {what}: {', '.join(names[:3])}{more}; "
-                 "does --model_card or --lora_dim match the file?")
+            fail(
+                f"{flag} {path}: {what}: {', '.join(names[:3])}{more}; does --model_card or --lora_dim match the file?"
+            )
     with torch.no_grad():
         for name, value in weights.items():
             wanted[name].copy_(value)
@@ -154,9 +162,14 @@ def read_config(path: str, flag: str = "--model_card") -> GPT2Config:
     if not os.path.exists(file):
         fail(f"{flag} {path}: there is no {file}; {wanted}")
     content = read_object(file, "the config.json of a GPT-2", flag)
-    for key, only in (("model_type", "gpt2"), ("activation_function", "gelu_new"), ("tie_word_embeddings", True),
-                      ("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
-                      ("add_cross_attention", False)):
+    for key, only in (
+        ("model_type", "gpt2"),
+        ("activation_function", "gelu_new"),
+        ("tie_word_embeddings", True),
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ):
         if content.get(key, only) != only:
             fail(f"{flag} {file}: {key} is {content[key]!r}; supported is {only!r} alone")
     known = {field.name for field in dataclasses.fields(GPT2Config)}
@@ -215,8 +228,13 @@ class Loaded:
     files: list[tuple[str, object]] = dataclasses.field(default_factory=list)
 
 
-def load_model(init_checkpoint: str | None, model_card: str | None = None, lora_config: LoRAConfig | None = None,
-               base_checkpoint: str | None = None, flag: str = "--init_checkpoint") -> Loaded:
+def load_model(
+    init_checkpoint: str | None,
+    model_card: str | None = None,
+    lora_config: LoRAConfig | None = None,
+    base_checkpoint: str | None = None,
+    flag: str = "--init_checkpoint",
+) -> Loaded:
     """Build a GPT-2 on the CPU in float32 and give every weight its value.
 
     init_checkpoint  file or folder (find_checkpoint); None draws GPT-2's initialisation from torch's generator
@@ -276,8 +294,10 @@ def agreed(given: LoRAConfig | None, stored: LoRAConfig, path: str) -> LoRAConfi
     if given.dim != stored.dim:
         fail(f"--lora_dim {given.dim}: {path} holds adapters of rank {stored.dim}; give --lora_dim {stored.dim}")
     if (given.alpha, given.enable) != (stored.alpha, stored.enable):
-        fail(f"--lora_alpha {given.alpha:g} with slots {slots(given)}: {path} was trained with {stored.alpha:g} and "
-             f"{slots(stored)}; give these as --lora_alpha and --lora_target")
+        fail(
+            f"--lora_alpha {given.alpha:g} with slots {slots(given)}: {path} was trained with {stored.alpha:g} and "
+            f"{slots(stored)}; give these as --lora_alpha and --lora_target"
+        )
     return given
 
 
@@ -285,25 +305,38 @@ def slots(lora_config: LoRAConfig) -> str:
     return " ".join(name for name, on in zip(SLOTS, lora_config.enable) if on) or "none"
 
 
-def load_adapter(path: str, content: dict, config: GPT2Config | None, lora_config: LoRAConfig | None,
-                 base_checkpoint: str | None, flag: str) -> Loaded:
+def load_adapter(
+    path: str,
+    content: dict,
+    config: GPT2Config | None,
+    lora_config: LoRAConfig | None,
+    base_checkpoint: str | None,
+    flag: str,
+) -> Loaded:
     """load_model() of PEFT's file `path` on the frozen weights of --base_checkpoint, or of where the adapter says."""
     adapter = peft_format.read_adapter(path, flag)
     if base_checkpoint is None and (adapter.base is None or not os.path.exists(adapter.base)):
-        fail(f"{flag} {path}: adapts {adapter.base or 'a model that it does not name'}, which is no file or folder "
-             "here; give --base_checkpoint")
+        fail(
+            f"{flag} {path}: adapts {adapter.base or 'a model that it does not name'}, which is no file or folder "
+            "here; give --base_checkpoint"
+        )
     base_path = find_checkpoint(base_checkpoint or adapter.base, "--base_checkpoint")
     base_content = read_file(base_path, "--base_checkpoint")
     base_weights = canonical_weights(base_content, base_path, "--base_checkpoint")
     base = describe_base(base_path, base_weights)
     if any("lora_" in name for name in base_weights):
-        fail(f"--base_checkpoint {base_path}: holds adapters, and {path} would come on top; merge them with "
-             "src/export.py first")
+        fail(
+            f"--base_checkpoint {base_path}: holds adapters, and {path} would come on top; merge them with "
+            "src/export.py first"
+        )
     if adapter.fingerprint not in (None, base["fingerprint"]):
         fail(f"--base_checkpoint {base_path}: not the file that {path} was trained on (its fingerprint differs)")
     if config is None:
-        config = (stored_entries(base_content, base_path, "--base_checkpoint")[0] if "config" in base_content
-                  else read_config(base_path, "--model_card not given, and beside --base_checkpoint"))
+        config = (
+            stored_entries(base_content, base_path, "--base_checkpoint")[0]
+            if "config" in base_content
+            else read_config(base_path, "--model_card not given, and beside --base_checkpoint")
+        )
     stored, weights = peft_format.to_ours(adapter, content, config, lora_config, f"{flag} {path}")
     lora_config = agreed(lora_config, stored, path)
     with torch.random.fork_rng(devices=[]):
@@ -329,11 +362,17 @@ def stored_entries(content: dict, path: str, flag: str) -> tuple[GPT2Config, LoR
     try:
         lora_config = LoRAConfig(**{**content["lora"], "enable": tuple(content["lora"]["enable"])})
         base, step = content["base"], content["step"]
-        sound = (type(lora_config.dim) is int and lora_config.dim >= 0 and 0 <= lora_config.dropout < 1
-                 and math.isfinite(lora_config.alpha) and list(map(type, lora_config.enable)) == [bool] * 3
-                 and type(step) is int and step >= 0
-                 and (base is None or all(isinstance(base[key], str) for key in ("path", "absolute", "fingerprint")))
-                 and isinstance(content["config"], dict))
+        sound = (
+            type(lora_config.dim) is int
+            and lora_config.dim >= 0
+            and 0 <= lora_config.dropout < 1
+            and math.isfinite(lora_config.alpha)
+            and list(map(type, lora_config.enable)) == [bool] * 3
+            and type(step) is int
+            and step >= 0
+            and (base is None or all(isinstance(base[key], str) for key in ("path", "absolute", "fingerprint")))
+            and isinstance(content["config"], dict)
+        )
     except (TypeError, KeyError, ValueError) as error:
         fail(f"{flag} {path}: its entries 'lora', 'base' or 'step' are damaged ({type(error).__name__}: {error})")
     if not sound:
@@ -353,8 +392,10 @@ def find_base(base: dict, checkpoint: str, base_checkpoint: str | None) -> str:
     for place in places:
         if os.path.isfile(place):
             return place
-    fail(f"{checkpoint}: holds adapters alone, and the weights under them are at neither {' nor '.join(places)}; "
-         "give --base_checkpoint")
+    fail(
+        f"{checkpoint}: holds adapters alone, and the weights under them are at neither {' nor '.join(places)}; "
+        "give --base_checkpoint"
+    )
 
 
 def trainable_weights(model: GPT2LMModel) -> dict[str, Tensor]:
@@ -370,8 +411,9 @@ def optimizer_path(work_dir: str, step: int) -> str:
     return os.path.join(work_dir, f"optimizer.{step}.pt")
 
 
-def save_checkpoint(work_dir: str, step: int, model: GPT2LMModel, base: dict | None, optimizer: dict,
-                    privacy: dict | None = None) -> None:
+def save_checkpoint(
+    work_dir: str, step: int, model: GPT2LMModel, base: dict | None, optimizer: dict, privacy: dict | None = None
+) -> None:
     """Write the pair of step `step`. model.{step}.pt is renamed into place last, so it never stands without its
     partner; the partner of an older step goes only after that. Adapters are saved alone when `base` names their frozen
     weights. Raises OSError naming the file when the disk is full."""
@@ -381,8 +423,9 @@ def save_checkpoint(work_dir: str, step: int, model: GPT2LMModel, base: dict | N
         base = {**base, "path": os.path.relpath(base["absolute"], os.path.abspath(work_dir))}
     content = {
         # clone: a view saved as it stands would carry the whole flat buffer it looks into
-        "model_state_dict": {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()
-                             if name in names},
+        "model_state_dict": {
+            name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items() if name in names
+        },
         "step": step,
         "config": dataclasses.asdict(model.config),
         "lora": {**dataclasses.asdict(model.lora_config), "enable": list(model.lora_config.enable)},
@@ -424,8 +467,10 @@ def load_resumable(work_dir: str, step: int, model: GPT2LMModel) -> dict:
     wanted = {name: parameter for name, parameter in model.named_parameters() if name in weights}
     absent = set(trainable_weights(model)) - set(wanted)
     if absent or len(wanted) != len(weights):
-        raise UserError(f"--resume {path}: does not hold the parameters that this run trains; "
-                        "is it of another --model_card or --lora_dim?")
+        raise UserError(
+            f"--resume {path}: does not hold the parameters that this run trains; "
+            "is it of another --model_card or --lora_dim?"
+        )
     with torch.no_grad():
         for name, parameter in wanted.items():
             if parameter.shape != weights[name].shape:

@@ -30,10 +30,32 @@ FACTOR = re.compile(r"base_model\.model\.(?:transformer\.)?h\.(\d+)\.attn\.c_att
 # Entries that are read below, or that do not change what the factors mean: who made them and how. Which modules are
 # adapted is read off the tensors' names; fan_in_fan_out is the layout of the frozen weight.
 UNDERSTOOD = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "loftq_config", "lora_alpha",
-    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "task_type", "use_rslora"}
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
 # Initialisations that leave the frozen weights as they are; others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them.
 SOUND_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -72,19 +94,25 @@ def read_adapter(path: str, flag: str) -> Adapter:
         fail(f"{flag} {file}: peft_type is {content.get('peft_type')!r}, wanted 'LORA'")
     for name, value in content.items():
         if name not in UNDERSTOOD and value not in (None, False, "none", [], {}):
-            fail(f"{flag} {file}: {name} is {str(value)[:60]}; wanted plain LoRA without it: merge the adapter into "
-                 "its base with peft and load that")
+            fail(
+                f"{flag} {file}: {name} is {str(value)[:60]}; wanted plain LoRA without it: merge the adapter into "
+                "its base with peft and load that"
+            )
     initial = content.get("init_lora_weights", True)
     if not any(initial is sound or (isinstance(initial, str) and initial == sound) for sound in SOUND_INITIALISATIONS):
-        fail(f"{flag} {file}: init_lora_weights is {initial!r}, which changes the frozen weights too; convert the "
-             "adapter with peft's save_pretrained(path_initial_model_for_weight_conversion=...)")
+        fail(
+            f"{flag} {file}: init_lora_weights is {initial!r}, which changes the frozen weights too; convert the "
+            "adapter with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
     r, alpha, dropout = content.get("r", 8), content.get("lora_alpha", 8), content.get("lora_dropout", 0.0)
     base, rslora = content.get("base_model_name_or_path"), content.get("use_rslora", False)
-    for name, value, sound in (("r", r, type(r) is int and r > 0),
-                               ("lora_alpha", alpha, type(alpha) in (int, float) and 0 < alpha < 1e30),
-                               ("lora_dropout", dropout, type(dropout) in (int, float) and 0 <= dropout < 1),
-                               ("use_rslora", rslora, type(rslora) is bool),
-                               ("base_model_name_or_path", base, base is None or isinstance(base, str))):
+    for name, value, sound in (
+        ("r", r, type(r) is int and r > 0),
+        ("lora_alpha", alpha, type(alpha) in (int, float) and 0 < alpha < 1e30),
+        ("lora_dropout", dropout, type(dropout) in (int, float) and 0 <= dropout < 1),
+        ("use_rslora", rslora, type(rslora) is bool),
+        ("base_model_name_or_path", base, base is None or isinstance(base, str)),
+    ):
         if not sound:
             fail(f"{flag} {file}: {name} is {value!r}; the file is damaged")
     fingerprint = None
@@ -94,8 +122,9 @@ def read_adapter(path: str, flag: str) -> Adapter:
     return Adapter(r, float(alpha), float(dropout), rslora, base, fingerprint)
 
 
-def to_ours(adapter: Adapter, content: dict, config: GPT2Config, wanted: LoRAConfig | None, where: str
-            ) -> tuple[LoRAConfig, dict[str, Tensor]]:
+def to_ours(
+    adapter: Adapter, content: dict, config: GPT2Config, wanted: LoRAConfig | None, where: str
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """(adapter, its weights under this project's names) of the tensors in PEFT's file.
 
     The adapter is as `wanted` where that is the same function, else of the smallest rank and slots that hold it.
@@ -103,8 +132,13 @@ def to_ours(adapter: Adapter, content: dict, config: GPT2Config, wanted: LoRACon
     A, B = read_factors(adapter, content, config, where)
     used = (B.unflatten(1, (len(SLOTS), config.n_embd)) != 0).any(2).any(0)  # (S, r)
     least, parts = int(used.sum(1).max()), tuple(used.any(1).tolist())
-    if (wanted is not None and least <= wanted.dim <= adapter.r and wanted.alpha == adapter.alpha(wanted.dim)
-            and any(wanted.enable) and all(on or not needed for on, needed in zip(wanted.enable, parts))):
+    if (
+        wanted is not None
+        and least <= wanted.dim <= adapter.r
+        and wanted.alpha == adapter.alpha(wanted.dim)
+        and any(wanted.enable)
+        and all(on or not needed for on, needed in zip(wanted.enable, parts))
+    ):
         rank, enable = wanted.dim, wanted.enable
     elif least:
         rank, enable = least, parts
@@ -133,11 +167,15 @@ def read_factors(adapter: Adapter, content: dict, config: GPT2Config, where: str
             what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             fail(f"{where}: {name} is {what}, wanted {wanted[match[2]]} numbers: does {CONFIG} or --model_card match?")
         found[match[2], int(match[1])] = value.float()
-    missing = [f"h.{layer}.attn.c_attn.lora_{factor}" for layer in range(L) for factor in "AB"
-               if (factor, layer) not in found]
+    missing = [
+        f"h.{layer}.attn.c_attn.lora_{factor}" for layer in range(L) for factor in "AB" if (factor, layer) not in found
+    ]
     if missing:
-        fail(f"{where}: lacks {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-             + f"; wanted the factors of all {L} layers")
+        fail(
+            f"{where}: lacks {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + f"; wanted the factors of all {L} layers"
+        )
     return torch.stack([found["A", i] for i in range(L)]), torch.stack([found["B", i] for i in range(L)])
 
 
@@ -148,7 +186,7 @@ def choose_columns(used: Tensor, rank: int, enable: tuple[bool, ...]) -> dict[in
     for place, slot in enumerate(slot for slot, on in enumerate(enable) if on):
         columns = used[slot].nonzero().flatten().tolist()
         rotated = [(place * rank + k) % used.shape[1] for k in range(used.shape[1])]
-        columns += [column for column in rotated if column not in columns][:rank - len(columns)]
+        columns += [column for column in rotated if column not in columns][: rank - len(columns)]
         chosen[slot] = sorted(columns)
     return chosen
 
@@ -170,8 +208,17 @@ def from_ours(model: GPT2LMModel, base: str | None) -> tuple[dict, dict[str, Ten
         weights[name + "B.weight"] = blocks
     alpha = Fraction(str(lora.alpha)) * G
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "r": G * lora.dim, "lora_alpha": int(alpha) if alpha.denominator == 1 else float(alpha),
-        "lora_dropout": lora.dropout, "target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "none",
-        "use_rslora": False, "use_dora": False, "init_lora_weights": True,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": G * lora.dim,
+        "lora_alpha": int(alpha) if alpha.denominator == 1 else float(alpha),
+        "lora_dropout": lora.dropout,
+        "target_modules": ["c_attn"],
+        "fan_in_fan_out": True,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
     }, weights
