@@ -382,13 +382,9 @@ def prepare(flags: Flags, world: World) -> tuple[Loaded, SearchSettings, list[li
 def main() -> None:
     flags = parse_flags()
     world = start(flags.platform, flags.local_rank, timeout_seconds=WAIT_SECONDS)
-    error = None
-    try:
+    with world.raise_if_any_failed():
         check(flags)
         loaded, settings, contexts, of_line, journal, done = prepare(flags, world)
-    except (ValueError, OSError) as caught:
-        error = caught
-    world.agree(error)
     journal.identity, done = world.gather((journal.identity, done))[0]  # rank 0 read the journals for all
     if journal.left and not flags.resume:
         print(f"{flags.output}.journal.*: of a search that did not end, dropped (--resume would have continued it)")
@@ -397,12 +393,8 @@ def main() -> None:
 
     by_length = sorted((index for index in range(len(contexts)) if index not in done), key=lambda i: len(contexts[i]))
     begin = time.perf_counter()
-    found: dict[int, list[int]] = {}
-    try:
+    with world.raise_if_any_failed():
         found = search(flags, world, loaded, settings, contexts, by_length[world.rank :: world.size], journal)
-    except OSError as caught:
-        error = caught
-    world.agree(error)
     for part in world.gather(found):
         done.update(part)
     world.close()

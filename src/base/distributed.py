@@ -45,7 +45,7 @@ class World:
     def all_reduce(self, buffer: Tensor) -> Tensor:
         """Sum `buffer` over the ranks, in place; every rank holds the same bits afterwards."""
         if self.size > 1:
-            with self.answered():
+            with self.collective_errors():
                 dist.all_reduce(buffer)
         return buffer
 
@@ -54,7 +54,7 @@ class World:
         if self.size == 1:
             return tensor
         moved = tensor.to(self.device)
-        with self.answered():
+        with self.collective_errors():
             dist.broadcast(moved, src=0)
         return moved.to(tensor.device)
 
@@ -63,12 +63,12 @@ class World:
         if self.size == 1:
             return [value]
         values: list = [None] * self.size
-        with self.answered():
+        with self.collective_errors():
             dist.all_gather_object(values, value)
         return values
 
     @contextlib.contextmanager
-    def answered(self) -> Iterator[None]:
+    def collective_errors(self) -> Iterator[None]:
         """Around a collective: a rank that died, or that did not come in time, is one line and not a traceback."""
         try:
             yield
@@ -82,14 +82,30 @@ class World:
         """Wait until every rank is here: reading the sum makes the process wait, not the GPU's stream alone."""
         self.all_reduce(torch.zeros(1, device=self.device)).item()
 
-    def agree(self, error: Exception | None) -> None:
-        """Raise on every rank where any has an error, so that none waits for another; rank 0's message names it."""
+    @contextlib.contextmanager
+    def raise_if_any_failed(self) -> Iterator[None]:
+        """Around what each rank does by itself: an error on one rank is raised on all, so that none waits for another.
+
+        Rank 0's mistake is said as it is, another rank's with its number. No collective may stand inside: the ranks
+        meet at the end. A refusal of the operating system becomes a UserError; a bug of ours keeps its traceback.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except OSError as failure:
+            if failure.strerror is None:
+                error = failure
+            else:
+                error = UserError(f"{failure.filename or 'input/output'}: {failure.strerror}")
+                error.__cause__ = failure
+        except Exception as failure:
+            error = failure
         messages = self.gather(None if error is None else str(error))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         if not failed:
             return
         if error is not None and not isinstance(error, UserError):
-            raise error  # a bug of ours keeps its traceback
+            raise error
         first = failed[0]
         mistake = UserError(messages[first] if first == 0 else f"rank {first}: {messages[first]}")
         mistake.on_every_rank = True

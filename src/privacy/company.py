@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from base.distributed import World
-from base.errors import UserError
+from base.errors import fail
 from corpus.batching import PublicLengths, collate
 from losses import MicroBatch
 from model import GPT2LMModel
@@ -84,14 +84,12 @@ def influence_of_rank(
 def check_company(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, world: World) -> None:
     """Raise UserError, on every rank, where in bfloat16 a unit's gradient depends on the others in its micro-batch."""
     influence = influence_of_company(engine, model, flat, cut, bf16=True)
-    world.agree(
-        None
-        if influence <= MOST
-        else UserError(
-            f"--bf16: on this machine one unit changes the gradients of the others by {influence:.1e} of themselves: "
-            "the epsilon would not be true; leave --bf16 out"
-        )
-    )
+    with world.raise_if_any_failed():
+        if not influence <= MOST:
+            fail(
+                f"--bf16: on this machine one unit changes the gradients of the others by {influence:.1e} of "
+                "themselves: the epsilon would not be true; leave --bf16 out"
+            )
 
 
 def check_ranks_compute_alike(
@@ -99,11 +97,10 @@ def check_ranks_compute_alike(
 ) -> None:
     """Raise UserError, on every rank, where in bfloat16 a unit's gradient depends on the rank that computes it."""
     influence = influence_of_rank(engine, model, flat, cut, True, world)
-    if not influence <= MOST:
-        world.agree(
-            UserError(
-                f"--bf16: the machines of this job compute a unit's gradient in different ways, by "
-                f"{influence:.1e} of itself, and one unit more moves others to another rank: the epsilon "
-                "would not be true; use machines of one kind, or leave --bf16 out"
+    with world.raise_if_any_failed():
+        if not influence <= MOST:
+            fail(
+                f"--bf16: the machines of this job compute a unit's gradient in different ways, by {influence:.1e} of "
+                "itself, and one unit more moves others to another rank: the epsilon would not be true; use machines "
+                "of one kind, or leave --bf16 out"
             )
-        )

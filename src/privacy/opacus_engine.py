@@ -50,7 +50,7 @@ class OpacusEngine:
         self.model, self.flat, self.rule = model, flat, rule
         module = self.losses(model, smoothing)
         if world.size > 1:  # alone there is no process group to broadcast in
-            with world.answered():
+            with world.collective_errors():
                 module = DifferentiallyPrivateDistributedDataParallel(module)
         # "sum": the losses of a micro-batch are added, never averaged, so backpropagated values are per-text gradients.
         self.module = GradSampleModule(module, batch_first=True, loss_reduction="sum")

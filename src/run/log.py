@@ -19,7 +19,7 @@ class WorkDir:
     """A run's folder, held by one run at a time."""
 
     def __init__(self, path: str, must_exist: bool = False, flag: str = "--work_dir"):
-        self.path, self.board, self.torn_dropped = path, None, False
+        self.path, self.tensorboard, self.torn_dropped = path, None, False
         if must_exist and not os.path.isdir(path):
             fail(f"--resume: {flag} {path} does not exist, there is nothing to continue")
         try:
@@ -47,7 +47,7 @@ class WorkDir:
     def read_json(self, name: str) -> dict:
         return read_object(self.file(name), "what the run wrote; restore it or start in a new folder")
 
-    def open_board(self, done: int) -> None:
+    def open_tensorboard(self, done: int) -> None:
         """From now on append_metrics() writes TensorBoard's event files, too. What a killed attempt wrote of steps
         after `done` gives way to the steps done again."""
         try:
@@ -57,7 +57,7 @@ class WorkDir:
                 f"--tensorboard: the package tensorboard does not work ({error}); install it anew, or leave the flag "
                 "out"
             )
-        self.board = SummaryWriter(self.file("tensorboard"), purge_step=done + 1)
+        self.tensorboard = SummaryWriter(self.file("tensorboard"), purge_step=done + 1)
 
     def append_metrics(self, record: dict) -> None:
         """Append one line to metrics.jsonl: a log line or an evaluation. A last line that a kill cut short is dropped
@@ -69,11 +69,11 @@ class WorkDir:
                     self.drop_torn_line(handle)
                     self.torn_dropped = True
                 handle.write(line)
-            if self.board is not None:
+            if self.tensorboard is not None:
                 for name, value in record.items():
                     if name != "step" and isinstance(value, (int, float)):
-                        self.board.add_scalar(name, value, record["step"])
-                self.board.flush()  # a line on the disk is an event on the disk
+                        self.tensorboard.add_scalar(name, value, record["step"])
+                self.tensorboard.flush()  # a line on the disk is an event on the disk
         except OSError as error:
             fail(f"{path}: {error.strerror}; the last checkpoint is intact: make room and --resume")
 
@@ -84,6 +84,22 @@ class WorkDir:
         tail = handle.read()
         if tail and not tail.endswith(b"\n"):
             handle.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
+
+
+class NoWorkDir(WorkDir):
+    """The folder as every rank but the first sees it: nothing is written."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def write_json(self, name: str, content: dict) -> None:
+        pass
+
+    def open_tensorboard(self, done: int) -> None:
+        pass
+
+    def append_metrics(self, record: dict) -> None:
+        pass
 
 
 class Display:

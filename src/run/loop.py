@@ -9,11 +9,7 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -21,49 +17,18 @@ from tqdm import tqdm
 from base.distributed import World
 from base.errors import UserError, fail
 from corpus.batching import Cut, TightCut
-from losses import MicroBatch, token_losses
+from losses import token_losses
 from model import GPT2LMModel
-from optimizer import AdamW, FlatParameters, norm
+from optimizer import AdamW, norm
 from privacy.plan import PrivacyPlan, finite_or_text
 from run import provenance
 from run.log import Display, Meter, WorkDir
+from run.settings import Settings
+from run.task import Data, Learner, Position, Task
 from weights import checkpoint
 
 # What a step sums over the ranks beside the gradient: sum of losses, units, real tokens, texts, ranks asked to stop.
 EXTRA = 5
-
-
-class Data(Protocol):
-    def __len__(self) -> int: ...
-
-    @property
-    def inputs(self) -> np.ndarray: ...
-
-    def micro_batches(self, units: Tensor, cut: Cut, step: int = 0) -> Iterator[MicroBatch]: ...
-
-
-class Engine(Protocol):
-    def accumulate(self, batch: MicroBatch) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class LoopOptions:
-    """How the loop goes about its steps. What a step computes depends on lr, grad_clip, bf16 and random_seed (dropout
-    without privacy) alone."""
-
-    steps: int
-    steps_per_epoch: float
-    lr: Callable[[int], float]
-    grad_clip: float  # bound on the norm of the released gradient; 0 = none
-    bf16: bool
-    cut: Cut  # of a draw into micro-batches
-    log_interval: int
-    eval_interval: int  # 0 = only at the end
-    save_interval: int
-    random_seed: int
-    last_step: int | None = None  # end there, of the `steps` that the noise and the schedule are made for
-    show_bar: bool = True  # on a terminal
-    show_progress: bool = True  # and not warnings and results alone
 
 
 class StopRequest:
@@ -142,28 +107,19 @@ class Trainer:
     def __init__(
         self,
         world: World,
-        loaded: checkpoint.Loaded,
-        flat: FlatParameters,
-        engine: Engine,
-        optimizer: AdamW,
+        settings: Settings,
+        task: Task,
+        learner: Learner,
         plan: PrivacyPlan,
-        data: Data,
-        valid: Data | None,
-        work: WorkDir | None,
-        options: LoopOptions,
-        disclosed: list[str],
-        done: int = 0,
-        before: dict | None = None,
+        work: WorkDir,
+        at: Position = Position(),
     ):
-        """work: the run's folder on rank 0, None on the others. disclosed: what the run shows beside the model.
-        before: a resumed run's progress() at its checkpoint."""
-        self.world, self.model, self.base, self.flat, self.engine = world, loaded.model, loaded.base, flat, engine
-        self.optimizer, self.plan, self.data, self.valid = optimizer, plan, data, valid
-        self.work, self.options, self.disclosed, self.done = work, options, disclosed, done
-        self.saved = done if done else -1
+        self.world, self.settings, self.task, self.learner, self.plan = world, settings, task, learner, plan
+        self.model, self.work, self.done = learner.loaded.model, work, at.done
+        self.saved = at.done if at.done else -1
         self.stop = StopRequest()
-        self.last = min(options.steps, options.last_step or options.steps)
-        before = before or {"loss": 0.0, "units": 0.0, "seconds": 0.0}
+        self.last = min(task.steps, task.last_step or task.steps)
+        before = at.progress or {"loss": 0.0, "units": 0.0, "seconds": 0.0}
         self.total_loss, self.total_units = before["loss"], before["units"]
         self.peak_memory = before.get("peak_memory_bytes", 0)
         self.meter, self.started = Meter(), time.monotonic() - before["seconds"]
@@ -171,7 +127,7 @@ class Trainer:
         # What privacy.json says beside privacy: summary(), and what the script adds. Whatever has no noise stands in a
         # row of PRIVACY.md's table that says so; the training loss is left to the script that has to report it.
         self.facts: dict = {}
-        self.display = Display(world.is_main, self.last, done, options.show_bar, options.show_progress)
+        self.display = Display(world.is_main, self.last, at.done, settings.loop.show_bar, settings.loop.show_progress)
 
     def run(self) -> int:
         """Train to the last step that the plan permits. Returns the process's exit status."""
@@ -210,16 +166,16 @@ class Trainer:
 
     def step(self, drawn: Tensor) -> bool:
         """One logical step on the drawn units. Returns whether any rank was asked to stop."""
-        options, flat = self.options, self.flat
+        settings, flat = self.settings, self.learner.flat
         if self.plan.settings.private:
             self.plan.seed_dropout()
         else:
-            torch.manual_seed(step_seed(options.random_seed, self.done + 1, self.world.rank))
+            torch.manual_seed(step_seed(settings.loop.random_seed, self.done + 1, self.world.rank))
         flat.sums.zero_()
         loss, tokens, texts = torch.zeros((), device=self.world.device), 0, 0
-        with autocast(self.world.device, options.bf16):
-            for batch in self.data.micro_batches(drawn, options.cut, self.done + 1):
-                losses = self.engine.accumulate(batch.to(self.world.device))
+        with autocast(self.world.device, settings.loop.bf16):
+            for batch in self.task.data.micro_batches(drawn, self.learner.cut, self.done + 1):
+                losses = self.learner.engine.accumulate(batch.to(self.world.device))
                 loss += losses.nan_to_num(0.0, 0.0, 0.0).sum()
                 tokens += batch.tokens
                 texts += batch.texts
@@ -227,10 +183,12 @@ class Trainer:
         flat.extra.copy_(torch.tensor([0.0, len(drawn), tokens, texts, asked]))
         flat.extra[0] = loss
         grad = self.plan.release(flat.sums, flat.size)
-        lr, grad_norm = options.lr(self.done), norm(grad)
-        if options.grad_clip > 0:
-            grad.mul_((options.grad_clip / grad_norm).clamp(max=1.0))
-        self.optimizer.step(grad, lr)
+        if self.task.observe is not None:
+            self.task.observe(grad)
+        lr, grad_norm, most = self.task.lr(self.done), norm(grad), settings.optimizer.clip
+        if most > 0:
+            grad.mul_((most / grad_norm).clamp(max=1.0))
+        self.learner.optimizer.step(grad, lr)
         self.done += 1
         total, units, tokens, texts, asked = flat.extra.tolist()
         self.meter.add(total, units, tokens, texts, grad_norm.item())
@@ -250,28 +208,33 @@ class Trainer:
 
     def after_step(self, stopped: bool) -> bool:
         """Log, evaluate and save where it is time to. Returns whether any rank was asked to stop by now."""
-        options = self.options
-        if self.done % options.log_interval == 0:
+        loop = self.settings.loop
+        if self.done % loop.log_interval == 0:
             self.log()
         if stopped or self.done == self.last:
             return stopped  # run() evaluates and saves
-        if options.eval_interval and self.done % options.eval_interval == 0 and self.evaluate():
+        if loop.eval_interval and self.done % loop.eval_interval == 0 and self.evaluate():
             return True
-        if self.done % options.save_interval == 0:
+        if self.done % loop.save_interval == 0:
             self.save()
         return False
+
+    @property
+    def epochs(self) -> float:
+        """Expected uses of a unit so far."""
+        return self.done / (self.plan.settings.N / self.plan.settings.batch)
 
     def head(self) -> dict:
         """What every line of metrics.jsonl begins with."""
         return {
             "step": self.done,
-            "epoch": round(self.done / self.options.steps_per_epoch, 4),
-            "lr": self.options.lr(max(0, self.done - 1)),
+            "epoch": round(self.epochs, 4),
+            "lr": self.task.lr(max(0, self.done - 1)),
             "seconds": round(time.monotonic() - self.started, 3),
         }
 
     def log(self) -> None:
-        if self.work is None:
+        if not self.world.is_main:
             return
         self.plan.ledger.check(f"step {self.done} was not logged")
         reading = self.meter.read(self.plan.settings.unit)
@@ -280,7 +243,7 @@ class Trainer:
         record = {
             **self.head(),
             **reading,
-            "noise_norm": self.plan.noise_norm(self.flat.size),
+            "noise_norm": self.plan.noise_norm(self.learner.flat.size),
             "epsilon": finite_or_text(prv),
             "epsilon_rdp": finite_or_text(rdp),
         }
@@ -294,7 +257,7 @@ class Trainer:
         }
         self.display.status(**shown)
         self.display.say(
-            f"| epoch {record['epoch']:7.2f} step {self.done:>7d} of {self.options.steps} | lr {record['lr']:.3g} | "
+            f"| epoch {record['epoch']:7.2f} step {self.done:>7d} of {self.task.steps} | lr {record['lr']:.3g} | "
             f"loss {shown['loss']} | ppl {shown['ppl']} | {reading['texts_per_s']:.1f} texts/s "
             f"{shown['tok/s']} tokens/s | epsilon {prv:.4f} (PRV) {rdp:.4f} (RDP) at delta "
             f"{self.plan.settings.delta:.3g}"
@@ -302,23 +265,23 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """The validation loss into the log. Returns whether any rank was asked to stop, which ends it at once."""
-        if self.valid is None:
+        if self.task.valid is None:
             return False
         start = time.monotonic()
-        cut = TightCut(self.options.cut.token_budget)
+        cut = TightCut(self.learner.cut.token_budget)
         losses = evaluate(
             self.model,
-            self.valid,
+            self.task.valid,
             self.world,
             cut,
-            self.options.bf16,
+            self.settings.loop.bf16,
             show_bar=self.display.bar is not None,
             stop=self.stop,
         )
         if losses is None:
             return True
         self.valid_loss, ppl = losses
-        if self.work is not None:
+        if self.world.is_main:
             self.work.append_metrics(
                 {**self.head(), "valid_loss": finite_or_text(self.valid_loss), "valid_ppl": finite_or_text(ppl)}
             )
@@ -331,31 +294,26 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint and privacy.json. All ranks call it; where rank 0 cannot, every rank stops."""
-        error, self.peak_memory = None, max(self.peak_memory, self.world.peak_memory())
-        if self.work is not None:
-            try:
-                # Another run's records there would mean that its checkpoints are there, too.
-                self.plan.ledger.check(f"the checkpoint of step {self.done} was not written")
-                checkpoint.save_checkpoint(
-                    self.work.path,
-                    self.done,
-                    self.model,
-                    self.base,
-                    {**self.optimizer.state_dict(), "progress": self.progress()},
-                    provenance.excerpt(self.report()),
-                )
-                self.write_report()
-            except UserError as failure:
-                error = failure
-            except OSError as failure:
-                error = UserError(
-                    f"{self.work.path}: the checkpoint of step {self.done} could not be written "
-                    f"({failure.strerror}); the one before is intact: make room and --resume"
-                )
-        self.world.agree(error)
+        self.peak_memory = max(self.peak_memory, self.world.peak_memory())
+        with self.world.raise_if_any_failed():
+            if self.world.is_main:
+                self.save_files()
         self.saved = self.done
-        if self.work is not None:
-            self.display.say(f"saved {checkpoint.model_path(self.work.path, self.done)}")
+        self.display.say(f"saved {checkpoint.model_path(self.work.path, self.done)}")
+
+    def save_files(self) -> None:
+        # Another run's records there would mean that its checkpoints are there, too.
+        self.plan.ledger.check(f"the checkpoint of step {self.done} was not written")
+        state = {**self.learner.optimizer.state_dict(), "progress": self.progress()}
+        spent = provenance.excerpt(self.report())
+        try:
+            checkpoint.save_checkpoint(self.work.path, self.done, self.model, self.learner.loaded.base, state, spent)
+            self.write_report()
+        except OSError as error:
+            fail(
+                f"{self.work.path}: the checkpoint of step {self.done} could not be written "
+                f"({error.strerror}); the one before is intact: make room and --resume"
+            )
 
     def finish(self) -> bool:
         """The last log line, of the steps since the one before, and the last evaluation. Returns whether any rank was
@@ -393,7 +351,7 @@ class Trainer:
 
     def report(self) -> dict:
         """The content of privacy.json, on rank 0."""
-        return {**self.plan.report(self.disclosed), **self.facts}
+        return {**self.plan.report(self.task.disclosed), **self.facts}
 
     def write_report(self) -> dict:
         """Write privacy.json, on rank 0; returns its content."""
@@ -404,7 +362,7 @@ class Trainer:
 
     def close_report(self, ended: bool = True) -> None:
         """The last word of a run that ended, or of one that was stopped and can be continued."""
-        if self.work is None:
+        if not self.world.is_main:
             return
         if ended:
             self.facts.update(self.summary())
@@ -421,16 +379,15 @@ class Trainer:
         )
 
 
-def resume(work_dir: str, model: GPT2LMModel, optimizer: AdamW) -> tuple[int, dict | None, dict | None]:
-    """Bring parameters and optimizer to the newest checkpoint of `work_dir`; returns its step, 0 where there is none,
-    the run's progress() there, and the checkpoint's report (run/provenance.py).
+def resume(work_dir: str, model: GPT2LMModel, optimizer: AdamW) -> Position:
+    """Bring parameters and optimizer to the newest checkpoint of `work_dir`, and say where the run goes on.
 
     A run that was killed before its first checkpoint starts again from its initial weights; its ledger keeps what it
     spent.
     """
     step = checkpoint.latest_resumable(work_dir)
     if step is None:
-        return 0, None, None
+        return Position()
     state = checkpoint.load_resumable(work_dir, step, model)  # the parameters are views: this fills the flat buffer
     try:
         optimizer.load_state_dict(state)
@@ -439,4 +396,4 @@ def resume(work_dir: str, model: GPT2LMModel, optimizer: AdamW) -> tuple[int, di
     report = state["privacy"]
     if report is not None:
         report = provenance.checked(report, f"--resume {checkpoint.model_path(work_dir, step)}: its entry 'privacy'")
-    return step, state.get("progress"), report
+    return Position(step, state.get("progress"), report)

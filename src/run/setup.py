@@ -1,94 +1,28 @@
-"""What the training scripts do before their first step: the flags that they share, and the way from flags to a run."""
+"""From a training script's settings and data to a Trainer that is ready for its first step."""
 
-import argparse
+import dataclasses
 import hashlib
-import importlib.util
-import json
-import math
-import os
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from base import distributed
 from base.distributed import World
 from base.errors import UserError, fail
-from base.flags import check_least, check_positive, check_range
 from base.products import BLOCK_ROWS
 from corpus.batching import PublicLengths, TightCut, choose_lengths
-from model import SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
+from model import GPT2Config
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, Ordinary, rounding_share
 from privacy.company import check_company, check_ranks_compute_alike
 from privacy.ledger import Ledger
 from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
 from run import loop, provenance
-from run.log import WorkDir
-from weights import checkpoint
-
-# Padded tokens of a micro-batch where --micro_batch_tokens is not given: see scripts/benchmarks/benchmark_training.py.
-DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
-# Settings that change how a run goes about its work, not what it computes: a resumed run may differ in them.
-# Data and vocabulary are compared by their digests, wherever the files lie.
-FREE = (
-    "resume",
-    "resume_changed",
-    "job",
-    "grad_engine",
-    "micro_batch_tokens",
-    "padded_lengths",
-    "collective_timeout",
-    "local_rank",
-    "tensorboard",
-    # of gpt2_ft.py
-    "train_data",
-    "valid_data",
-    "log_interval",
-    "eval_interval",
-    "eval_epoch",
-    "save_interval",
-    "valid_batch_size",
-    "work_dir",
-    "platform",
-    # of fine-tune-dp.py
-    "resume_from_checkpoint",
-    "logging_steps",
-    "eval_strategy",
-    "eval_steps",
-    "save_steps",
-    "log_level",
-    "disable_tqdm",
-    "dry_run",
-    "output_dir",
-    "cache_dir",
-    "train_file",
-    "eval_file",
-    "vocab",
-    "without_effect",
-    "remove_unused_columns",
-    "label_names",
-    "prediction_loss_only",
-    "eval_accumulation_steps",
-    "per_device_eval_batch_size",
-    "dataloader_num_workers",
-)
-DEFAULT_DELTA = 1e-5  # of an epsilon for examples
-MOST_EPOCHS = 1e6  # more is a slip of the finger, and no number of steps
-MOST_STEPS = 10**9  # likewise: 11 days at a millisecond each
-# C. A unit's squared norm is summed in float32, whose normal numbers lie between 2^-126 and 2^128; smaller ones lose
-# their digits, and some kernels flush them to 0. It must be right to 2^-20 of itself where it is about C^2.
-#   Least: the longest way is that of the Gram matrices. A product of two gradients at the outputs may lose 2^-126. An
-#   entry sums up to 2^16 of them (the vocabulary) and is multiplied by one of the inputs' (up to 2^20, a norm of
-#   1,000); 2^20 such (1,024 x 1,024 positions) are summed: 2^-70 is lost. per_layer shares C^2 out among up to 2^10
-#   parameters. So 2^-70 <= 2^-20 C^2 / 2^10, C >= 2^-20. (Squares of the coordinates, up to 2^31, lose 2^-95.)
-#   Most: the square of the sum of 2^31 units of norm C is below 2^127 where C is below 2^32.
-CLIP_RANGE = (1e-6, 1e8)
-# sigma C, the standard deviation of the noise. Least: draws down to 2^-24 of it are normal numbers above 2^-102.
-# Most: its square summed over 2^31 coordinates, as for the norm of a released gradient, is below 2^127 below 2^48. The
-# largest C with the largest sigma that --target_epsilon chooses stays within.
-NOISE_RANGE = (1e-30, 1.1e14)
+from run.log import NoWorkDir, WorkDir
+from run.resume import check_ledger_is_whole, check_ranks_agree, is_restarted, open_ledger, steps_without_noise
+from run.settings import DEFAULT_TOKENS, MOST_STEPS, Settings
+from run.task import Engine, Learner, Position, Task
+from weights.checkpoint import Loaded, load_model
 
 # What every run shows beside the model, as privacy.json lists it. Nothing here has noise.
 DISCLOSED = (
@@ -102,132 +36,6 @@ VALIDATION_LOSS = (
     "validation loss, of data that is not protected at all; how much of it is training data, too, is "
     "said on the terminal alone, not privatised"
 )
-
-
-def boolean(text: str) -> bool:
-    """True for true, yes, 1 and the like, as Hugging Face's argument parser takes them."""
-    for value, words in ((True, ("true", "yes", "t", "y", "1")), (False, ("false", "no", "f", "n", "0"))):
-        if text.lower() in words:
-            return value
-    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-
-
-# add_argument(name, **SWITCH): a flag that takes "true" or "false" behind it, or nothing for true.
-SWITCH = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
-
-
-def add_shared_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("privacy and execution")
-    group.add_argument(
-        "--target_epsilon", type=float, help="budget: noise is chosen, and training ends, so that it is kept"
-    )
-    group.add_argument("--target_delta", type=float, help="delta of the reported epsilon, a public constant")
-    group.add_argument(
-        "--sampling",
-        choices=("poisson", "shuffle"),
-        help="poisson (default with noise): what the accountants price; shuffle (default without): "
-        "every unit once an epoch, reported without amplification",
-    )
-    group.add_argument(
-        "--clipping",
-        choices=("flat", "per_layer", "automatic"),
-        default="flat",
-        help="how a unit's gradient is bounded by C (default flat)",
-    )
-    group.add_argument(
-        "--noise_source",
-        choices=("os", "secure", "seeded"),
-        default="os",
-        help="os (default): a generator seeded by the operating system; secure: a cryptographic stream; "
-        "seeded: for tests, whoever knows --noise_seed can subtract the noise",
-    )
-    group.add_argument("--noise_seed", type=int, help="the seed of --noise_source seeded")
-    group.add_argument(
-        "--grad_engine",
-        choices=("book_keeping", "opacus"),
-        default="book_keeping",
-        help="how the clipped sum is computed; opacus = by Opacus's GradSampleModule and, with several "
-        "processes, its DistributedDataParallel, as the paper's code does, for comparison",
-    )
-    group.add_argument("--bf16", **SWITCH, help="matrix products in bfloat16; norms, sums and noise stay float32")
-    group.add_argument(
-        "--micro_batch_tokens",
-        type=int,
-        help="padded tokens of a physical batch; changes nothing but "
-        f"speed and memory (default {DEFAULT_TOKENS['cpu']} on CPU, {DEFAULT_TOKENS['cuda']} on a GPU)",
-    )
-    group.add_argument(
-        "--resume", action="store_true", help="continue the run in the work folder from its last checkpoint"
-    )
-    group.add_argument(
-        "--resume_changed",
-        nargs="+",
-        default=(),
-        metavar="NAME",
-        help="settings in which the resumed run may differ from the folder's (world_size, lr, ...)",
-    )
-    group.add_argument(
-        "--lora_target",
-        nargs="+",
-        choices=SLOTS,
-        default=("query", "value"),
-        help="parts of the fused projection that get an adapter (default query value)",
-    )
-    group.add_argument(
-        "--tensorboard",
-        action="store_true",
-        help="write event files into the work folder's tensorboard/; needs the package tensorboard",
-    )
-    group.add_argument(
-        "--collective_timeout",
-        type=float,
-        default=600,
-        metavar="SECONDS",
-        help="how long ranks wait for one another before the job ends (default 600)",
-    )
-
-
-@dataclass(frozen=True)
-class FlagNames:
-    """What the calling script names the flags that this file has to complain about."""
-
-    batch: str = "--train_batch_size x --grad_acc x processes"
-    steps: str = "--max_step"
-    folder: str = "--work_dir"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a script asks for, with its own flags' names already translated. Public constants and settings alone."""
-
-    unit: str
-    N: int
-    longest: int  # tokens of the longest text that may come
-    batch: int  # expected units a step, over all ranks
-    steps: int
-    clip: float
-    sigma: float | None  # None: chosen for target_epsilon
-    delta: float
-    target_epsilon: float | None
-    betas: tuple[float, float]
-    adam_eps: float
-    weight_decay: float
-    correct_bias: bool
-    no_decay_bias: bool
-    smoothing: float
-    grad_clip: float
-    random_seed: int
-    lr: Callable[[int], float]
-    log_interval: int
-    eval_interval: int
-    save_interval: int
-    rows_per_unit: int = 1  # the most texts that a unit contributes to a step
-    torch_eps: bool = False  # Adam's, see AdamW
-    last_step: int | None = None  # end there, of the `steps` that are planned
-    show_bar: bool = True
-    show_progress: bool = True
-    resumable: bool = True
-    flags: FlagNames = FlagNames()
 
 
 def digest_file(path: str) -> str:
@@ -244,38 +52,14 @@ def check_validation(flag: str, path: str, sha256: str, train_sha256: str) -> No
         )
 
 
-def check_shared_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for shared flags that are out of range, contradict each other or mean nothing."""
-    check_least(args, micro_batch_tokens=1)
-    check_positive(args, target_epsilon=math.inf)
-    if args.target_delta is not None and not 0 < args.target_delta < 1:
-        fail(f"--target_delta {args.target_delta:g}: expected a number between 0 and 1")
-    if args.noise_source == "seeded" and args.noise_seed is None:
-        fail("--noise_source seeded: needs --noise_seed")
-    if args.noise_seed is not None and args.noise_source != "seeded":
-        fail(f"--noise_seed {args.noise_seed}: means nothing with --noise_source {args.noise_source}")
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        fail("--tensorboard: the package tensorboard is not installed; pip install tensorboard, or leave the flag out")
-    if args.resume_changed and not args.resume:
-        fail("--resume_changed: means nothing without --resume")
-
-
-def check_noise(args: argparse.Namespace, clip: str) -> None:
-    """Raise UserError for a C, the flag `clip`, or a noise of sigma C that float32 cannot hold."""
-    check_range(args, **{clip: CLIP_RANGE})
-    sigma, (low, high) = args.noise_multiplier, NOISE_RANGE
-    if sigma and not low <= (deviation := sigma * getattr(args, clip)) <= high:
-        fail(
-            f"--noise_multiplier {sigma:g}: times --{clip} {getattr(args, clip):g} it gives noise with a standard "
-            f"deviation of {deviation:g}; expected {low:g} to {high:g}, which float32 holds"
-        )
-
-
-def lora_config(args: argparse.Namespace) -> LoRAConfig:
-    """The adapter that the flags ask for."""
-    return LoRAConfig(
-        args.lora_dim, args.lora_alpha, args.lora_dropout, tuple(slot in args.lora_target for slot in SLOTS)
-    )
+def load_weights(settings: Settings, path: str | None, card: str | None) -> Loaded:
+    """The model of a run, from `path`; a new one is drawn with the run's seed."""
+    torch.manual_seed(settings.loop.random_seed)
+    model, longest = settings.model, settings.data.seq_len
+    loaded = load_model(path, card, model.lora_config(), model.base_checkpoint, settings.name("init_checkpoint"))
+    if longest > loaded.model.config.n_positions:
+        fail(f"{settings.name('seq_len')} {longest}: the model has {loaded.model.config.n_positions} positions")
+    return loaded
 
 
 def epochs_to_steps(epochs: float, N: int, batch: int) -> int:
@@ -283,286 +67,184 @@ def epochs_to_steps(epochs: float, N: int, batch: int) -> int:
     return max(1, round(epochs * N / batch))
 
 
-def choose_cut(
-    request: Request, args: argparse.Namespace, world: World, config: GPT2Config, valid: loop.Data | None
-) -> PublicLengths:
+def logical_batch(settings: Settings, world: World) -> int:
+    """Expected units of a step, over all ranks."""
+    return settings.loop.train_batch_size * settings.loop.grad_acc * world.size
+
+
+def count_steps(settings: Settings, N: int, world: World) -> int | None:
+    """Logical steps of the run: the lesser of max_step and of max_epoch passes over N units; None without either."""
+    loop = settings.loop
+    limits = [] if loop.max_step is None else [loop.max_step]
+    if loop.max_epoch is not None:
+        limits.append(epochs_to_steps(loop.max_epoch, N, logical_batch(settings, world)))
+    return min(limits, default=None)
+
+
+def check_task(settings: Settings, task: Task, world: World) -> None:
+    """Raise UserError for what only the data's size shows to be wrong."""
+    batch, name = logical_batch(settings, world), settings.name
+    if batch > task.N:
+        fail(
+            f"{name('train_batch_size')} x {name('grad_acc')} x processes = {batch} is larger than the training data "
+            f"({task.N} {task.unit}s): lower one of them"
+        )
+    if not 1 <= task.steps <= MOST_STEPS:
+        fail(f"{name('max_step')} {task.steps}: expected at least one step, at most {MOST_STEPS:g}")
+
+
+def choose_cut(settings: Settings, task: Task, world: World, config: GPT2Config) -> PublicLengths:
     """How a private run's draws are cut. The lengths to pad to come from validation data, which no run protects."""
-    budget = args.micro_batch_tokens or DEFAULT_TOKENS[world.device.type]
+    budget = settings.loop.micro_batch_tokens or DEFAULT_TOKENS[world.device.type]
     # On the average half a block of rows is filler, in the blocks of the transformer and in the head.
     head = config.vocab_size / (config.n_layer * (4 * config.n_embd + 2 * config.inner))  # its work over theirs
     lengths = choose_lengths(
-        None if valid is None else valid.inputs,
-        max(1, request.longest - 1),
-        request.batch / world.size,
+        None if task.valid is None else task.valid.inputs,
+        max(1, task.longest - 1),
+        logical_batch(settings, world) / world.size,
         budget,
         BLOCK_ROWS[world.device.type] / 2 * (1 + head),
-        request.rows_per_unit,
+        task.rows_per_unit,
     )
     return PublicLengths(lengths, budget)
 
 
-def plan_settings(request: Request, args: argparse.Namespace, world: World, cut: PublicLengths) -> PlanSettings:
-    """The plan of a request; rank 0 chooses the noise multiplier where there is a target, and tells the others."""
-    sampling = args.sampling or ("shuffle" if request.sigma == 0 else "poisson")
-    sigma, error = torch.zeros(1, dtype=torch.float64), None
-    if request.sigma is not None:
-        sigma.fill_(request.sigma)
-    elif world.is_main:
-        try:
-            sigma.fill_(
-                choose_sigma(request.target_epsilon, request.delta, request.N, request.batch, request.steps, sampling)
-            )
-        except UserError as failure:
-            error = UserError(f"--target_epsilon: {failure}")
-    world.agree(error)
+def plan_settings(settings: Settings, task: Task, world: World, cut: PublicLengths) -> PlanSettings:
+    """The plan of a task; rank 0 chooses the noise multiplier where there is a target, and tells the others."""
+    privacy, batch = settings.privacy, logical_batch(settings, world)
+    given = privacy.noise_multiplier
+    sampling = privacy.sampling or ("shuffle" if given == 0 else "poisson")
+    sigma = torch.zeros(1, dtype=torch.float64)
+    with world.raise_if_any_failed():
+        if given is not None:
+            sigma.fill_(given)
+        elif world.is_main:
+            assert privacy.target_epsilon is not None
+            try:
+                sigma.fill_(choose_sigma(privacy.target_epsilon, task.delta, task.N, batch, task.steps, sampling))
+            except UserError as failure:
+                fail(f"--target_epsilon: {failure}")
     return PlanSettings(
-        unit=request.unit,
-        N=request.N,
-        batch=request.batch,
-        steps=request.steps,
-        clip=request.clip,
+        unit=task.unit,
+        N=task.N,
+        batch=batch,
+        steps=task.steps,
+        clip=privacy.max_grad_norm,
         sigma=world.broadcast(sigma).item(),
-        delta=request.delta,
-        target_epsilon=request.target_epsilon,
+        delta=task.delta,
+        target_epsilon=privacy.target_epsilon,
         sampling=sampling,
-        clipping=args.clipping,
-        noise_source=args.noise_source,
-        seed=args.noise_seed,
-        rounding=rounding_share(request.batch, max(1, request.longest - 1), request.rows_per_unit, cut.token_budget),
+        clipping=privacy.clipping,
+        noise_source=privacy.noise_source,
+        seed=privacy.noise_seed,
+        rounding=rounding_share(batch, max(1, task.longest - 1), task.rows_per_unit, cut.token_budget),
     )
 
 
-def check_request(request: Request) -> None:
-    """Raise UserError for what only the data's size shows to be wrong."""
-    flags = request.flags
-    if request.batch > request.N:
-        fail(
-            f"{flags.batch} = {request.batch} is larger than the training data ({request.N} {request.unit}s): "
-            "lower one of them"
-        )
-    if not 1 <= request.steps <= MOST_STEPS:
-        fail(f"{flags.steps} {request.steps}: expected at least one step, at most {MOST_STEPS:g}")
-
-
-def open_folder(
-    work: WorkDir, settings: PlanSettings, world: World, recorded: dict, args: argparse.Namespace, flag: str
-) -> Ledger:
-    """On rank 0: the run's ledger, and args.json with everything that a resumed run must agree with."""
-    entries = settings.ledger_entries(world.size)
-    unknown = [name for name in args.resume_changed if name not in {*recorded, *entries}]
-    if unknown:
-        fail(f"--resume_changed {unknown[0]}: no setting has this name; wanted some of those that --resume says differ")
-    if not args.resume and (found := checkpoint.numbered_checkpoints(work.path)):
-        fail(
-            f"{flag} {work.path}: holds {os.path.basename(found[-1][1])} of an earlier run; continue it "
-            "with --resume, or choose another folder"
-        )
-    ledger = Ledger(work.path, entries, args.resume, tuple(args.resume_changed), flag)
-    if settings.target_epsilon is not None and (count := steps_without_noise(ledger)):
-        fail(
-            f"--target_epsilon {settings.target_epsilon:g}: {ledger.path} charges {count} steps without noise, "
-            "epsilon is infinite and meets no target; start in a new folder, or give --noise_multiplier"
-        )
-    recorded = json.loads(json.dumps(recorded))
-    if args.resume and ledger.state.charged:  # a run that was killed before its first step has nothing to agree with
-        before = work.read_json("args.json")
-        # the ledger compares the last two
-        named = set(args.resume_changed) | set(FREE) | {"versions", "sigma", "world_size"}
-        differing = [key for key in sorted({*before, *recorded} - named) if before.get(key) != recorded.get(key)]
-        if differing:
-            what = ", ".join(f"{key} {before.get(key)!r} there, {recorded.get(key)!r} here" for key in differing[:4])
-            fail(
-                f"--resume: {work.path} is of a run with other settings: {what}; if that is meant, say so with "
-                f"--resume_changed {' '.join(differing)}"
-            )
-    work.write_json("args.json", recorded)
-    return ledger
-
-
-def steps_without_noise(ledger: Ledger) -> int:
-    """How many steps were charged without noise, by any attempt."""
-    return sum(record["sigma"] == 0 for record in ledger.state.records)
-
-
-def is_restarted(work_dir: str) -> bool:
-    """Whether `work_dir` holds a run of the very job that this process belongs to: torchrun has started it again, with
-    the command line of the first start, after a rank or a machine was lost."""
-    job, path = distributed.job_name(), os.path.join(work_dir, "args.json")
-    if job is None or not os.path.exists(path):
-        return False
-    try:
-        with open(path, encoding="utf-8") as handle:
-            return json.load(handle).get("job") == job
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False  # then the folder is another run's, and refused
-
-
-def check_ledger_is_whole(work: WorkDir, ledger: Ledger, done: int, report: dict | None) -> None:
-    """Raise UserError where the folder knows of steps that its ledger lacks. done, report: of the checkpoint that the
-    run goes on from."""
-    charged = ledger.state.charged
-    if charged < done:
-        fail(
-            f"--resume: {ledger.path} records {charged} steps, the checkpoint has {done} behind it: "
-            "records are missing; restore the ledger"
-        )
-    reported = work.read_json("privacy.json").get("steps_charged") if os.path.exists(work.file("privacy.json")) else 0
-    if not isinstance(reported, int) or charged < reported:
-        fail(
-            f"--resume: {ledger.path} records {charged} steps, privacy.json reports {reported}: "
-            "records are missing; restore the ledger"
-        )
-    last = (report or {}).get("ledger_checksum")  # "" where nothing was charged
-    if last and last not in {record["checksum"] for record in ledger.state.records}:
-        fail(
-            f"--resume: {ledger.path} lacks the record {last}, its last one at the checkpoint of step {done}: it is "
-            "another run's, or lost records; restore the ledger"
-        )
-
-
-def check_ranks_agree(world: World, recorded: dict) -> None:
-    """Raise UserError, on every rank, where processes were started with other flags or read other files: q, C or the
-    noise would differ among them, and nothing that rank 0 reports would hold."""
-    own = {name: value for name, value in recorded.items() if name != "local_rank"}
-    error, (first, *others) = None, world.gather(own)
-    for rank, other in enumerate(others, start=1):
-        differing = [
-            f"{name} {first.get(name)!r} on rank 0, {other.get(name)!r} on rank {rank}"
-            for name in sorted({*first, *other})
-            if first.get(name) != other.get(name)
-        ]
-        if differing:
-            error = UserError(f"the processes differ: {'; '.join(differing[:4])}; give all the same flags and files")
-            break
-    world.agree(error)
-
-
-def build_trainer(
-    request: Request,
-    args: argparse.Namespace,
-    world: World,
-    loaded: checkpoint.Loaded,
-    data: loop.Data,
-    valid: loop.Data | None,
-    work_dir: str,
-    disclosed: list[str],
-    recorded: dict,
-) -> loop.Trainer:
-    """From a checked request to a Trainer. Collective: every rank calls it; an error on one rank ends all.
+def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) -> loop.Trainer:
+    """From checked settings to a Trainer. Collective: every rank calls it; an error on one rank ends all.
 
     A run that torchrun restarts continues as by --resume (is_restarted), or is refused where it cannot.
     """
+    recorded = {**settings.given.values, **task.digests}
     check_ranks_agree(world, recorded)
     # TF32, which some machines switch on by an environment variable, would round the norms to 10 bits.
     torch.set_float32_matmul_precision("highest")
-    restarted = world.gather(world.is_main and not args.resume and is_restarted(work_dir))[0]
-    if restarted and not request.resumable:
+    folder, flag = settings.loop.work_dir, settings.name("work_dir")
+    restarted = world.gather(world.is_main and not settings.loop.resume and is_restarted(folder))[0]
+    if restarted and not task.resumable:
         mistake = UserError(
-            f"{request.flags.folder} {work_dir}: begun by this job, {distributed.job_name()}, and "
-            "started again, which cannot continue; start it in another folder"
+            f"{flag} {folder}: begun by this job, {distributed.job_name()}, and started again, which cannot continue; "
+            "start it in another folder"
         )
         mistake.on_every_rank = True
         raise mistake
     if restarted:
-        args = argparse.Namespace(**{**vars(args), "resume": True})
-    cut = choose_cut(request, args, world, loaded.model.config, valid)
-    settings = plan_settings(request, args, world, cut)
-    model = loaded.model.to(world.device)
-    model.freeze_for_training()
-    flat = FlatParameters(model, extra=loop.EXTRA, no_decay_bias=request.no_decay_bias)
-    for parameter in model.parameters():  # every rank starts from rank 0's
-        parameter.data.copy_(world.broadcast(parameter.data))
-    optimizer = AdamW(
-        flat, request.betas, request.adam_eps, request.weight_decay, request.correct_bias, request.torch_eps
-    )
+        settings = settings.changed(loop={"resume": True})
+        recorded["resume"] = True
+    cut = choose_cut(settings, task, world, loaded.model.config)
+    promised = plan_settings(settings, task, world, cut)
+    flat, optimizer = prepare_parameters(settings, world, loaded)
+    resumes, own_cut = settings.loop.resume, cut if promised.private else TightCut(cut.token_budget)
 
-    work = ledger = plan = error = before = report = None
-    done, origin = 0, {"initial_weights": []}
-    try:
+    work: WorkDir = NoWorkDir(folder)
+    ledger: Ledger | None = None
+    at = Position()
+    origin: dict = {"initial_weights": []}
+    with world.raise_if_any_failed():
         if world.is_main:
             spent = provenance.spent_before(loaded)  # what it refuses, it refuses before anything is written
-            work = WorkDir(work_dir, must_exist=args.resume, flag=request.flags.folder)
-            recorded = {
-                **recorded,
-                "sigma": settings.sigma,
-                "delta": settings.delta,
-                "N": settings.N,
-                "steps": settings.steps,
-                "expected_batch": settings.batch,
-                "sampling": settings.sampling,
+            work = WorkDir(folder, must_exist=resumes, flag=flag)
+            recorded |= {
+                "sigma": promised.sigma,
+                "delta": promised.delta,
+                "N": promised.N,
+                "steps": promised.steps,
+                "expected_batch": promised.batch,
+                "sampling": promised.sampling,
                 "padded_lengths": list(cut.lengths),
                 "world_size": world.size,
                 "job": distributed.job_name(),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
             }
-            ledger = open_folder(work, settings, world, recorded, args, request.flags.folder)
-        if args.resume:
-            done, before, report = loop.resume(work_dir, model, optimizer)
+            ledger = open_ledger(work, settings, promised, recorded, world.size)
+        if resumes:
+            at = loop.resume(folder, loaded.model, optimizer)
         if ledger is not None:
-            if args.resume:
-                check_ledger_is_whole(work, ledger, done, report)
-            origin = provenance.begin(spent, report, work_dir, args.resume, args.noise_seed)
-        if args.tensorboard and work is not None:
-            work.open_board(done)
-        plan = PrivacyPlan(settings, world, ledger, done)
-        disclosed = [*DISCLOSED, *disclosed, *map(provenance.describe, origin["initial_weights"])]
-    except (UserError, OSError) as failure:
-        error = (
-            failure
-            if isinstance(failure, UserError)
-            else UserError(f"{request.flags.folder} {failure.filename or work_dir}: {failure.strerror}")
+            if resumes:
+                check_ledger_is_whole(work, ledger, at.done, at.report)
+            origin = provenance.begin(spent, at.report, folder, resumes, settings.privacy.noise_seed)
+        if settings.loop.tensorboard:
+            work.open_tensorboard(at.done)
+        plan = PrivacyPlan(promised, world, ledger, at.done)
+    if len(set(world.gather(at.done))) > 1:
+        mistake = UserError(
+            f"--resume: the ranks found checkpoints of different steps in {folder}: all machines must see the same "
+            "folder"
         )
-    world.agree(error)
-    if len(set(world.gather(done))) > 1:
-        error = UserError(
-            f"--resume: the ranks found checkpoints of different steps in {work_dir}: "
-            "all machines must see the same folder"
-        )
-    world.agree(error)
-    engine = build_engine(args.grad_engine, model, flat, plan, request.smoothing, world)
-    if settings.private and args.bf16:
-        check_company(engine, model, flat, cut, world)
+        mistake.on_every_rank = True
+        raise mistake
+    engine = build_engine(settings, loaded, flat, plan, world)
+    if promised.private and settings.loop.bf16:
+        check_company(engine, loaded.model, flat, cut, world)
         if world.size > 1:
-            check_ranks_compute_alike(engine, model, flat, cut, world)
+            check_ranks_compute_alike(engine, loaded.model, flat, cut, world)
+    if task.wrap_engine is not None:
+        engine = task.wrap_engine(engine, flat, plan, own_cut)
 
-    options = loop.LoopOptions(
-        steps=request.steps,
-        steps_per_epoch=request.N / request.batch,
-        lr=request.lr,
-        grad_clip=request.grad_clip,
-        bf16=args.bf16,
-        cut=cut if settings.private else TightCut(cut.token_budget),
-        log_interval=request.log_interval,
-        eval_interval=request.eval_interval,
-        save_interval=request.save_interval,
-        random_seed=request.random_seed,
-        last_step=request.last_step,
-        show_bar=request.show_bar,
-        show_progress=request.show_progress,
-    )
-    trainer = loop.Trainer(
-        world, loaded, flat, engine, optimizer, plan, data, valid, work, options, disclosed, done, before
-    )
+    disclosed = [*DISCLOSED, *task.disclosed, *map(provenance.describe, origin["initial_weights"])]
+    learner = Learner(loaded, flat, engine, optimizer, own_cut)
+    trainer = loop.Trainer(world, settings, dataclasses.replace(task, disclosed=disclosed), learner, plan, work, at)
     trainer.facts.update(origin)
     if restarted:
         trainer.display.say(
-            f"{work_dir}: begun by this job, {distributed.job_name()}, and started again: continued as by --resume",
+            f"{folder}: begun by this job, {distributed.job_name()}, and started again: continued as by --resume",
             important=True,
         )
     return trainer
 
 
-def build_engine(
-    name: str, model: GPT2LMModel, flat: FlatParameters, plan: PrivacyPlan, smoothing: float, world: World
-) -> loop.Engine:
+def prepare_parameters(settings: Settings, world: World, loaded: Loaded) -> tuple[FlatParameters, AdamW]:
+    """The model on its device, with one flat buffer of what is trained, the same on every rank; and its optimizer."""
+    model, given = loaded.model.to(world.device), settings.optimizer
+    model.freeze_for_training()
+    flat = FlatParameters(model, extra=loop.EXTRA, no_decay_bias=given.no_decay_bias)
+    for parameter in model.parameters():  # every rank starts from rank 0's
+        parameter.data.copy_(world.broadcast(parameter.data))
+    betas = (given.adam_beta1, given.adam_beta2)
+    return flat, AdamW(flat, betas, given.adam_epsilon, given.weight_decay, given.correct_bias, given.torch_eps)
+
+
+def build_engine(settings: Settings, loaded: Loaded, flat: FlatParameters, plan: PrivacyPlan, world: World) -> Engine:
     """The gradient engine; the clipping norm comes from the plan. Collective."""
+    smoothing = settings.optimizer.label_smooth
     if not plan.settings.private:
-        return Ordinary(model, flat, smoothing)
-    if name == "opacus":
+        return Ordinary(loaded.model, flat, smoothing)
+    if settings.privacy.grad_engine == "opacus":
         from privacy.opacus_engine import OpacusEngine
 
-        return OpacusEngine(model, flat, plan.clipping_rule, smoothing, world)
-    return BookKeeping(model, flat, plan.clipping_rule, smoothing)
+        return OpacusEngine(loaded.model, flat, plan.clipping_rule, smoothing, world)
+    return BookKeeping(loaded.model, flat, plan.clipping_rule, smoothing)
 
 
 def warn_of_shared(trainer: loop.Trainer, what: str, shared: int, of: int) -> None:
@@ -581,7 +263,7 @@ def announce(trainer: loop.Trainer) -> None:
     plan, settings, say = trainer.plan, trainer.plan.settings, trainer.display.say
     say(
         f"{settings.N} {settings.unit}s, expected batch {settings.batch} (q = {settings.q:.6g}), "
-        f"{settings.steps} steps, {trainer.flat.size} trained parameters, {trainer.world.size} process(es) on "
+        f"{settings.steps} steps, {trainer.learner.flat.size} trained parameters, {trainer.world.size} process(es) on "
         f"{trainer.world.device.type}"
     )
     charged = plan.ledger.state.charged if plan.ledger else 0
@@ -605,7 +287,7 @@ def announce(trainer: loop.Trainer) -> None:
             f"WARNING: {count} of the steps charged so far had no noise: epsilon is infinite, whatever noise follows",
             important=True,
         )
-    for words in trainer.disclosed:
+    for words in trainer.task.disclosed:
         if words.startswith("initial weights"):
             say(f"WARNING: {words}", important=True)
     if settings.noise_source == "seeded":

@@ -1,0 +1,110 @@
+"""A run's folder, new or continued: what a resumed run must agree with, and what its ledger must still hold."""
+
+import json
+import os
+
+from base import distributed
+from base.errors import UserError, fail
+from privacy.ledger import Ledger
+from privacy.plan import PlanSettings
+from run.log import WorkDir
+from run.settings import Settings
+from weights import checkpoint
+
+ARGS = "args.json"
+# Entries of args.json beside the flags. A resumed run may differ in those that follow from its machines; the ledger
+# compares the last three.
+MAY_CHANGE = {"padded_lengths", "job", "versions", "without_effect", "format", "sigma", "world_size"}
+
+
+def open_ledger(work: WorkDir, settings: Settings, plan: PlanSettings, recorded: dict, world_size: int) -> Ledger:
+    """On rank 0: the run's ledger, and args.json with everything that a resumed run must agree with."""
+    loop, flag, entries = settings.loop, settings.name("work_dir"), plan.ledger_entries(world_size)
+    unknown = [name for name in loop.resume_changed if name not in {*recorded, *entries}]
+    if unknown:
+        fail(f"--resume_changed {unknown[0]}: no setting has this name; wanted some of those that --resume says differ")
+    if not loop.resume and (found := checkpoint.numbered_checkpoints(work.path)):
+        fail(
+            f"{flag} {work.path}: holds {os.path.basename(found[-1][1])} of an earlier run; continue it with --resume, "
+            "or choose another folder"
+        )
+    ledger = Ledger(work.path, entries, loop.resume, loop.resume_changed, flag)
+    if plan.target_epsilon is not None and (count := steps_without_noise(ledger)):
+        fail(
+            f"--target_epsilon {plan.target_epsilon:g}: {ledger.path} charges {count} steps without noise, epsilon is "
+            "infinite and meets no target; start in a new folder, or give --noise_multiplier"
+        )
+    recorded = json.loads(json.dumps(recorded))
+    if loop.resume and ledger.state.charged:  # a run that was killed before its first step has nothing to agree with
+        compare(work, recorded, {*loop.resume_changed, *settings.given.may_change, *MAY_CHANGE})
+    work.write_json(ARGS, recorded)
+    return ledger
+
+
+def compare(work: WorkDir, recorded: dict, may_change: set[str]) -> None:
+    """Raise UserError where the folder's args.json has another setting than `recorded`, except in `may_change`."""
+    before = work.read_json(ARGS)
+    differing = [key for key in sorted({*before, *recorded} - may_change) if before.get(key) != recorded.get(key)]
+    if differing:
+        what = ", ".join(f"{key} {before.get(key)!r} there, {recorded.get(key)!r} here" for key in differing[:4])
+        fail(
+            f"--resume: {work.path} is of a run with other settings: {what}; if that is meant, say so with "
+            f"--resume_changed {' '.join(differing)}"
+        )
+
+
+def steps_without_noise(ledger: Ledger) -> int:
+    """How many steps were charged without noise, by any attempt."""
+    return sum(record["sigma"] == 0 for record in ledger.state.records)
+
+
+def is_restarted(work_dir: str) -> bool:
+    """Whether `work_dir` holds a run of the very job that this process belongs to: torchrun has started it again, with
+    the command line of the first start, after a rank or a machine was lost."""
+    job, path = distributed.job_name(), os.path.join(work_dir, ARGS)
+    if job is None or not os.path.exists(path):
+        return False
+    try:
+        with open(path, encoding="utf-8") as handle:
+            return json.load(handle).get("job") == job
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False  # then the folder is another run's, and refused
+
+
+def check_ledger_is_whole(work: WorkDir, ledger: Ledger, done: int, report: dict | None) -> None:
+    """Raise UserError where the folder knows of steps that its ledger lacks. done, report: of the checkpoint that the
+    run goes on from."""
+    charged = ledger.state.charged
+    if charged < done:
+        fail(
+            f"--resume: {ledger.path} records {charged} steps, the checkpoint has {done} behind it: "
+            "records are missing; restore the ledger"
+        )
+    reported = work.read_json("privacy.json").get("steps_charged") if os.path.exists(work.file("privacy.json")) else 0
+    if not isinstance(reported, int) or charged < reported:
+        fail(
+            f"--resume: {ledger.path} records {charged} steps, privacy.json reports {reported}: "
+            "records are missing; restore the ledger"
+        )
+    last = (report or {}).get("ledger_checksum")  # "" where nothing was charged
+    if last and last not in {record["checksum"] for record in ledger.state.records}:
+        fail(
+            f"--resume: {ledger.path} lacks the record {last}, its last one at the checkpoint of step {done}: it is "
+            "another run's, or lost records; restore the ledger"
+        )
+
+
+def check_ranks_agree(world: distributed.World, recorded: dict) -> None:
+    """Raise UserError, on every rank, where processes were started with other flags or read other files: q, C or the
+    noise would differ among them, and nothing that rank 0 reports would hold."""
+    own = {name: value for name, value in recorded.items() if name != "local_rank"}
+    first, *others = world.gather(own)
+    with world.raise_if_any_failed():
+        for rank, other in enumerate(others, start=1):
+            differing = [
+                f"{name} {first.get(name)!r} on rank 0, {other.get(name)!r} on rank {rank}"
+                for name in sorted({*first, *other})
+                if first.get(name) != other.get(name)
+            ]
+            if differing:
+                raise UserError(f"the processes differ: {'; '.join(differing[:4])}; give all the same flags and files")

@@ -1,0 +1,222 @@
+"""What a training script can be told: each flag once, with its range, its help, and whether a resumed run may differ.
+
+A script names the classes whose flags it takes, and spells some of them in its own way. The rest of a run reads the
+classes, and args.json holds the flags by their names.
+"""
+
+import importlib.util
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from base.errors import fail
+from base.flags import REQUIRED, Given, flag
+from model import MODEL_CARDS, SLOTS, LoRAConfig
+from optimizer import SCHEDULES
+
+# Padded tokens of a micro-batch where --micro_batch_tokens is not given: see scripts/benchmarks/benchmark_training.py.
+DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
+DEFAULT_DELTA = 1e-5  # of an epsilon for examples
+MOST_EPOCHS = 1e6  # more is a slip of the finger, and no number of steps
+MOST_STEPS = 10**9  # likewise: 11 days at a millisecond each
+# C. A unit's squared norm is summed in float32, whose normal numbers lie between 2^-126 and 2^128; smaller ones lose
+# their digits, and some kernels flush them to 0. It must be right to 2^-20 of itself where it is about C^2.
+#   Least: the longest way is that of the Gram matrices. A product of two gradients at the outputs may lose 2^-126. An
+#   entry sums up to 2^16 of them (the vocabulary) and is multiplied by one of the inputs' (up to 2^20, a norm of
+#   1,000); 2^20 such (1,024 x 1,024 positions) are summed: 2^-70 is lost. per_layer shares C^2 out among up to 2^10
+#   parameters. So 2^-70 <= 2^-20 C^2 / 2^10, C >= 2^-20. (Squares of the coordinates, up to 2^31, lose 2^-95.)
+#   Most: the square of the sum of 2^31 units of norm C is below 2^127 where C is below 2^32.
+CLIP_RANGE = (1e-6, 1e8)
+# sigma C, the standard deviation of the noise. Least: draws down to 2^-24 of it are normal numbers above 2^-102.
+# Most: its square summed over 2^31 coordinates, as for the norm of a released gradient, is below 2^127 below 2^48. The
+# largest C with the largest sigma that --target_epsilon chooses stays within.
+NOISE_RANGE = (1e-30, 1.1e14)
+ANY = (0, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenData:
+    """The token files of gpt2_ft.py."""
+
+    train_data: str = flag(REQUIRED, "token file of the training examples", may_change=True)
+    valid_data: str | None = flag(
+        REQUIRED, "token file of the validation examples, which are not protected at all", may_change=True
+    )
+    seq_len: int = flag(512, "longest example in tokens; longer ones are cut", least=2)
+    obj: str = flag("clm", "score the completion (clm), or context and completion (jlm)", choices=("clm", "jlm"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The weights that a run starts from, and the adapter that it trains."""
+
+    init_checkpoint: str | None = flag(
+        help="weights to start from: a file, or a folder (its newest model.{step}.pt, PEFT's or Hugging Face's file)"
+    )
+    base_checkpoint: str | None = flag(
+        help="the frozen weights under an adapter-only --init_checkpoint, if not where it says"
+    )
+    model_card: str | None = flag("gpt2.md", f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout")
+    lora_dim: int = flag(0, "rank of the adapters; 0 trains the whole model", least=0)
+    lora_alpha: float = flag(128, positive=math.inf)
+    lora_dropout: float = flag(0.0, within=(0, 1))
+    lora_target: tuple[str, ...] = flag(
+        ("query", "value"),
+        "parts of the fused projection that get an adapter (default query value)",
+        nargs="+",
+        choices=SLOTS,
+    )
+
+    def lora_config(self) -> LoRAConfig:
+        enabled = tuple(slot in self.lora_target for slot in SLOTS)
+        return LoRAConfig(self.lora_dim, self.lora_alpha, self.lora_dropout, enabled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW, its learning rate, and what is done to a gradient after its release."""
+
+    lr: float = flag(1e-5, within=ANY)
+    weight_decay: float = flag(0.01, within=ANY)
+    correct_bias: bool = flag(False, "Adam's bias corrections")
+    adam_epsilon: float = flag(1e-6, names=("adam_epislon", "adam_epsilon"), within=ANY)
+    adam_beta1: float = flag(0.9, within=(0, 1))
+    adam_beta2: float = flag(0.98, within=(0, 1))
+    no_decay_bias: bool = flag(False, "no weight decay on biases and layer norms")
+    scheduler: str = flag("linear", choices=SCHEDULES)
+    warmup_step: int = flag(0, least=0)
+    i_steps: str = flag("0", "cycle: steps, separated by commas")
+    i_lrs: str = flag("0.00025", "cycle: learning rates at those steps")
+    clip: float = flag(0.0, "bound on the norm of the released gradient; 0 = none", within=ANY)
+    label_smooth: float = flag(0.0, within=(0, 1))
+    torch_eps: bool = False  # where eps stands, see AdamW
+
+
+@dataclass(frozen=True, kw_only=True)
+class Privacy:
+    """What a run promises, and how."""
+
+    noise_multiplier: float | None = flag(help="sigma; 0 trains without privacy", within=ANY)
+    target_epsilon: float | None = flag(
+        help="budget: noise is chosen, and training ends, so that it is kept", positive=math.inf
+    )
+    target_delta: float | None = flag(help="delta of the reported epsilon, a public constant")
+    max_grad_norm: float = flag(1.0, "C, the norm to which each {unit}'s gradient is clipped", within=CLIP_RANGE)
+    sampling: str | None = flag(
+        help="poisson (default with noise): what the accountants price; shuffle (default without): every unit once an "
+        "epoch, reported without amplification",
+        choices=("poisson", "shuffle"),
+    )
+    clipping: str = flag(
+        "flat", "how a unit's gradient is bounded by C (default flat)", choices=("flat", "per_layer", "automatic")
+    )
+    noise_source: str = flag(
+        "os",
+        "os (default): a generator seeded by the operating system; secure: a cryptographic stream; seeded: for tests, "
+        "whoever knows --noise_seed can subtract the noise",
+        choices=("os", "secure", "seeded"),
+    )
+    noise_seed: int | None = flag(help="the seed of --noise_source seeded")
+    grad_engine: str = flag(
+        "book_keeping",
+        "how the clipped sum is computed; opacus = by Opacus's GradSampleModule and, with several processes, its "
+        "DistributedDataParallel, as the paper's code does, for comparison",
+        choices=("book_keeping", "opacus"),
+        may_change=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """The steps of a run, what it does between them, and where it works."""
+
+    work_dir: str = flag("gpt2_model", "folder of everything that the run writes", may_change=True)
+    train_batch_size: int = flag(8, "expected {unit}s of a process in one accumulation step", least=1)
+    grad_acc: int = flag(1, "accumulation steps of a logical batch", least=1)
+    max_step: int | None = flag(help="logical steps of the run", least=1)
+    max_epoch: float | None = flag(
+        help="expected passes over the data; the smaller of the two ends the run", positive=MOST_EPOCHS
+    )
+    random_seed: int = flag(10, "seeds initialisation, and dropout where there is no noise", least=0)
+    bf16: bool = flag(False, "matrix products in bfloat16; norms, sums and noise stay float32", boolean=True)
+    micro_batch_tokens: int | None = flag(
+        help="padded tokens of a physical batch; changes nothing but speed and memory (default "
+        f"{DEFAULT_TOKENS['cpu']} on CPU, {DEFAULT_TOKENS['cuda']} on a GPU)",
+        least=1,
+        may_change=True,
+    )
+    log_interval: int = flag(100, least=1, may_change=True)
+    eval_interval: int | None = flag(2000, least=1, may_change=True)
+    save_interval: int = flag(500, least=1, may_change=True)
+    resume: bool = flag(False, "continue the run in the work folder from its last checkpoint", may_change=True)
+    resume_changed: tuple[str, ...] = flag(
+        (),
+        "settings in which the resumed run may differ from the folder's (world_size, lr, ...)",
+        nargs="+",
+        metavar="NAME",
+        may_change=True,
+    )
+    tensorboard: bool = flag(
+        False, "write event files into the work folder's tensorboard/; needs the package tensorboard", may_change=True
+    )
+    platform: str = flag(
+        "local", "local (the launcher's environment, or one process) or k8s (Open MPI's)", may_change=True
+    )
+    local_rank: int | None = flag(
+        names=("local_rank", "local-rank"), help="set by torch.distributed.launch", may_change=True
+    )
+    collective_timeout: float = flag(
+        600, "how long ranks wait for one another before the job ends (default 600)", metavar="SECONDS", may_change=True
+    )
+    show_bar: bool = True  # on a terminal
+    show_progress: bool = True  # and not warnings and results alone
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a script was told. data, own: of the script's own classes."""
+
+    given: Given
+    data: Any
+    model: Model
+    optimizer: Optimizer
+    privacy: Privacy
+    loop: Loop
+    own: Any = None
+
+    def name(self, field: str) -> str:
+        """The flag of a field, as its script spells it."""
+        return f"--{self.given.names[field]}"
+
+    def changed(self, **sections: dict) -> "Settings":
+        """These settings with other values in some sections."""
+        return replace(self, **{name: replace(getattr(self, name), **values) for name, values in sections.items()})
+
+    def check(self) -> None:
+        """Raise UserError for flags that are out of range, contradict each other or mean nothing."""
+        self.given.check_ranges()
+        privacy, loop = self.privacy, self.loop
+        if privacy.target_delta is not None and not 0 < privacy.target_delta < 1:
+            fail(f"--target_delta {privacy.target_delta:g}: expected a number between 0 and 1")
+        if privacy.noise_source == "seeded" and privacy.noise_seed is None:
+            fail("--noise_source seeded: needs --noise_seed")
+        if privacy.noise_seed is not None and privacy.noise_source != "seeded":
+            fail(f"--noise_seed {privacy.noise_seed}: means nothing with --noise_source {privacy.noise_source}")
+        check_noise(privacy, self.name("max_grad_norm"))
+        if loop.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            fail(
+                "--tensorboard: the package tensorboard is not installed; pip install tensorboard, or leave the flag "
+                "out"
+            )
+        if loop.resume_changed and not loop.resume:
+            fail("--resume_changed: means nothing without --resume")
+
+
+def check_noise(privacy: Privacy, clip: str) -> None:
+    """Raise UserError for a noise of sigma C that float32 cannot hold. clip: the flag that gave C."""
+    sigma, C, (low, high) = privacy.noise_multiplier, privacy.max_grad_norm, NOISE_RANGE
+    if sigma and not low <= sigma * C <= high:
+        fail(
+            f"--noise_multiplier {sigma:g}: times {clip} {C:g} it gives noise with a standard deviation of "
+            f"{sigma * C:g}; expected {low:g} to {high:g}, which float32 holds"
+        )
