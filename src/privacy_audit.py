@@ -17,117 +17,178 @@ Leaves in --work_dir, beside a run's files: audit.json (bound, claim, guesses), 
 audit.png.
 """
 
-import math
 import os
 import sys
 import time
-from argparse import Namespace
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from base import distributed
-from base.errors import UserError, fail, run_main
+from base.distributed import World
+from base.errors import fail, run_main
 from base.files import atomic_write
-from base.flags import Parser, check_least, check_positive, check_range
-from corpus.examples import read_examples
-from model import MODEL_CARDS
+from base.flags import SettingsParser, flag, spelled
+from corpus.examples import Examples, read_examples
 from optimizer import schedule
 from privacy.auditing import FEWEST, Audit, audit
 from privacy.plan import finite_or_text
 from run import canaries, setup
-from weights.checkpoint import load_model
+from run.loop import Trainer
+from run.settings import DEFAULT_DELTA, Loop, Model, Optimizer, Privacy, Settings, TokenData
+from run.task import Task
+from weights.checkpoint import Loaded
 
 
-def parse(argv: list[str]) -> Namespace:
-    parser = Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--canaries", type=int, default=1000, metavar="M", help="each in the data by a fair coin (default 1000)")
-    add(
-        "--canary_kind",
-        choices=("gradient", "text"),
-        default="gradient",
-        help="gradient (default): directions of their own, seen in every released gradient; text: random rare tokens, "
+@dataclass(frozen=True, kw_only=True)
+class Canaries:
+    """What is planted, and how it is looked for."""
+
+    canaries: int = flag(1000, "each in the data by a fair coin (default 1000)", least=FEWEST, metavar="M")
+    canary_kind: str = flag(
+        "gradient",
+        "gradient (default): directions of their own, seen in every released gradient; text: random rare tokens, "
         "seen in the trained model's loss",
+        choices=("gradient", "text"),
     )
-    add(
-        "--guesses",
-        type=int,
+    guesses: tuple[int, ...] | None = flag(
+        help="numbers of guesses to try, fixed beforehand; each takes its share of the 5 %% (default M, M/4, M/16 ...)",
         nargs="+",
         metavar="R",
-        help="numbers of guesses to try, fixed beforehand; each takes its share of the 5 %% (default M, M/4, M/16 ...)",
     )
-    add("--plot", metavar="PNG", help="the plot (default audit.png in --work_dir)")
-    add("--train_data", required=True, help="token file of the training examples")
-    add("--train_batch_size", type=int, default=8, help="expected units of a process in one accumulation step")
-    add("--grad_acc", type=int, default=1, help="accumulation steps of a logical batch")
-    add("--noise_multiplier", type=float, help="sigma; or give --target_epsilon")
-    add("--max_grad_norm", type=float, default=1.0, help="C, the norm to which each unit's gradient is clipped")
-    add("--seq_len", type=int, default=512, help="longest example in tokens; longer ones are cut")
-    add(
-        "--model_card",
-        default="gpt2.md",
-        help=f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout",
-    )
-    add(
-        "--init_checkpoint",
-        help="weights to start from: a file, or a folder (its newest model.{step}.pt, PEFT's or Hugging Face's file)",
-    )
-    add("--base_checkpoint", help="the frozen weights under an adapter-only --init_checkpoint, if not where it says")
-    add("--platform", default="local", help="local (the launcher's environment, or one process) or k8s (Open MPI's)")
-    add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
-    add("--random_seed", type=int, default=10, help="seeds initialisation")
-    add("--lr", type=float, default=1e-5, help="constant")
-    add("--weight_decay", type=float, default=0.01)
-    add("--correct_bias", action="store_true", help="Adam's bias corrections")
-    add("--adam_epislon", "--adam_epsilon", type=float, default=1e-6)
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.98)
-    add("--max_step", type=int, help="logical steps of the run")
-    add("--max_epoch", type=float, help="expected passes over the data; the smaller of the two ends the run")
-    add("--log_interval", type=int, default=100)
-    add("--work_dir", default="privacy_audit")
-    add("--lora_dim", type=int, default=0, help="rank of the adapters; 0 trains the whole model")
-    add("--lora_alpha", type=float, default=128)
-    add("--lora_dropout", type=float, default=0.0)
-    add("--label_smooth", type=float, default=0.0)
-    setup.add_shared_flags(parser)
-    return parser.parse_args(argv)
+    plot: str | None = flag(help="the plot (default audit.png in --work_dir)", metavar="PNG")
 
 
-def check(args: Namespace) -> None:
+SCRIPT = {
+    "work_dir": spelled(default="privacy_audit"),
+    "noise_multiplier": spelled(help="sigma; or give --target_epsilon"),
+    "lr": spelled(help="constant"),
+    "random_seed": spelled(help="seeds initialisation"),
+}
+FIXED = {
+    "valid_data": None,
+    "obj": "clm",
+    "no_decay_bias": False,
+    "scheduler": "constant",
+    "warmup_step": 0,
+    "i_steps": "",
+    "i_lrs": "",
+    "clip": 0.0,
+    "eval_interval": None,
+    "save_interval": setup.MOST_STEPS,  # at the end alone
+}
+
+
+def parse(words: list[str]) -> Settings:
+    sections = {
+        "data": TokenData,
+        "model": Model,
+        "optimizer": Optimizer,
+        "privacy": Privacy,
+        "loop": Loop,
+        "canaries": Canaries,
+    }
+    parser = SettingsParser(sections, SCRIPT, FIXED, unit="unit", description=__doc__.splitlines()[0])
+    return Settings(*parser.parse_settings(words))
+
+
+def check(settings: Settings) -> None:
     """Raise UserError for what can be known to be wrong before any file is read."""
-    if args.resume:
+    if settings.loop.resume:
         fail("--resume: refused, the coins and scores of an audit are not kept; start it again in another --work_dir")
-    setup.check_shared_flags(args)
-    if (args.noise_multiplier is None) == (args.target_epsilon is None):
+    settings.check()
+    privacy, loop, own = settings.privacy, settings.loop, settings.own
+    if (privacy.noise_multiplier is None) == (privacy.target_epsilon is None):
         fail("--noise_multiplier and --target_epsilon: give one of them, an audit needs a claim to compare with")
-    if args.noise_multiplier == 0:
+    if privacy.noise_multiplier == 0:
         fail("--noise_multiplier 0: such a run claims nothing that could be audited; expected a number above 0")
-    check_least(args, canaries=FEWEST)
-    for made in args.guesses or ():
-        if not 1 <= made <= args.canaries:
-            fail(f"--guesses {made}: expected a number from 1 to --canaries {args.canaries}")
-    if args.plot and not os.path.isdir(os.path.dirname(args.plot) or "."):
-        fail(f"--plot {args.plot}: the folder does not exist")
-    check_least(args, train_batch_size=1, grad_acc=1, seq_len=2, max_step=1, log_interval=1, lora_dim=0, random_seed=0)
-    check_range(
-        args,
-        lr=(0, math.inf),
-        weight_decay=(0, math.inf),
-        adam_epislon=(0, math.inf),
-        adam_beta1=(0, 1),
-        adam_beta2=(0, 1),
-        lora_dropout=(0, 1),
-        label_smooth=(0, 1),
-        noise_multiplier=(0, math.inf),
-    )
-    check_positive(args, lora_alpha=math.inf, max_epoch=setup.MOST_EPOCHS)
-    setup.check_noise(args, "max_grad_norm")
-    if args.max_step is None and args.max_epoch is None:
+    for made in own.guesses or ():
+        if not 1 <= made <= own.canaries:
+            fail(f"--guesses {made}: expected a number from 1 to --canaries {own.canaries}")
+    if own.plot and not os.path.isdir(os.path.dirname(own.plot) or "."):
+        fail(f"--plot {own.plot}: the folder does not exist")
+    if loop.max_step is None and loop.max_epoch is None:
         fail("--max_epoch: give it or --max_step, the run has no end otherwise")
-    if args.canary_kind == "text" and args.seq_len < canaries.CONTEXT + canaries.COMPLETION:
-        fail(f"--seq_len {args.seq_len}: a text canary has {canaries.CONTEXT + canaries.COMPLETION} tokens")
+    length = canaries.CONTEXT + canaries.COMPLETION
+    if own.canary_kind == "text" and settings.data.seq_len < length:
+        fail(f"--seq_len {settings.data.seq_len}: a text canary has {length} tokens")
+
+
+def read_data(settings: Settings, loaded: Loaded) -> Examples:
+    """The examples among which the canaries are planted."""
+    loaded.model.freeze_for_training()
+    trained = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
+    own, data = settings.own, settings.data
+    if own.canary_kind == "gradient" and own.canaries > trained:
+        fail(f"--canaries {own.canaries}: each gradient canary needs its own coordinate, the run trains {trained}")
+    return read_examples(data.train_data, "--train_data", loaded.model.config.vocab_size, data.seq_len)
+
+
+def make_task(
+    settings: Settings, data: canaries.CanaryData, adversary: canaries.Adversary | None, world: World
+) -> Task:
+    own, optimizer, path = settings.own, settings.optimizer, settings.data.train_data
+    steps = setup.count_steps(settings, len(data), world)
+    return Task(
+        unit="example",
+        data=data,
+        valid=None,
+        longest=settings.data.seq_len,
+        steps=steps,
+        lr=schedule(optimizer.scheduler, optimizer.lr, steps),
+        delta=settings.privacy.target_delta or DEFAULT_DELTA,
+        disclosed=[
+            f"a privacy audit with {own.canaries} {own.canary_kind} canaries among the {len(data)} units: no model to "
+            "be used"
+        ],
+        digests={"train_sha256": setup.digest_file(path)},
+        resumable=False,
+        wrap_engine=adversary and adversary.wrap_engine,
+        observe=adversary and adversary.observe,
+    )
+
+
+def write_results(
+    settings: Settings, trainer: Trainer, result: Audit, scores: np.ndarray, coins: np.ndarray, seconds: float
+) -> bool:
+    """audit_scores.npz, audit.json, the plot and a line; returns whether the claim is refuted."""
+    plan, own, best, work = trainer.plan, settings.own, result.best, trainer.work
+    claim, claim_rdp = plan.epsilon()
+    refuted = result.epsilon > claim
+    with atomic_write(work.file("audit_scores.npz"), "wb") as handle:
+        np.savez_compressed(handle, scores=scores.astype(np.float32), coins=coins)
+    work.write_json(
+        "audit.json",
+        {
+            "canaries": own.canaries,
+            "canary_kind": own.canary_kind,
+            "included": int(coins.sum()),
+            "confidence": result.confidence,
+            "delta": result.delta,
+            "epsilon_lower": result.epsilon,
+            "epsilon_claimed": finite_or_text(claim),
+            "epsilon_claimed_rdp": finite_or_text(claim_rdp),
+            "refuted": refuted,
+            "guesses_made": best.made,
+            "guesses_right": best.right,
+            "tried": [vars(one) for one in result.tried],
+            "N": plan.settings.N,
+            "q": plan.settings.q,
+            "sigma": plan.settings.sigma,
+            "clip": plan.settings.clip,
+            "steps_charged": plan.ledger.state.charged,
+            "world_size": trainer.world.size,
+            "seconds": round(seconds, 3),
+        },
+    )
+    draw(result, scores, coins, claim, own.canary_kind, own.plot or work.file("audit.png"))
+    trainer.display.say(
+        f"epsilon >= {result.epsilon:.4f} with 95 % confidence ({best.right} of {best.made} guesses right; "
+        f"{len(result.tried)} numbers of guesses tried), claimed <= {claim:.4f}, both at delta {result.delta:.3g}: "
+        + ("the claim is REFUTED" if refuted else "no contradiction"),
+        important=True,
+    )
+    return refuted
 
 
 def draw(result: Audit, scores: np.ndarray, coins: np.ndarray, claim: float, kind: str, path: str) -> None:
@@ -159,112 +220,33 @@ def draw(result: Audit, scores: np.ndarray, coins: np.ndarray, claim: float, kin
 
 
 def main() -> int:
-    args = parse(sys.argv[1:])
-    world = distributed.start(args.platform, args.local_rank, args.collective_timeout)
-    started, error = time.monotonic(), None
-    try:
-        check(args)
-        torch.manual_seed(args.random_seed)
-        loaded = load_model(args.init_checkpoint, args.model_card, setup.lora_config(args), args.base_checkpoint)
-        config = loaded.model.config
-        if args.seq_len > config.n_positions:
-            fail(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
-        loaded.model.freeze_for_training()
-        trained = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
-        if args.canary_kind == "gradient" and args.canaries > trained:
-            fail(f"--canaries {args.canaries}: each gradient canary needs its own coordinate, the run trains {trained}")
-        train = read_examples(args.train_data, "--train_data", config.vocab_size, args.seq_len)
-        N, batch = len(train) + args.canaries, args.train_batch_size * args.grad_acc * world.size
-        limits = [] if args.max_step is None else [args.max_step]
-        if args.max_epoch is not None:
-            limits.append(setup.epochs_to_steps(args.max_epoch, N, batch))
-        request = setup.Request(
-            unit="example",
-            N=N,
-            longest=args.seq_len,
-            batch=batch,
-            steps=min(limits),
-            clip=args.max_grad_norm,
-            sigma=args.noise_multiplier,
-            delta=setup.DEFAULT_DELTA if args.target_delta is None else args.target_delta,
-            target_epsilon=args.target_epsilon,
-            betas=(args.adam_beta1, args.adam_beta2),
-            adam_eps=args.adam_epislon,
-            weight_decay=args.weight_decay,
-            correct_bias=args.correct_bias,
-            no_decay_bias=False,
-            smoothing=args.label_smooth,
-            grad_clip=0.0,
-            random_seed=args.random_seed,
-            lr=schedule("constant", args.lr, min(limits)),
-            log_interval=args.log_interval,
-            eval_interval=0,
-            save_interval=min(limits),
-            resumable=False,
-        )
-        setup.check_request(request)
-    except UserError as mistake:
-        error = mistake
-    world.agree(error)
-
-    m, text = args.canaries, args.canary_kind == "text"
+    started, settings = time.monotonic(), parse(sys.argv[1:])
+    world = distributed.start(settings.loop.platform, settings.loop.local_rank, settings.loop.collective_timeout)
+    own = settings.own
+    with world.raise_if_any_failed():
+        check(settings)
+        loaded = setup.load_weights(settings, settings.model.init_checkpoint, settings.model.model_card)
+        train = read_data(settings, loaded)
+    m, text = own.canaries, own.canary_kind == "text"
     coins = canaries.toss_coins(m, world)
-    texts = canaries.text_canaries(m, train, config.vocab_size, world) if text else None
-    recorded = {**vars(args), "train_sha256": setup.digest_file(args.train_data)}
-    disclosed = [f"a privacy audit with {m} {args.canary_kind} canaries among the {N} units: no model to be used"]
-    trainer = setup.build_trainer(
-        request, args, world, loaded, canaries.CanaryData(train, coins, texts), None, args.work_dir, disclosed, recorded
+    texts = canaries.text_canaries(m, train, loaded.model.config.vocab_size, world) if text else None
+    adversary = None if text else canaries.Adversary(m, train, world)
+    with world.raise_if_any_failed():
+        task = make_task(settings, canaries.CanaryData(train, coins, texts), adversary, world)
+        setup.check_task(settings, task, world)
+    trainer = setup.build_trainer(settings, task, world, loaded)
+    cut = trainer.learner.cut
+    before = canaries.text_losses(trainer.model, texts, world.device, cut) if text and world.is_main else None
+    trainer.display.say(
+        f"audit: {m} {own.canary_kind} canaries, {coins.sum()} of them in the data, among {task.N} units"
     )
-    plan, cut = trainer.plan, trainer.options.cut
-    if text:
-        before = canaries.text_losses(trainer.model, texts, world.device, cut) if world.is_main else None
-    else:
-        quiet = canaries.quiet_coordinates(trainer.engine, trainer.flat, train, m, cut, world)
-        trainer.engine = canaries.CanaryEngine(trainer.engine, trainer.flat, plan.clipping_rule, quiet)
-        adversary = canaries.Adversary(plan, trainer.engine)
-    say = trainer.display.say
-    say(f"audit: {m} {args.canary_kind} canaries, {coins.sum()} of them in the data, among {N} units")
     setup.announce(trainer)
     status = trainer.run()
     if status == 0 and world.is_main:
         scores = before - canaries.text_losses(trainer.model, texts, world.device, cut) if text else adversary.scores
-        result = audit(scores, coins, plan.settings.delta, text or plan.settings.q == 1, counts=args.guesses)
-        claim, claim_rdp = plan.epsilon()
-        refuted, best = result.epsilon > claim, result.best
-        with atomic_write(trainer.work.file("audit_scores.npz"), "wb") as handle:
-            np.savez_compressed(handle, scores=scores.astype(np.float32), coins=coins)
-        trainer.work.write_json(
-            "audit.json",
-            {
-                "canaries": m,
-                "canary_kind": args.canary_kind,
-                "included": int(coins.sum()),
-                "confidence": result.confidence,
-                "delta": result.delta,
-                "epsilon_lower": result.epsilon,
-                "epsilon_claimed": finite_or_text(claim),
-                "epsilon_claimed_rdp": finite_or_text(claim_rdp),
-                "refuted": refuted,
-                "guesses_made": best.made,
-                "guesses_right": best.right,
-                "tried": [vars(one) for one in result.tried],
-                "N": N,
-                "q": plan.settings.q,
-                "sigma": plan.settings.sigma,
-                "clip": plan.settings.clip,
-                "steps_charged": plan.ledger.state.charged,
-                "world_size": world.size,
-                "seconds": round(time.monotonic() - started, 3),
-            },
-        )
-        draw(result, scores, coins, claim, args.canary_kind, args.plot or trainer.work.file("audit.png"))
-        say(
-            f"epsilon >= {result.epsilon:.4f} with 95 % confidence ({best.right} of {best.made} guesses right; "
-            f"{len(result.tried)} numbers of guesses tried), claimed <= {claim:.4f}, both at delta {result.delta:.3g}: "
-            + ("the claim is REFUTED" if refuted else "no contradiction"),
-            important=True,
-        )
-        status = int(refuted)
+        plan = trainer.plan.settings
+        result = audit(scores, coins, plan.delta, text or plan.q == 1, counts=own.guesses)
+        status = int(write_results(settings, trainer, result, scores, coins, time.monotonic() - started))
     world.close()
     return status
 

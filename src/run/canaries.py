@@ -127,22 +127,26 @@ class CanaryEngine:
 
 
 class Adversary:
-    """Sees every gradient that the plan releases, and nothing before that; scores the gradient canaries by it.
+    """Sees every gradient that the run releases, and nothing before that; scores the gradient canaries by it.
 
+    wrap_engine() and observe() are for the run's Task.
     scores (m,) float64: log-likelihood ratio of "in the data" against "not", for the claimed q and sigma.
     """
 
-    def __init__(self, plan: PrivacyPlan, engine: CanaryEngine):
-        self.settings, self.engine, self.released = plan.settings, engine, plan.release
-        self.scores = np.zeros(len(engine.coordinates))
-        plan.release = self.release
+    def __init__(self, m: int, examples: Examples, world: World):
+        self.examples, self.world, self.scores = examples, world, np.zeros(m)
 
-    def release(self, sums: Tensor, coordinates: int) -> Tensor:
-        grad = self.released(sums, coordinates)
+    def wrap_engine(self, engine: BookKeeping, flat: FlatParameters, plan: PrivacyPlan, cut: Cut) -> CanaryEngine:
+        """The run's engine with canaries in the coordinates that its examples move least."""
+        quiet = quiet_coordinates(engine, flat, self.examples, len(self.scores), cut, self.world)
+        self.engine, self.settings = CanaryEngine(engine, flat, plan.clipping_rule, quiet), plan.settings
+        return self.engine
+
+    def observe(self, grad: Tensor) -> None:
+        """Score by a released gradient (P,)."""
         settings = self.settings
         x = grad[self.engine.coordinates].double().cpu().numpy() * (settings.batch / settings.clip)
         self.scores += sampled_gaussian_llr(x, settings.q, settings.sigma, self.engine.size)
-        return grad
 
 
 @torch.no_grad()
