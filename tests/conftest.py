@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT / "src"))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[0:0] = [str(path) for path in (ROOT / "tests", *(ROOT / "tests").glob("[a-z]*/"))]
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ class Mutant:
     name: str
     file: str
     changes: tuple[tuple[str, str], ...]
-    tests: tuple[str, ...]  # pytest's file, or file::test
+    tests: tuple[str, ...]  # pytest's file::test; the file's name alone, in whatever folder of tests/ it is
 
 
 PLAN, SAMPLING, CLIPPING, NOISE, ACCOUNTING = (
@@ -188,6 +188,23 @@ MUTANTS = (
 )
 
 
+def find_test_file(name: str) -> pathlib.Path:
+    """The one file of a name, anywhere under tests/."""
+    found = list((ROOT / "tests").rglob(name))
+    if len(found) != 1:
+        raise ValueError(f"tests/ holds {len(found)} files {name}, expected one")
+    return found[0]
+
+
+def address(test: str) -> str:
+    """`test_file.py::test_name` with its folder, tests/ included; ValueError where there is no such test."""
+    file, _, name = test.partition("::")
+    path = find_test_file(file)
+    if f"\ndef {name}(" not in path.read_text(encoding="utf-8"):
+        raise ValueError(f"{path.relative_to(ROOT)} has no {name}, which tests/mutants.py names")
+    return f"{path.relative_to(ROOT)}::{name}"
+
+
 def mutated(text: str, mutant: Mutant) -> str:
     """The file with the mistake in it; ValueError where the text to change is gone, so that no mutant goes stale."""
     for old, new in mutant.changes:
@@ -238,7 +255,7 @@ def run_here(tests: tuple[str, ...], folder: pathlib.Path, outcome: pathlib.Path
     os.dup2(output, 2)
     failures = Failures()
     code = pytest.main(["-p", "no:cacheprovider", f"--maxfail={MOST_FAILURES}", f"--rootdir={folder}",
-                        *(f"tests/{test}" for test in tests)], plugins=[failures])
+                        *map(address, tests)], plugins=[failures])
     outcome.write_text(json.dumps([int(code), failures.names]))
     sys.stdout.flush()
     os._exit(0)
@@ -249,9 +266,11 @@ def main(words: list[str]) -> int:
     if not chosen:
         print(f"error: no mutant's name holds {' or '.join(words)}", file=sys.stderr)
         return 2
+    needed = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+    for test in needed:
+        address(test)  # before the first of them runs
     for name in PRELOADED:
         importlib.import_module(name)
-    needed = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
     survivors = 0
     width = max(len(mutant.name) for mutant in chosen)
     for mutant in (None, *chosen):

@@ -9,8 +9,8 @@ import torch
 from dp_accounting import dp_event
 from dp_accounting.pld import pld_privacy_accountant
 
-from author_runs import AUTHORS, HELD_OUT, STEPS, flags, material, script, start, train, write_corpus
-from small_runs import equal, ledger, metrics, read, server, weights
+from helpers.author_runs import AUTHORS, HELD_OUT, STEPS, flags, material, script, start, train, write_corpus
+from helpers.small_runs import equal, ledger, metrics, read, server, weights
 
 RUN_TIME_FLAGS = "--log_level info --prediction_loss_only --remove_unused_columns False --label_names labels " \
     "--dataloader_num_workers 2 --eval_accumulation_steps 1 --per_device_eval_batch_size 64 --disable_tqdm True"

@@ -17,8 +17,8 @@ import torch
 import gpt2_beam
 from base.errors import UserError
 from conftest import ROOT, assert_user_error, run_script
+from helpers.small_runs import server
 from model import GPT2Config, GPT2LMModel, LoRAConfig
-from small_runs import server
 from weights.checkpoint import load_model, save_checkpoint
 
 SCRIPT = ROOT / "src" / "gpt2_beam.py"

@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from conftest import ROOT
-from small_runs import (
+from helpers.small_runs import (
     STEPS,
     N,
     contents,

@@ -76,7 +76,7 @@ def row_blocks(rows: int) -> Iterator[None]:
 
     A kernel is chosen by the shape of its operands, and with it the order in which a row's sums are taken: the result
     of a row would depend on how many others there are. In bfloat16 that moves a result by up to 2^-8 of itself. With
-    one shape there is one kernel, and in it every row is computed alike (tests/test_company.py holds it).
+    one shape there is one kernel, and in it every row is computed alike (tests/privacy/test_company.py holds it).
     """
     global block_rows
     before, block_rows = block_rows, rows

@@ -14,7 +14,7 @@ What differs is where the words come from.
   seeded  as os, with the key sha256(seed, purpose, rank, step): a resumed run draws what the uninterrupted one drew.
           Anyone who knows the seed can subtract the noise.
 
-Normals a second, one core, float32 buffer of 124 million: see tests/test_noise.py::test_speed, which prints them.
+Normals a second, one core, float32 buffer of 124 million: tests/privacy/test_noise.py::test_speed prints them.
 """
 
 import hashlib
