@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, assert_user_error, run_script
 from helpers.author_runs import VOCAB, flags, material, start, train, write_corpus
-from helpers.small_runs import environment, read, server, write_model
+from helpers.processes import ROOT, assert_user_error, environment, run_script
+from helpers.small_runs import read, server, write_model
 
 
 @pytest.fixture(scope="module")

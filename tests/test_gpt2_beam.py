@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import torch
 
 import gpt2_beam
 from base.errors import UserError
-from conftest import ROOT, assert_user_error, run_script
+from helpers.processes import LAUNCHER, ROOT, assert_user_error, environment, free_port, run_script
 from helpers.small_runs import server
 from model import GPT2Config, GPT2LMModel, LoRAConfig
 from weights.checkpoint import load_model, save_checkpoint
@@ -26,7 +25,7 @@ CONFIG = GPT2Config(32, 2, 4, vocab_size=90, n_positions=64)
 # The published flags; the paths and the shape are the test's.
 PUBLISHED = ("--batch_size 1 --platform local --lora_dim 4 --lora_alpha 32 --beam 10 --length_penalty 0.8 "
              "--no_repeat_ngram_size 4 --repetition_penalty 1.0 --hyperparam").split()
-CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+CPU = environment()
 
 
 def write_lines(path, records) -> str:
@@ -75,17 +74,14 @@ def flags(project, work_dir, *more) -> list[str]:
 
 
 def launch(processes: int, arguments: list[str], module: str = "torch.distributed.run") -> subprocess.CompletedProcess:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return run_script("-W", "ignore", "-m", module, "--nproc_per_node", processes, "--master_port", port, SCRIPT,
+    return run_script("-W", "ignore", "-m", module, "--nproc_per_node", processes, "--master_port", free_port(), SCRIPT,
                       *arguments, env=CPU)
 
 
 def run_here(monkeypatch, arguments: list[str]) -> None:
     """main() in this process: a mistake costs milliseconds here, seconds as a process."""
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     gpt2_beam.main()
 

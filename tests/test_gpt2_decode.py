@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from conftest import ROOT, assert_user_error, run_script
+from helpers.processes import ROOT, assert_user_error, run_script
 
 SCRIPT = ROOT / "src" / "gpt2_decode.py"
 END_OF_TEXT = 256  # in the vocabulary below

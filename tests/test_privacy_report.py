@@ -10,7 +10,7 @@ import pytest
 
 import privacy_report
 from base.errors import run_main
-from conftest import ROOT, assert_user_error, run_script
+from helpers.processes import ROOT, assert_user_error, run_script
 from privacy import accounting
 from privacy.accounting import Phase
 from privacy.ledger import FILE_NAME, Ledger, epsilons

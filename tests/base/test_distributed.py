@@ -13,23 +13,7 @@ import textwrap
 import pytest
 
 from base import errors, files
-from conftest import ROOT, assert_user_error, run_script
-
-LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "GROUP_RANK",
-          "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
-          "OMPI_COMM_WORLD_LOCAL_RANK")
-
-
-def environment(**variables: object) -> dict[str, str]:
-    """This process's environment with `variables` in place of any launcher's; no GPU: the CPU path is tested."""
-    kept = {name: value for name, value in os.environ.items() if name not in LAUNCH}
-    return {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **{n: str(v) for n, v in variables.items()}}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from helpers.processes import LAUNCHER, ROOT, assert_user_error, environment, free_port, rank_environments, run_script
 
 
 def write_script(path: pathlib.Path, body: str) -> pathlib.Path:
@@ -42,12 +26,9 @@ def write_script(path: pathlib.Path, body: str) -> pathlib.Path:
 
 def run_ranks(script: pathlib.Path, size: int, *arguments: object) -> list[subprocess.CompletedProcess]:
     """`script` as `size` processes that meet on a free port; their outputs, by rank."""
-    port = free_port()
-    started = []
-    for rank in range(size):
-        env = environment(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        started.append(subprocess.Popen([sys.executable, str(script), *map(str, arguments)], env=env, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    started = [subprocess.Popen([sys.executable, str(script), *map(str, arguments)], env=environment(**variables),
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for variables in rank_environments(size)]
     finished = []
     try:
         for process in started:
@@ -173,7 +154,7 @@ def test_every_environment_starts_or_says_what_is_wrong(tmp_path):
     script = write_script(tmp_path / "script.py", f"""
         import json
         for variables, platform, local_rank, _ in json.loads(sys.argv[1]):
-            for name in {LAUNCH!r}:
+            for name in {LAUNCHER!r}:
                 os.environ.pop(name, None)
             os.environ.update(variables)
             try:

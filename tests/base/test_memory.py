@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from helpers.processes import ROOT
 
 CHILD = """
 import os, resource, sys

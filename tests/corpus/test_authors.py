@@ -15,7 +15,6 @@ from scipy.stats import chisquare
 
 from base.distributed import World
 from base.errors import UserError
-from conftest import ROOT
 from corpus import authors as author_data
 from corpus.authors import AuthorTexts, Source, WordTokens, open_cache, prepare_cache, split_authors
 from corpus.batching import PublicLengths, TightCut
@@ -32,6 +31,7 @@ from helpers.clipping_oracle import (
     run_engine,
     unit_gradients,
 )
+from helpers.processes import ROOT
 from model import GPT2LMModel, LoRAConfig
 from privacy.clipping import ClippingRule
 from run import loop

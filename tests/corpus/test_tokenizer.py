@@ -8,8 +8,8 @@ import pytest
 import regex
 
 from base.errors import UserError
-from conftest import ROOT
 from corpus.tokenizer import load_tokenizer
+from helpers.processes import ROOT
 
 TEXTS = [
     "",

@@ -3,20 +3,15 @@
 import contextlib
 import itertools
 import math
-import sys
 
 import numpy as np
 import pytest
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "eval" / "e2e"))
-
-import caption_metrics  # noqa: E402
-import java  # noqa: E402
-import measure_scores  # noqa: E402
-import ngrams  # noqa: E402
-from bootstrap import Metric, compare, draw_test_sets  # noqa: E402
+import caption_metrics
+import java
+import measure_scores
+import ngrams
+from bootstrap import Metric, compare, draw_test_sets
 
 REFERENCES = [
     ["Zizzi is a coffee shop near Burger King .", "Near Burger King is a coffee shop called Zizzi ."],
@@ -46,12 +41,6 @@ SECOND = [
     "There is a French pub in the city centre , Aromi , which is a pub .",
 ]
 SAMPLES, SEED = 120, 3
-
-
-@pytest.fixture(scope="module")
-def meteor():
-    with java.Meteor(patience=200) as program:
-        yield program
 
 
 @pytest.fixture(scope="module")

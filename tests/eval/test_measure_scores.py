@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pathlib
-import random
 import stat
 import subprocess
 import sys
@@ -15,15 +14,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from conftest import ROOT, assert_user_error, run_script
-
-sys.path.insert(0, str(ROOT / "eval" / "e2e"))
-
-import caption_metrics  # noqa: E402
-import java  # noqa: E402
-import measure_scores  # noqa: E402
-import ngrams  # noqa: E402
-import segments  # noqa: E402
+import caption_metrics
+import java
+import measure_scores
+import ngrams
+import segments
+from helpers.corpora import random_corpus, write_lines
+from helpers.processes import ROOT, assert_user_error, run_script
 
 SCRIPT = ROOT / "eval" / "e2e" / "measure_scores.py"
 METRICS = ["BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"]
@@ -60,18 +57,6 @@ def java_on_path():
     os.environ["PATH"] = path
 
 
-@pytest.fixture(scope="module")
-def meteor():
-    """One METEOR for all tests of this file: it takes seconds to start."""
-    with java.Meteor(patience=200) as program:
-        yield program
-
-
-def write_lines(path: pathlib.Path, lines) -> pathlib.Path:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-    return path
-
-
 def write_groups(path: pathlib.Path, groups) -> pathlib.Path:
     return write_lines(path, itertools.chain.from_iterable([*group, ""] for group in groups))
 
@@ -97,24 +82,6 @@ def test_reference_scores(shared, pair, meteor, monkeypatch, capsys):
 
 
 # --- BLEU and NIST ---------------------------------------------------------------------------------------------------
-
-
-def random_corpus(seed: int, count: int, shortest: int) -> tuple[list[list[str]], list[str]]:
-    """References (1 to 5 a segment) over few words, and as outputs a reference each with some of its words replaced."""
-    generator = random.Random(seed)
-    words = "the a Eagle pub is near , . £20 child-friendly it's 3.5 of café 1,000".split()
-
-    def text(length: int) -> list[str]:
-        return generator.choices(words, k=length)
-
-    references, outputs = [], []
-    for _ in range(count):
-        group = [text(generator.randint(shortest, 14)) for _ in range(generator.randint(1, 5))]
-        kept = generator.choice(group)
-        output = [word if generator.random() < 0.85 else generator.choice(words) for word in kept]
-        references.append([" ".join(reference) for reference in group])
-        outputs.append(" ".join(output))
-    return references, outputs
 
 
 @pytest.mark.parametrize("seed", range(5))

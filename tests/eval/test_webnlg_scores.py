@@ -8,15 +8,11 @@ import sys
 from collections import Counter
 
 import pytest
-from test_measure_scores import random_corpus, write_lines
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "eval" / "webnlg"))
-import webnlg_scores  # noqa: E402
-
-import java  # noqa: E402
-from segments import Segments, UserError, load_segments  # noqa: E402
+import java
+import webnlg_scores
+from helpers.corpora import random_corpus, write_lines
+from segments import Segments, UserError, load_segments
 
 
 def tokenized(seed: int = 1, count: int = 30) -> Segments:
@@ -26,12 +22,6 @@ def tokenized(seed: int = 1, count: int = 30) -> Segments:
 
     references, outputs = random_corpus(seed, count, shortest=5)
     return Segments([""] * count, [[*map(split, group)] for group in references], [*map(split, outputs)])
-
-
-@pytest.fixture(scope="module")
-def meteor():
-    with java.Meteor(patience=200) as program:
-        yield program
 
 
 @pytest.fixture

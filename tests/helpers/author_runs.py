@@ -10,11 +10,12 @@ import random
 import shutil
 import tempfile
 
-from conftest import ROOT
-from helpers.small_runs import free_port, server, write_model
+from helpers.processes import ROOT, rank_environments
+from helpers.small_runs import server, write_model
 
 AUTHORS, HELD_OUT, STEPS = 40, 2, 6  # of these names, with seed 42, a fraction of 0.16 holds out two
 VOCAB = ROOT / "vocab" / "demo"
+
 
 def write_corpus(path: pathlib.Path, authors: int, seed: int = 1, most: int = 6) -> pathlib.Path:
     draw = random.Random(seed)
@@ -54,11 +55,8 @@ def flags(work: os.PathLike, **changed: object) -> list[str]:
 
 def start(arguments: list, size: int = 1, faults: dict[int, list] | None = None, **options) -> list:
     """fine-tune-dp.py as `size` ranks; faults: rank -> its faults."""
-    port = free_port()
-    launch = [{} if size == 1 else {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1",
-                                    "MASTER_PORT": port} for rank in range(size)]
     return [server().start("src/fine-tune-dp.py", arguments, env=env, faults=(faults or {}).get(rank), **options)
-            for rank, env in enumerate(launch)]
+            for rank, env in enumerate(rank_environments(size))]
 
 
 def train(arguments: list, size: int = 1, **options) -> list:

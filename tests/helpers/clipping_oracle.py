@@ -8,15 +8,19 @@ import copy
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from corpus.examples import Examples
+from helpers.processes import ROOT
 from losses import MicroBatch
 from model import GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import FlatParameters
 from privacy import clipping
 from privacy.clipping import BookKeeping, ClippingRule
 from privacy.opacus_engine import OpacusEngine
+from weights.checkpoint import load_model
 
 CONFIG = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=37, n_positions=208)
 RULES = ("flat", "per_layer", "automatic")
@@ -167,3 +171,21 @@ def distance(ours: Gradients, expected: Gradients) -> float:
 
 def difference(left: Gradients, right: Gradients) -> Gradients:
     return {name: left[name].double() - right[name].double() for name in left}
+
+
+def demo_model(lora: bool):
+    """The demo's checkpoint, with adapters that are not zero."""
+    torch.manual_seed(1)
+    model = load_model(str(ROOT / "pretrained_checkpoints/demo"), None, LoRAConfig(4 if lora else 0, 32.0)).model
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.freeze_for_training()
+    return model.train()
+
+
+def as_examples(units: list[np.ndarray]) -> Examples:
+    """Texts of token ids; the second half of each is scored."""
+    lengths = np.array([len(unit) for unit in units])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return Examples(np.concatenate(units).astype(np.int32), starts, np.maximum(1, lengths // 2), 0, 0)

@@ -11,7 +11,6 @@ import random
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,10 +19,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from conftest import ROOT
+from helpers.processes import ROOT, environment, rank_environments
 
 N, STEPS, VOCABULARY = 40, 6, 60
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 # ------------------------------------------------------------------ files
@@ -122,20 +120,6 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 # ------------------------------------------------------------------ processes
-
-
-def environment(**more: object) -> dict[str, str]:
-    """This process's environment without a launcher's variables, without GPUs, one thread a process."""
-    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER
-            and not name.startswith("TORCHELASTIC")}
-    return {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-            **{name: str(value) for name, value in more.items()}}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass
@@ -237,11 +221,8 @@ def server() -> ForkServer:
 
 def start_ranks(arguments: list, size: int = 1, faults: dict[int, list] | None = None, **options) -> list[Run]:
     """gpt2_ft.py as `size` ranks; faults: rank -> its faults."""
-    port, faults = free_port(), faults or {}
-    launch = [{} if size == 1 else {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1",
-                                    "MASTER_PORT": port} for rank in range(size)]
-    return [server().start("src/gpt2_ft.py", arguments, env=env, faults=faults.get(rank), **options)
-            for rank, env in enumerate(launch)]
+    return [server().start("src/gpt2_ft.py", arguments, env=env, faults=(faults or {}).get(rank), **options)
+            for rank, env in enumerate(rank_environments(size))]
 
 
 def train(arguments: list, size: int = 1, faults: dict[int, list] | None = None, **options) -> list[Run]:

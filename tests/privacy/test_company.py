@@ -12,11 +12,9 @@ import pytest
 import torch
 
 from base.products import by_rows
-from conftest import ROOT
 from corpus.authors import AuthorTexts
 from corpus.batching import PublicLengths, TightCut, choose_lengths
-from corpus.examples import Examples
-from helpers.clipping_oracle import make_model
+from helpers.clipping_oracle import as_examples, demo_model, make_model
 from losses import MicroBatch
 from model import GPT2Config, LoRAConfig
 from optimizer import FlatParameters
@@ -24,7 +22,6 @@ from privacy import clipping, opacus_engine
 from privacy.clipping import BookKeeping, ClippingRule, Lookup, Outer, Ragged, Rows
 from privacy.opacus_engine import OpacusEngine
 from run.loop import autocast
-from weights.checkpoint import load_model
 
 SMALL = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=515, n_positions=72)
 LENGTHS = (8, 16, 24, 40, 64)
@@ -35,26 +32,9 @@ def model_of(lora: bool):
     return make_model(LoRAConfig(4 if lora else 0, 32.0), SMALL, torch.float32, spread=0.1)
 
 
-def demo_model(lora: bool):
-    """The demo's checkpoint, with adapters that are not zero."""
-    torch.manual_seed(1)
-    model = load_model(str(ROOT / "pretrained_checkpoints/demo"), None, LoRAConfig(4 if lora else 0, 32.0)).model
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    model.freeze_for_training()
-    return model.train()
-
-
 def texts(lengths, seed: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     return [rng.integers(0, SMALL.vocab_size, length) for length in lengths]
-
-
-def as_examples(units: list[np.ndarray]) -> Examples:
-    lengths = np.array([len(unit) for unit in units])
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    return Examples(np.concatenate(units).astype(np.int32), starts, np.maximum(1, lengths // 2), 0, 0)
 
 
 def as_authors(units: list[list[np.ndarray]], samples: int) -> AuthorTexts:

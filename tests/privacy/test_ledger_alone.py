@@ -12,10 +12,20 @@ import signal
 import time
 
 import pytest
-from test_faults import CHARGE, DRAW, UPDATE, check_charged, check_resumed, counted, counter, interrupted, kill
-from test_ledger import SETTINGS, make
 
 from base import errors
+from helpers.interrupted_runs import (
+    CHARGE,
+    DRAW,
+    UPDATE,
+    check_charged,
+    check_resumed,
+    counted,
+    counter,
+    interrupted,
+    kill,
+)
+from helpers.ledgers import SETTINGS, make
 from helpers.small_runs import (
     STEPS,
     Run,

@@ -8,11 +8,11 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-from test_company import as_examples, demo_model
-from test_privacy_plan import open_plan
 
-from conftest import ROOT, assert_user_error, run_script
 from corpus.batching import PublicLengths, choose_lengths
+from helpers.clipping_oracle import as_examples, demo_model
+from helpers.plans import open_plan
+from helpers.processes import ROOT, assert_user_error, run_script
 from helpers.small_runs import flags, start_ranks, train
 from optimizer import FlatParameters
 from privacy.clipping import MOST_TOKENS, BookKeeping, ClippingRule, rounding_share

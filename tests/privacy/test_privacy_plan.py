@@ -6,7 +6,6 @@ release(); each has its negative controls.
 
 import json
 import math
-import os
 import subprocess
 import sys
 import textwrap
@@ -14,30 +13,17 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from test_distributed import environment, free_port
 
 import mutants
 from base.distributed import World
-from conftest import ROOT
-from privacy.ledger import Ledger, read_ledger
+from helpers.plans import BATCH, CLIP, COORDINATES, SEEDED, SIGMA, STEPS, open_plan, settings
+from helpers.processes import ROOT, environment, free_port
+from privacy.ledger import read_ledger
 from privacy.noise import NoiseSource
-from privacy.plan import PlanSettings, PrivacyPlan
+from privacy.plan import PrivacyPlan
 from privacy.sampling import PoissonSampler
 
-SIGMA, CLIP, BATCH = 1.7, 0.5, 100
-COORDINATES, STEPS = 1_000_001, 4  # a million, and not divisible by the ranks
 LIMIT = 4.9  # standard deviations: one false alarm in a million runs
-
-
-def settings(**changes) -> PlanSettings:
-    given = {"unit": "example", "N": 1003, "batch": BATCH, "steps": STEPS, "clip": CLIP, "sigma": SIGMA, "delta": 1e-5}
-    return PlanSettings(**{**given, **changes})
-
-
-def open_plan(folder, given: PlanSettings) -> PrivacyPlan:
-    """A plan of one process, its ledger in `folder`."""
-    os.makedirs(folder, exist_ok=True)
-    return PrivacyPlan(given, World(), Ledger(str(folder), given.ledger_entries(1), resume=False))
 
 
 # ------------------------------------------------------------------ the noise of 1, 2 and 4 ranks
@@ -100,7 +86,6 @@ DRIVER = """
         failed += sum(os.waitpid(child, 0)[1] != 0 for child in children)
     sys.exit(failed)
 """
-SEEDED = {"noise_source": "seeded", "seed": 9}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from conftest import ROOT
+from helpers.processes import ROOT
 
 SRC = ROOT / "src"
 MODEL, SCRIPT = "model", "scripts"
@@ -121,6 +121,13 @@ def test_eval_stands_apart():
         assert not imported & known, f"{path.relative_to(ROOT)} imports of src/"
 
 
+def test_no_test_imports_a_test():
+    """What two tests share stands in tests/helpers, and not in a conftest.py either, of which there are several."""
+    for path in python_files("tests"):
+        found = {name for name in imports(path) if name.startswith("test_") or name.split(".")[0] == "conftest"}
+        assert not found, f"{path.relative_to(ROOT)} imports {min(found)}: move what both need to helpers/"
+
+
 @pytest.mark.parametrize("path", python_files("src", "eval", "scripts", "tests"), ids=lambda path: path.name)
 def test_files_and_lines_stay_short(path):
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -150,3 +157,8 @@ def test_the_checks_catch_what_is_wrong(monkeypatch, tmp_path):
         test_nothing_imports_in_a_circle()
     with pytest.raises(AssertionError, match="of no row"):
         row(layer("strange.thing"))
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_model.py").write_text("def test_it():\n    from test_losses import reference\n")
+    monkeypatch.setattr("test_architecture.ROOT", tmp_path)
+    with pytest.raises(AssertionError, match="test_model.py imports test_losses"):
+        test_no_test_imports_a_test()

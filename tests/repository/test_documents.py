@@ -7,14 +7,11 @@ import statistics
 import sys
 
 import pytest
-from test_launchers import COMMAND
-from test_results_tables import lines_of
-
-from conftest import ROOT, run_script
-
-sys.path.insert(0, str(ROOT / "scripts" / "benchmarks"))
 
 import project_scaling
+from helpers.processes import ROOT, run_script
+from helpers.published_command import COMMAND
+from helpers.result_rows import lines_of
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in
          [ROOT / "README.md", ROOT / "PRIVACY.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md",

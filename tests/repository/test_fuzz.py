@@ -7,16 +7,13 @@ import contextlib
 import os
 import pathlib
 import random
-import sys
 import time
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies
 from hypothesis import seed as seeded
-from test_bad_input import world  # noqa: F401 - a fixture
 
 from base import errors
-from conftest import ROOT
 from helpers.small_runs import VOCABULARY, material
 
 
@@ -89,7 +86,6 @@ def spoil(draw: random.Random, content: bytes) -> bytes:
 def fuzz(world: pathlib.Path, folder: pathlib.Path, seconds: float, seed: int) -> dict[str, tuple[int, int]]:
     """Spoil sound files and read them for a while, every kind in turn: {kind: (files, refused)}. Anything but an answer
     or a UserError raises, with the least damage that does it in `folder`/found.KIND."""
-    sys.path.insert(0, str(ROOT / "eval" / "e2e"))
     sound = {"tokens": world / "contexts.jsonl", "formatted": world / "formatted.jsonl",
              "predictions": world / "predict.jsonl",
              "ledger": world / "run/privacy_ledger.jsonl", "safetensors": world / "tiny/model.safetensors",

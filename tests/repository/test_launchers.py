@@ -17,12 +17,11 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT
+from helpers.processes import ROOT, alive, children, environment, free_port, until
+from helpers.published_command import COMMAND, words
 from helpers.small_runs import (
-    environment,
     equal,
     flags,
-    free_port,
     ledger,
     metrics,
     read,
@@ -34,24 +33,7 @@ from helpers.small_runs import (
     write_tokens,
 )
 
-# The first of the four commands of the README; the shape of the model is the one word that a small test replaces.
-COMMAND = """
-python -m torch.distributed.launch --nproc_per_node=16 src/gpt2_ft.py
-    --train_data ./data/e2e/train.jsonl --valid_data ./data/e2e/valid.jsonl
-    --train_batch_size 8 --grad_acc 1 --noise_multiplier 0.6 --max_grad_norm 1.0
-    --valid_batch_size 4 --seq_len 512 --model_card gpt2.md
-    --init_checkpoint ./pretrained_checkpoints/gpt2-medium-pytorch_model.bin
-    --platform local --clip 0.0 --lr 0.0004 --weight_decay 0.01 --correct_bias --adam_beta2 0.999
-    --scheduler constant --warmup_step 0 --max_epoch 20 --save_interval 1000
-    --lora_dim 4 --lora_alpha 32 --lora_dropout 0.0 --label_smooth 0.1
-    --work_dir ./trained_models/GPT2_M/e2e --random_seed 110
-"""
 WORK = "trained_models/GPT2_M/e2e"
-
-
-def words() -> list[str]:
-    """The command's words after `python`."""
-    return shlex.split(COMMAND)[1:]
 
 
 def launch(*launcher: object, arguments: list, cwd: pathlib.Path = ROOT, **options) -> subprocess.Popen:
@@ -63,24 +45,6 @@ def launch(*launcher: object, arguments: list, cwd: pathlib.Path = ROOT, **optio
 
 def torchrun(size: int) -> list[str]:
     return ["-m", "torch.distributed.run", f"--nproc_per_node={size}", f"--master_port={free_port()}"]
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def until(condition, seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 @pytest.fixture

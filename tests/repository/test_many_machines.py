@@ -12,14 +12,11 @@ import threading
 
 import pytest
 import torch.distributed as dist
-from test_faults import check_charged, counted
-from test_launchers import children, until
 
 from base import distributed
-from conftest import ROOT
-from helpers.small_runs import STEPS, environment, equal, flags, free_port, ledger, read, server, train, weights
-
-DRAW = "privacy.sampling:PoissonSampler.draw"
+from helpers.interrupted_runs import DRAW, check_charged, counted
+from helpers.processes import ROOT, children, environment, free_port, until
+from helpers.small_runs import STEPS, equal, flags, ledger, read, server, train, weights
 
 
 def agent(node: int, port: int, arguments: list, **variables: object) -> subprocess.Popen:

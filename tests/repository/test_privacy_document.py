@@ -12,8 +12,7 @@ from scipy.special import log_ndtr
 from scipy.stats import norm
 
 import mutants
-from conftest import ROOT
-from helpers.small_runs import environment
+from helpers.processes import ROOT, environment
 from privacy import accounting
 from privacy.accounting import Phase
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_checkpoint import refused
 
-from conftest import ROOT, assert_user_error, run_script
 from helpers import author_runs
+from helpers.checkpoints import refused
+from helpers.processes import ROOT, assert_user_error, run_script
 from helpers.small_runs import equal, flags, metrics, read, start_ranks, train, weights
 from optimizer import CACHE_CHUNK, norm
 from run import setup

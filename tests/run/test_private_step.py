@@ -9,12 +9,12 @@ import signal
 import numpy as np
 import pytest
 import torch
-from test_privacy_plan import SEEDED, SIGMA, open_plan, settings
 
 from base.distributed import World
 from corpus.batching import PublicLengths
 from corpus.examples import Examples
 from helpers.clipping_oracle import Text, clipped_sum, distance, draw_units, make_model, norm, sums_of, unit_gradients
+from helpers.plans import SEEDED, SIGMA, open_plan, settings
 from model import LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy import plan as plan_module

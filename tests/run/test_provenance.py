@@ -9,15 +9,15 @@ import signal
 import pytest
 import safetensors.torch
 import torch
-from test_ledger import pld_epsilon
-from test_peft_format import export
 
 from helpers import author_runs
+from helpers.checkpoints import export
+from helpers.interrupted_runs import UPDATE
+from helpers.ledgers import pld_epsilon
 from helpers.small_runs import STEPS, flags, ledger, material, read, server, start_ranks, train
 from run import provenance
 from weights.checkpoint import Loaded, load_model
 
-UPDATE = "optimizer:AdamW.step"
 WHOLE = {"lora_dim": 0, "lora_dropout": 0, "max_step": 2}
 LORA = {"max_step": 2}
 

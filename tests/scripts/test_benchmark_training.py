@@ -1,21 +1,17 @@
 """What scripts/benchmarks/benchmark_training.py times does the same work: all ways to clip give one clipped sum."""
 
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from benchmark_variants import GhostClipping, PublishedWay, pad_to, untie
 from corpus.batching import TightCut
 from corpus.examples import Examples
 from model import GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule
 from privacy.opacus_engine import OpacusEngine
-
-sys.path[1:1] = [str(ROOT / "scripts" / "benchmarks"), str(ROOT / "scripts")]
-from benchmark_variants import GhostClipping, PublishedWay, pad_to, untie  # noqa: E402
 
 CONFIG = GPT2Config(32, 2, 4, vocab_size=97, n_positions=64)
 

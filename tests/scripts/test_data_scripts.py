@@ -13,7 +13,7 @@ import threading
 
 import pytest
 
-from conftest import ROOT, assert_user_error, run_script
+from helpers.processes import ROOT, assert_user_error, run_script
 
 DEMO_VOCAB = ROOT / "vocab/demo"
 LINES = [

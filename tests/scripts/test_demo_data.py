@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from conftest import ROOT, assert_user_error, run_script
 from corpus.tokenizer import load_tokenizer
+from helpers.processes import ROOT, assert_user_error, run_script
 
 DEMO = ROOT / "data/demo"
 PUBLIC_TRAIN_SHA256 = "62e9629f1312253732ddd948ba475e77e28a764946a17852a74ce8c173e4441b"

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from test_results_tables import lines_of, synthetic
 
-from conftest import assert_user_error, run_script
+from helpers.processes import assert_user_error, run_script
+from helpers.result_rows import lines_of, synthetic
 
 TABLES = "scripts/results_tables.py"
 

@@ -6,17 +6,13 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import ROOT, run_script
-
-sys.path[:0] = [str(ROOT / "scripts" / "benchmarks"), str(ROOT / "scripts")]
-
-from test_results_tables import lines_of  # noqa: E402
-
-import project_scaling  # noqa: E402
-from base.errors import UserError  # noqa: E402
-from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig  # noqa: E402
-from optimizer import FlatParameters  # noqa: E402
-from run import loop  # noqa: E402
+import project_scaling
+from base.errors import UserError
+from helpers.processes import run_script
+from helpers.result_rows import lines_of
+from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig
+from optimizer import FlatParameters
+from run import loop
 
 SMALL = GPT2Config(n_embd=48, n_layer=3, n_head=4, vocab_size=101, n_positions=32)
 

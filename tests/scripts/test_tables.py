@@ -11,17 +11,15 @@ import subprocess
 import sys
 
 import pytest
-from test_disclosed import Left, e2e_flags
-from test_launchers import COMMAND, until
-from test_results_tables import lines_of
 
-from conftest import ROOT, assert_user_error
+import runner
+from base.errors import UserError
 from helpers.author_runs import material as author_material
+from helpers.disclosed import Left, e2e_flags
+from helpers.processes import ROOT, assert_user_error, environment, until
+from helpers.published_command import COMMAND
+from helpers.result_rows import lines_of
 from helpers.small_runs import equal, ledger, read, start_ranks, weights
-
-sys.path.insert(0, str(ROOT / "scripts" / "tables"))
-import runner  # noqa: E402
-from base.errors import UserError  # noqa: E402
 
 E2E, WEBNLG, SLURM = (f"scripts/{name}.sh" for name in ("e2e_table", "webnlg_table", "slurm_e2e"))
 AUTHORS = "scripts/author_table.sh"
@@ -30,10 +28,9 @@ DEMO = ["--data", "data/demo", "--vocab", "vocab/demo", "--seq_len", "256", "pre
 
 def start(script: str, *arguments: object, **variables: object) -> subprocess.Popen:
     """A script as the leader of a process group of its own."""
-    env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-           **{name: str(value) for name, value in variables.items()}}
-    return subprocess.Popen(["bash", script, *map(str, arguments)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(["bash", script, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            env=environment(PYTHON=sys.executable, **variables))
 
 
 def run(script: str, *arguments: object, **variables: object) -> subprocess.CompletedProcess:

@@ -9,29 +9,22 @@ import random
 import pytest
 import safetensors.torch
 import torch
-from test_checkpoint import CONFIG, SHAPE, plain_weights, random_model, refused, train_from, write_base
 
 from base.errors import UserError
-from conftest import ROOT, assert_user_error, run_script
+from helpers.checkpoints import CONFIG, SHAPE, plain_weights, random_model, refused, train_from, write_base
+from helpers.processes import ROOT, assert_user_error, run_script
+from helpers.spoiled_files import Malicious
 from weights import checkpoint
 from weights.checkpoint import load_model
 
 # ------------------------------------------------------------------ files that are no checkpoints
 
 
-class Malicious:
-    def __init__(self, command: str):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
 @pytest.mark.parametrize("form", ["zip", "legacy", "raw", "raw protocol 2", "nested"])
 def test_a_malicious_pickle_is_refused_and_does_nothing(form, tmp_path):
     base, victim = write_base(tmp_path), tmp_path / "executed"
     weights = torch.load(base, weights_only=True)
-    bomb = Malicious(f"touch {victim}")
+    bomb = Malicious(str(victim))
     path = tmp_path / "pytorch_model.bin"
     if form.startswith("raw"):
         path.write_bytes(pickle.dumps({"model_state_dict": bomb}, protocol=2 if "2" in form else 4))
@@ -49,8 +42,8 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(form, tmp_path):
 
 
 def test_the_refusal_names_what_the_file_asked_for(tmp_path):
-    torch.save({"x": Malicious("true")}, tmp_path / "evil.bin")
-    refused(lambda: load_model(str(tmp_path / "evil.bin")), "it asks for posix.system")
+    torch.save({"x": Malicious("made")}, tmp_path / "evil.bin")
+    refused(lambda: load_model(str(tmp_path / "evil.bin")), "it asks for posix.mkdir")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.bin")
     refused(lambda: load_model(str(tmp_path / "module.bin")), "it asks for torch.nn.modules.linear.Linear")
 
@@ -160,7 +153,7 @@ def test_a_script_ends_with_one_line_and_status_2(tmp_path):
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\nfrom base.errors import run_main\n"
                       "from weights.checkpoint import load_model\n"
                       "run_main(lambda: load_model(sys.argv[1], 'gpt2.sm') and None)\n")
-    torch.save({"x": Malicious(f"touch {tmp_path / 'executed'}")}, tmp_path / "evil.bin")
+    torch.save({"x": Malicious(str(tmp_path / "executed"))}, tmp_path / "evil.bin")
     (tmp_path / "text.bin").write_text("not a model\n")
     for name, words in (("evil.bin", "refused"), ("text.bin", "text.bin"), ("gone.bin", "no such file")):
         process = run_script(script, tmp_path / name)

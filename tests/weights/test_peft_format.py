@@ -12,9 +12,9 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
-from test_checkpoint import assert_same_weights, refused
 
 from helpers import author_runs
+from helpers.checkpoints import assert_same_weights, export, refused
 from helpers.small_runs import equal, flags, material, server, train, weights
 from model import SLOTS, GPT2LMModel, LoRAConfig
 from weights import checkpoint, peft_format
@@ -81,12 +81,6 @@ def ours_trained(base: pathlib.Path, work: pathlib.Path, lora_config: LoRAConfig
     work.mkdir(parents=True, exist_ok=True)
     save_checkpoint(str(work), 5, loaded.model, loaded.base, {})
     return loaded.model.eval()
-
-
-def export(work: pathlib.Path, output: pathlib.Path, *arguments: object) -> pathlib.Path:
-    run = server().start(EXPORT, ["--init_checkpoint", work, "--output", output, *arguments])
-    assert run.wait() == 0, run.stderr
-    return output
 
 
 def assert_same_logits(ours: GPT2LMModel, theirs: torch.nn.Module, base: pathlib.Path, rounded: bool = False) -> None:
