@@ -98,7 +98,7 @@ MUTANTS = (
            SAMPLER),
     Mutant("empty draws skipped", TRAINING,
            (("self.optimizer.step(grad, lr)", "len(drawn) and self.optimizer.step(grad, lr)"),), EMPTY + STEP),
-    Mutant("empty draws released without noise", PLAN, 
+    Mutant("empty draws released without noise", PLAN,
            ((BEGIN_NOISE, BEGIN_NOISE.replace("private:", "private and sums.any():")),), EMPTY),
     Mutant("empty draws drawn again", SAMPLING,
            ((MASK, "for _ in range(50):\n            found = self.own[self.source.uniform(len(self.own)) < self.q]\n"

@@ -28,7 +28,7 @@ def run(tmp_path_factory):
 
 
 def test_the_report(run):
-    work, rank = run
+    work, _ = run
     report, N = read(work), AUTHORS - HELD_OUT
     assert {key: report[key] for key in ("unit", "relation", "N", "q", "clip", "steps_charged", "delta", "delta_strict",
                                          "sampling")} == {
@@ -65,7 +65,7 @@ def test_the_metrics(run):
 def test_the_row_of_the_table(run):
     work, rank = run
     report = read(work)
-    head, rule, row = rank.stdout.splitlines()[-3:]
+    head, _, row = rank.stdout.splitlines()[-3:]
     assert head == ("| Model (HF) | Fine-tuning Method | DP | GPUs | Epochs | Train Loss | Eval Loss | epsilon | "
                     "Run Time [s] |")
     cells = [cell.strip() for cell in row.strip("|").split("|")]

@@ -3,8 +3,9 @@ and libraries (public). All of it was written for this repository.
 
 The public domain never speaks of eating or drinking, and shares no name and no phrase of a few words with the private
 one (tests/scripts/test_demo_data.py holds it): what a model knows of restaurants, it learnt under privacy. What they
-share is everyday words, as any two texts do, and the task: fields in, every one of them said once, names
-copied that were never seen before. So the public names are many and made of syllables, and now and then a made-up word is the type or a value.
+share is everyday words, as any two texts do, and the task: fields in, every one of them said once, names copied that
+were never seen before. So the public names are many and made of syllables, and now and then a made-up word is the type
+or a value.
 
 Notation. A field's phrases are in roles: pre (before the noun), post (behind it), front (first in the sentence), verb
 (after a subject). `@` is the value. A key `field=value` is for that value alone. In openers <pre>, <post>, <front>,

@@ -334,7 +334,7 @@ def test_micro_batches_hold_every_drawn_author_once(samples, budget):
         K = batch.rows_per_unit
         assert M == K * batch.units and (M * T <= budget or batch.units == 1) and batch.texts == M
         rows = [[] for _ in range(M)]
-        for position, target, weight in zip(batch.positions.tolist(), batch.targets.tolist(), batch.weights.tolist()):
+        for position, target in zip(batch.positions.tolist(), batch.targets.tolist()):
             row, t = divmod(position, T)
             assert t == len(rows[row])  # every token but the first is scored, from the state before it
             rows[row].append(target)

@@ -1,5 +1,6 @@
 """The tokenizer against a plain loop over the published algorithm, with GPT-2's vocabulary and the demonstration's."""
 
+import itertools
 import json
 import random
 import shutil
@@ -53,7 +54,7 @@ class PlainEncoder:
         for word in PATTERN.findall(text):
             parts = [self.symbols[byte] for byte in word.encode("utf-8")]
             while True:
-                pairs = [(self.rank[pair], pair) for pair in zip(parts, parts[1:]) if pair in self.rank]
+                pairs = [(self.rank[pair], pair) for pair in itertools.pairwise(parts) if pair in self.rank]
                 if not pairs:
                     break
                 first, second = min(pairs)[1]

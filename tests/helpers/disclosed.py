@@ -56,7 +56,7 @@ def row_of(file: str, entry: str, flags: frozenset[str], authors: bool) -> Row |
     name = entry.split(".")[0]
     for row in table():
         if any(pattern.fullmatch(file) for pattern in row.files) and authors >= row.authors and (
-                row.entries is None or name in row.entries or row.flags and name in flags):
+                row.entries is None or name in row.entries or (row.flags and name in flags)):
             return row
     return None
 

@@ -1,5 +1,6 @@
 """Epsilons against dp_accounting (privacy loss distributions, RDP), Opacus, mpmath and the reference values."""
 
+import itertools
 import json
 import math
 import random
@@ -191,7 +192,7 @@ def test_order_and_splitting_change_nothing():
 
 def test_monotone():
     def ascending(values):
-        assert all(left < right for left, right in zip(values, values[1:])), values
+        assert all(left < right for left, right in itertools.pairwise(values)), values
 
     prv = accounting.epsilon_prv
     ascending([prv([Phase(0.6, 0.003, steps)], 1e-5) for steps in (1, 2, 5, 20, 100, 700, 5000, 20000)])

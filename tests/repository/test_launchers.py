@@ -112,7 +112,7 @@ def test_a_scheduler_s_sigterm_under_torchrun(tmp_path):
     assert len(workers) == 2
     for pid in (launcher.pid, *workers):
         os.kill(pid, signal.SIGTERM)
-    out, err = launcher.communicate(timeout=60)
+    out, _ = launcher.communicate(timeout=60)
     assert launcher.returncode != 0 and "SIGTERM: stopped after step" in out
     until(lambda: not any(map(alive, workers)), 10)
     (model,) = work.glob("model.*.pt")
@@ -123,7 +123,7 @@ def test_a_scheduler_s_sigterm_under_torchrun(tmp_path):
     until(lambda: len(ledger(work)) > step + 3)
     os.kill(children(launcher.pid)[1], signal.SIGKILL)
     begin = time.monotonic()
-    out, err = launcher.communicate(timeout=60)
+    out, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 1 and time.monotonic() - begin < 30
     charged = len(ledger(work))
     stop = ["signal", {"point": "privacy.sampling:PoissonSampler.draw", "when": "after", "nth": 3,

@@ -42,7 +42,7 @@ def test_two_machines_give_what_one_gives(tmp_path):
     port, work = free_port(), tmp_path / "two"
     agents = [agent(node, port, flags(work, max_step=4)) for node in (0, 1)]
     for process in agents:
-        out, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     train(flags(tmp_path / "one", max_step=4), 2)
     assert equal(weights(work, 4), weights(tmp_path / "one", 4))

@@ -1,6 +1,7 @@
 """Our own checkpoints: round trips, bases that move, pairs, and every way in which writing one can be cut short."""
 
 import dataclasses
+import importlib
 import os
 import resource
 import shutil
@@ -233,8 +234,9 @@ def test_killed_at_any_point_a_whole_pair_remains(point, nth, tmp_path, monkeypa
             return real(*arguments, **options)
         return call
 
-    owner = {"open": "builtins", "save": "torch", "fsync": "os", "replace": "os", "sync_folder": "cli", "unlink": "os"}
-    module = __import__(owner[point])
+    owner = {"open": "builtins", "save": "torch", "fsync": "os", "replace": "os", "sync_folder": "base.files",
+             "unlink": "os"}
+    module = importlib.import_module(owner[point])
     monkeypatch.setattr(module, point, deadly(getattr(module, point), before=point != "save"))
     try:
         model = load_model(base, lora_config=LORA)
