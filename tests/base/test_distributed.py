@@ -1,27 +1,23 @@
-"""Errors in one line, files whole or not at all, and the ranks of a job: real processes on the loopback interface."""
+"""The ranks of a job: real processes that meet on the loopback interface."""
 
-import errno
 import json
-import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
-from base import errors, files
-from helpers.processes import LAUNCHER, ROOT, assert_user_error, environment, free_port, rank_environments, run_script
-
-
-def write_script(path: pathlib.Path, body: str) -> pathlib.Path:
-    """A script with src/ on its path whose main() is `body`."""
-    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\nimport os\n"
-                    "from base import distributed, errors, files\n"
-                    f"def main():\n{textwrap.indent(textwrap.dedent(body), '    ')}\nerrors.run_main(main)\n")
-    return path
+from base import errors
+from helpers.processes import (
+    LAUNCHER,
+    assert_user_error,
+    environment,
+    free_port,
+    rank_environments,
+    run_script,
+    write_script,
+)
 
 
 def run_ranks(script: pathlib.Path, size: int, *arguments: object) -> list[subprocess.CompletedProcess]:
@@ -38,79 +34,6 @@ def run_ranks(script: pathlib.Path, size: int, *arguments: object) -> list[subpr
         for process in started:
             process.kill()
     return finished
-
-
-# ------------------------------------------------------------------ errors and files
-
-
-@pytest.mark.parametrize("raised, words", [
-    ("errors.fail('--lr x: expected a number\\nand this')", "--lr x: expected a number and this"),
-    ("open('/no/such/file')", "/no/such/file: No such file or directory"),
-    ("raise OSError(28, 'No space left on device')", "No space left on device"),
-    ("with open('/dev/full', 'w') as f: f.write('x')", "No space left on device"),
-])
-def test_a_mistake_is_one_line_and_status_2(tmp_path, raised, words):
-    assert_user_error(run_script(write_script(tmp_path / "script.py", raised)), words)
-
-
-def test_a_bug_of_ours_keeps_its_traceback(tmp_path):
-    for raised in ("raise ValueError('ours')", "raise OSError('without a number')"):
-        process = run_script(write_script(tmp_path / "script.py", raised))
-        assert process.returncode == 1 and "Traceback" in process.stderr
-
-
-def test_a_closed_pipe_is_no_traceback(tmp_path):
-    script = write_script(tmp_path / "script.py", "for i in range(100000): print(i)")
-    process = subprocess.run(f"{sys.executable} {script} | head -1; exit ${{PIPESTATUS[0]}}", shell=True, text=True,
-                             executable="/bin/bash", capture_output=True)
-    assert process.returncode == 141 and process.stderr == "" and process.stdout == "0\n"
-
-
-def test_read_lines_ends_lines_at_line_feeds_alone(tmp_path):
-    path = tmp_path / "text"
-    path.write_bytes("a\u2028b\x0bc\r\nd\n\ne".encode())
-    assert list(files.read_lines(str(path))) == [(1, "a\u2028b\x0bc"), (2, "d"), (3, ""), (4, "e")]
-    path.write_bytes(b"fine\n\xff\n")
-    with pytest.raises(errors.UserError, match="not UTF-8"):
-        list(files.read_lines(str(path)))
-    with pytest.raises(errors.UserError, match="--data .*missing: .*No such file"):
-        list(files.read_lines(str(tmp_path / "missing"), "--data"))
-    with pytest.raises(errors.UserError, match="Is a directory"):
-        list(files.read_lines(str(tmp_path), "--data"))
-
-
-def test_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
-    path = tmp_path / "file"
-    with files.atomic_write(str(path)) as handle:
-        handle.write("old\r\n")
-        assert not path.exists()
-    assert path.read_bytes() == b"old\r\n"
-    with pytest.raises(ZeroDivisionError), files.atomic_write(str(path), "wb") as handle:
-        handle.write(b"half")
-        _ = 1 // 0
-    assert path.read_bytes() == b"old\r\n" and os.listdir(tmp_path) == ["file"]
-
-
-def test_atomic_write_survives_a_kill_and_a_full_disk(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    script = write_script(tmp_path / "script.py", """
-        import resource, signal
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        if sys.argv[2] == "full":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        with files.atomic_write(sys.argv[1], "wb") as handle:
-            handle.write(b"x" * 100000)
-            handle.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        """)
-    assert run_script(script, path, "kill").returncode == -signal.SIGKILL
-    assert path.read_text() == "old"
-    partial = [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
-    assert len(partial) == 1
-    os.unlink(tmp_path / partial[0])
-    assert_user_error(run_script(script, path, "full"), os.strerror(errno.EFBIG))
-    assert path.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["file", "script.py"]
 
 
 # ------------------------------------------------------------------ who am I: the launcher's environment

@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -19,6 +20,14 @@ def run_script(*arguments: object, cwd: pathlib.Path = ROOT, timeout: float = 30
     """Run `python ARGUMENTS` and return the finished process with its text output."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True, **options)
+
+
+def write_script(path: pathlib.Path, body: str) -> pathlib.Path:
+    """A script with src/ on its path whose main() is `body`."""
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\nimport os\n"
+                    "from base import distributed, errors, files\n"
+                    f"def main():\n{textwrap.indent(textwrap.dedent(body), '    ')}\nerrors.run_main(main)\n")
+    return path
 
 
 def assert_user_error(process: subprocess.CompletedProcess, *words: str) -> None:
