@@ -10,6 +10,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT / "src"))
 sys.path.insert(0, str(ROOT / "tests"))
+sys.path.append(str(ROOT / "scripts"))
+import start  # noqa: E402, F401  puts the folders below scripts/ on the path
 
 
 @pytest.fixture

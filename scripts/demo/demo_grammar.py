@@ -12,9 +12,11 @@ Notation. A field's phrases are in roles: pre (before the noun), post (behind it
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+Item = TypeVar("Item")
 Phrases = dict[str, dict[str, tuple[str, ...]]]
 
 
@@ -31,11 +33,11 @@ class Draw:
     def chance(self, probability: float) -> bool:
         return self._random() < probability
 
-    def pick(self, items):
+    def pick(self, items: Sequence[Item]) -> Item:
         """One item of a sequence."""
         return items[self.below(len(items))]
 
-    def shuffled(self, items: list) -> list:
+    def shuffled(self, items: list[Item]) -> list[Item]:
         """A new list (Fisher-Yates)."""
         items = list(items)
         for last in range(len(items) - 1, 0, -1):
