@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 
+import start
 from helpers.processes import ROOT
 from helpers.small_runs import flags, server, start_ranks, train
 
@@ -14,12 +15,11 @@ TRAIN, ENCODE, FORMAT = "src/gpt2_ft.py", "src/gpt2_encode.py", "src/format_conv
 DECODE, SCORE, BEAM = "src/gpt2_decode.py", "eval/e2e/measure_scores.py", "src/gpt2_beam.py"
 REPORT, EXPORT, AUDIT = "src/privacy_report.py", "src/export.py", "src/privacy_audit.py"
 WEBNLG, DART, AUTHORS = "src/format_converting_webnlg.py", "src/format_converting_dart.py", "src/fine-tune-dp.py"
-REDDIT, CORPUS, PLOT = "scripts/prepare_reddit.py", "scripts/demo/make_author_corpus.py", "scripts/plot_run.py"
-DEMO_DATA, DEMO_VOCAB = "scripts/demo/make_demo_data.py", "scripts/demo/make_demo_vocab.py"
-TIME_BEAM, TIME_TRAINING = "scripts/benchmarks/benchmark_beam.py", "scripts/benchmarks/benchmark_training.py"
-FAULTS = "scripts/audit_faults.py"
-RUNNER, TABLES, SCORE_TRIPLES = "scripts/tables/runner.py", "scripts/results_tables.py", "eval/webnlg/webnlg_scores.py"
-SCALING = "scripts/benchmarks/project_scaling.py"
+REDDIT, CORPUS, PLOT = "scripts/prepare_reddit.py", "scripts/start.py make_author_corpus", "scripts/plot_run.py"
+DEMO_DATA, DEMO_VOCAB = "scripts/start.py make_demo_data", "scripts/start.py make_demo_vocab"
+TIME_BEAM, TIME_TRAINING = "scripts/start.py benchmark_beam", "scripts/start.py benchmark_training"
+START, SCALING, FAULTS = "scripts/start.py", "scripts/start.py project_scaling", "scripts/audit_faults.py"
+RUNNER, TABLES, SCORE_TRIPLES = "scripts/start.py runner", "scripts/results_tables.py", "eval/webnlg/webnlg_scores.py"
 
 
 def training(**changed: object):
@@ -178,6 +178,7 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (TABLES, "", ["--readme"]), (TABLES, "--check", ["--readme"]), (TABLES, "@folder", ["folder", "rows/*.json"]),
     (TABLES, "--readme @absent", ["absent"]),
     (SCALING, "--gpus 0", ["--gpus"]), (SCALING, "--N 0", ["--N 0"]), (SCALING, "--reached nan", ["--reached"]),
+    (START, "x", ["x: no such program"]),
     (SCORE, "@ref.txt @sys.txt --compare @absent", ["absent"]),
     (SCORE, "@ref.txt @sys.txt --compare @three.txt", ["three"]),
     (SCORE, "@ref.txt @sys.txt --compare @sys.txt --bootstrap_samples 0", ["--bootstrap_samples 0"]),
@@ -288,9 +289,9 @@ def listing(root: pathlib.Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_line_and_status_2(world, name):
-    script, arguments, words = CASES[name]
+    (script, *program), arguments, words = CASES[name][0].split(), *CASES[name][1:]
     before = listing(world)
-    run = server().start(script, arguments(world), cwd=world / "folder")
+    run = server().start(script, [*program, *arguments(world)], cwd=world / "folder")
     assert run.wait() == 2, run.stdout + run.stderr
     for word in words:
         assert word in run.error
@@ -301,8 +302,8 @@ def test_one_line_and_status_2(world, name):
 def test_there_are_enough_cases():
     """Of every script of the repository."""
     files = [path for folder in ("src", "eval", "scripts") for path in (ROOT / folder).rglob("*.py")]
-    scripts = {str(path.relative_to(ROOT)) for path in files
-               if '\nif __name__ == "__main__":' in path.read_text()}
+    scripts = {str(path.relative_to(ROOT)) for path in files if '\nif __name__ == "__main__":' in path.read_text()}
+    scripts |= {f"scripts/start.py {program}" for program in start.PROGRAMS}
     assert len(CASES) >= 250 and {case[0] for case in CASES.values()} == scripts
 
 

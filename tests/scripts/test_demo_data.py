@@ -24,11 +24,11 @@ PRIVATE_WORDS = """restaurant pub diner inn tavern bar cafe coffee tea food meal
 
 
 def make_data(*arguments):
-    return run_script(ROOT / "scripts/demo/make_demo_data.py", *arguments)
+    return run_script("scripts/start.py", "make_demo_data", *arguments)
 
 
 def make_vocab(*arguments):
-    return run_script(ROOT / "scripts/demo/make_demo_vocab.py", *arguments)
+    return run_script("scripts/start.py", "make_demo_vocab", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def test_mistakes(project, flag, value):
 
 @pytest.mark.slow
 def test_what_is_measured():
-    done = run_script("scripts/benchmarks/project_scaling.py", "--measure", "--model_card", "gpt2.sm", timeout=900)
+    done = run_script("scripts/start.py", "project_scaling", "--measure", "--model_card", "gpt2.sm", timeout=900)
     found = json.loads(done.stdout)
     assert 0 < found["private_share_of_rate"] < 1.2 and 0 < found["link_bytes_per_s"] < 1e12
     assert found["private_share_of_rate"] < 1.2 * found["ordinary_share_of_rate"]

@@ -276,7 +276,7 @@ def test_tokens_are_of_the_data_and_the_vocabulary_that_are_named(tmp_path, smal
     arguments = ["--epsilon", 0, *places(tmp_path), "--data", data, "--vocab", vocabulary, "--name", "small", small[-1]]
     path = programs(tmp_path / "bin", python=f"""
         [ "$1" = -c ] && exec {sys.executable} "$@"
-        case "$1" in *runner.py | src/format* | src/gpt2_encode.py) exec {sys.executable} "$@" ;; *) exit 7 ;; esac""")
+        case "$1" in *start.py | src/format* | src/gpt2_encode.py) exec {sys.executable} "$@" ;; *) exit 7 ;; esac""")
     options = {"PATH": path, "PYTHON": "python"}  # nothing beyond the tokens is made
     tokens.mkdir(parents=True)
     (tokens / "train.jsonl").write_text("of nobody knows what")
@@ -373,7 +373,7 @@ def test_slurm_s_warning_saves_and_puts_the_job_back(tmp_path):
 
 
 # a Python that makes no data
-IDLE = f"""case "$1" in -c | *runner.py) exec {sys.executable} "$@" ;; esac"""
+IDLE = f"""case "$1" in -c | *start.py) exec {sys.executable} "$@" ;; esac"""
 
 # srun on one machine: the command once for each node, on which a signal is handed to all
 SRUN = """
@@ -407,7 +407,7 @@ def test_a_slurm_job_of_two_machines_is_requeued_and_ends(tmp_path, small):
 @pytest.mark.parametrize("changed, words", [
     ({"SLURM_JOB_NUM_NODES": 3}, ["--nproc 24", "does not divide"]), ({"SLURM_GPUS_ON_NODE": ""}, ["--gpus-per-node"]),
     ({"SLURM_JOB_ID": ""}, ["SLURM_JOB_ID is not set"]), ({"SLURM_SUBMIT_DIR": "/"}, ["not the repository's root"]),
-    ({"PYTHON": "false"}, ["PYTHON=false: has no torch"]),
+    ({"PYTHON": "false"}, ["PYTHON=false: is no Python 3.11"]),
 ])
 def test_slurm_mistakes(changed, words):
     assert_user_error(run(SLURM, "gpt2.xl", **{**JOB, **changed}), *words)
