@@ -23,7 +23,7 @@ from tqdm import tqdm
 from base.errors import fail, run_main
 from base.files import atomic_write, is_text
 from base.flags import Parser
-from corpus.authors import PSEUDO_AUTHORS
+from corpus.author_cache import PSEUDO_AUTHORS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ARCHIVE = os.path.join(ROOT, "data", "reddit", "corpus-webis-tldr-17.zip")
