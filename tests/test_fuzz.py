@@ -28,7 +28,7 @@ def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
     from corpus import author_cache, examples
     from corpus.tokenizer import load_tokenizer
     from privacy.ledger import epsilons, read_ledger
-    from weights import checkpoint
+    from weights import checkpoint, foreign
     if kind == "tokens":
         examples.read_examples(path, "--train_data", VOCABULARY, 32)
     elif kind == "formatted":
@@ -47,7 +47,7 @@ def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
     elif kind in ("safetensors", "bin", "ours"):
         checkpoint.load_model(path, str(material() / "tiny"))
     elif kind == "config":
-        checkpoint.read_config(path)
+        foreign.read_config(path)
 
 
 def read_scores(path: str, world: pathlib.Path) -> None:
