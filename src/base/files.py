@@ -91,9 +91,9 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
     mode is "w" (UTF-8 text, line feeds kept) or "wb". An exception inside the block leaves `path` untouched.
     """
     aside = f"{path}.{os.getpid()}.partial"
-    options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
-        with open(aside, mode, **options) as handle:
+        with open(aside, mode, encoding=encoding, newline=newline) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
