@@ -26,8 +26,8 @@ from base import distributed
 from base.distributed import World
 from base.errors import UserError, fail, run_main
 from base.flags import Parser, check_least, check_positive, check_range
-from corpus import authors as author_data
-from corpus.authors import AuthorTexts, Corpus, Source
+from corpus.author_cache import Source, describe_left_out, digest_vocab, open_cache, prepare_cache
+from corpus.authors import AuthorTexts, Corpus, split_authors
 from corpus.examples import count_shared
 from optimizer import schedule
 from run import setup
@@ -280,7 +280,7 @@ def open_corpus(path: str, flag: str, args: Namespace, world: World) -> Corpus:
     error = folder = None
     if world.local_rank == 0:
         try:
-            folder = author_data.prepare_cache(source, args.cache_dir)
+            folder = prepare_cache(source, args.cache_dir)
         except UserError as mistake:
             error = mistake
     world.agree(error)
@@ -289,7 +289,7 @@ def open_corpus(path: str, flag: str, args: Namespace, world: World) -> Corpus:
         fail(f"{flag} {path}: the machines of this job hold different files, or different vocabularies in {args.vocab}")
     error = opened = None
     try:
-        opened = author_data.open_cache(folder or folders[0])
+        opened = open_cache(folder or folders[0])
     except UserError as mistake:
         error = mistake
     world.agree(error)
@@ -311,7 +311,7 @@ def split(args: Namespace, corpus: Corpus, evaluation: Corpus | None) -> tuple[A
         facts = {"by": "file", "file_sha256": evaluation.facts["sha256"]}
     else:
         fraction = 0.02 if args.eval_fraction is None else args.eval_fraction
-        chosen, rest = author_data.split_authors(corpus.keys, fraction, args.seed)
+        chosen, rest = split_authors(corpus.keys, fraction, args.seed)
         if len(chosen) < 2:
             fail(f"--eval_fraction {fraction:g}: leaves {len(chosen)} of {A} authors to train on; give a smaller one")
         held_out, held = corpus.by_text(rest) if len(rest) else None, len(rest)
@@ -375,7 +375,7 @@ def describe(
     """Say what is trained on what."""
     say, facts = trainer.display.say, corpus.facts
     say(
-        f"{args.train_file}: {facts['records']} records; {author_data.describe_left_out(facts)}; {corpus.texts} texts "
+        f"{args.train_file}: {facts['records']} records; {describe_left_out(facts)}; {corpus.texts} texts "
         f"by {len(corpus.keys)} authors; {facts['cut']} cut to {args.sequence_len} tokens"
     )
     say(
@@ -480,7 +480,7 @@ def main() -> int:
     recorded = {
         **vars(args),
         "train_sha256": corpus.facts["sha256"],
-        "vocab_sha256": author_data.digest_vocab(args.vocab),
+        "vocab_sha256": digest_vocab(args.vocab),
         "eval_sha256": None if evaluation is None else evaluation.facts["sha256"],
     }
     disclosed = [

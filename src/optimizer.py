@@ -6,6 +6,7 @@ Shapes: P trainable coordinates.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +149,7 @@ def schedule(
     """
 
     def cycle(t: int) -> float:
-        for (left, start), (right, stop) in zip(points, points[1:]):
+        for (left, start), (right, stop) in pairwise(points):
             if left <= t < right:
                 return start + (stop - start) * (t - left) / (right - left)
         return points[0][1] if t < points[0][0] else points[-1][1]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -177,6 +178,37 @@ def test_killed_search_is_resumed(project, tmp_path, monkeypatch):
     assert read_predictions(output) == read_predictions(tmp_path / "fresh" / "predict.jsonl")
     with pytest.raises(UserError, match="nothing to resume"):
         run_here(monkeypatch, [*slow, "--resume"])
+
+
+@pytest.mark.parametrize("number, words", [
+    (None, None), (1, None), (2, "format 2 is newer"), (0, "format 0 is none"), ("1", "format '1' is none")])
+def test_a_journal_s_format(tmp_path, monkeypatch, capsys, number, words):
+    """A journal from before format numbers is resumed, and one of an unknown format refused and left alone."""
+    old = ROOT / "tests" / "fixtures" / "unnumbered"
+    search = ["--data", old / "contexts.jsonl", "--init_checkpoint", old, "--seq_len", 6, "--eval_len", 3, "--beam", 3]
+    journal = tmp_path / "predict.jsonl.journal.0"
+    first, *others = (old / "predict.jsonl.journal.0").read_text().splitlines(keepends=True)
+    identity = json.loads(first)
+    assert "format" not in identity and len(others) == 5 and not others[-1].endswith("\n")  # a kill tore it
+    first = first if number is None else json.dumps({**identity, "format": number}) + "\n"
+    journal.write_text("".join([first, *others]))
+    resume = [*search, "--work_dir", tmp_path, "--output_file", "predict.jsonl", "--resume"]
+    if words:
+        with pytest.raises(UserError, match=re.escape(f"--resume {journal}:1: {words}")):
+            run_here(monkeypatch, resume)
+        assert journal.read_text() == "".join([first, *others])
+        return
+    run_here(monkeypatch, resume)
+    assert "9 different contexts, 5 searched" in capsys.readouterr().out
+    run_here(monkeypatch, [*search, "--work_dir", tmp_path / "fresh", "--output_file", "predict.jsonl"])
+    assert (tmp_path / "predict.jsonl").read_text() == (tmp_path / "fresh" / "predict.jsonl").read_text()
+
+
+def test_a_new_journal_has_its_format(project, tmp_path, monkeypatch):
+    monkeypatch.setattr("decoding.journal.Journal.remove", lambda self: None)
+    run_here(monkeypatch, flags(project, tmp_path, "--beam", 1))
+    with open(tmp_path / "predict.jsonl.journal.0") as journal:
+        assert json.loads(journal.readline())["format"] == 1
 
 
 def test_a_second_search_into_the_same_output_is_refused(project, tmp_path):

@@ -23,8 +23,9 @@ import torch
 from base.errors import fail
 from base.files import read_lines
 from base.flags import Parser
+from base.products import PackedLinear
 from decoding.beam_search import SearchSettings, beam_search
-from decoding.top_k_head import CPU_BLOCK, PackedLinear
+from decoding.top_k_head import CPU_BLOCK
 from decoding.tree_decoder import TreeDecoder
 from model import GPT2Config
 from weights.checkpoint import load_model

@@ -264,23 +264,10 @@ def embedding(module: nn.Embedding, ids: Tensor, g: Tensor, grad: Grad) -> Found
     return [] if grad(module.weight) is None else [(module.weight, Lookup(grad(module.weight), ids, g))]
 
 
-def adapted_embedding(module: lora.Embedding, ids: Tensor, g: Tensor, grad: Grad) -> Found:
-    found = embedding(module, ids, g, grad)
-    if module.has_adapter():
-        g = wide(g)
-        up = (g @ module.lora_B) * module.scaling  # (U, S, R)
-        down = F.embedding(ids, module.lora_A.T) * module.scaling
-        found.append((module.lora_A, Lookup(grad(module.lora_A).T, ids, up)))
-        found.append((module.lora_B, Outer(grad(module.lora_B), g, down)))
-    return found
-
-
 RULES: dict[type, Callable[..., Found]] = {
     nn.Linear: lambda module, x, g, grad: linear(module, x, g, grad, transposed=False),
     Conv1D: lambda module, x, g, grad: linear(module, x, g, grad, transposed=True),
     lora.MergedLinear: adapted_linear,
-    lora.Linear: adapted_linear,
-    lora.Embedding: adapted_embedding,
     nn.Embedding: embedding,
     nn.LayerNorm: layer_norm,
 }

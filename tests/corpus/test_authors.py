@@ -15,7 +15,8 @@ from scipy.stats import chisquare
 
 from base.distributed import World
 from base.errors import UserError
-from corpus import authors as author_data
+from corpus import author_cache
+from corpus.author_cache import Source, WordTokens, open_cache, prepare_cache
 from corpus.authors import AuthorTexts, Source, WordTokens, open_cache, prepare_cache, split_authors
 from corpus.batching import PublicLengths, TightCut
 from corpus.tokenizer import load_tokenizer
@@ -91,14 +92,14 @@ def test_a_space_begins_a_piece_after_every_character():
     tokenizer = load_tokenizer(str(VOCAB))
     for code in itertools.chain(range(1, 0x3100), range(0xfe00, 0x10000)):
         text = f"a{chr(code)} b"
-        pieces = author_data.WORDS.split(text)
+        pieces = author_cache.WORDS.split(text)
         assert sum((tokenizer.encode(piece) for piece in pieces), []) == tokenizer.encode(text), hex(code)
 
 
 def test_a_full_memory_of_words_changes_nothing(monkeypatch):
     tokenizer = load_tokenizer(str(VOCAB))
     text = prose(random.Random(0), 50)
-    monkeypatch.setattr(author_data, "CACHED_WORDS", 3)
+    monkeypatch.setattr(author_cache, "CACHED_WORDS", 3)
     words = WordTokens(tokenizer)
     assert words.first(text, 1000)[0] == tokenizer.encode(text) and len(words) == 3
 
@@ -109,7 +110,7 @@ def test_a_full_memory_of_words_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("processes, chunk", [(1, 1 << 23), (2, 2000), (3, 1)])
 def test_the_cache_holds_the_corpus(tmp_path, monkeypatch, processes, chunk):
     """Every author's texts, cut, in order, however many processes made it; what is left out is counted."""
-    monkeypatch.setattr(author_data, "CHUNK", chunk)
+    monkeypatch.setattr(author_cache, "CHUNK", chunk)
     others = [(None, "nobody"), ("", "nobody"), ("[deleted]", "gone"), ("AutoModerator", "a bot"), ("short", "!"),
               ("\u00e9\u4e2d", "the last line here")]
     lines = records(300, 40) + [{"author": author, "content": content} for author, content in others]
@@ -120,7 +121,7 @@ def test_the_cache_holds_the_corpus(tmp_path, monkeypatch, processes, chunk):
     for record in lines[:300] + lines[305:]:
         ids = tokenizer.encode(record["content"])
         cut += len(ids) > 16
-        expected[author_data.name_key(record["author"])].append(tuple(ids[:16]))
+        expected[author_cache.name_key(record["author"])].append(tuple(ids[:16]))
     assert texts_by_author(corpus) == expected
     wanted = {"records": 306, "without_author": 2, "pseudo_author": 2, "too_short": 1, "cut": cut}
     assert {name: corpus.facts[name] for name in wanted} == wanted
@@ -130,8 +131,8 @@ def test_the_cache_holds_the_corpus(tmp_path, monkeypatch, processes, chunk):
 def test_a_second_start_tokenises_nothing_and_a_change_makes_it_anew(tmp_path, monkeypatch):
     path = write(tmp_path / "train.jsonl", records(50, 9))
     made = []
-    original = author_data.write_cache
-    monkeypatch.setattr(author_data, "write_cache", lambda *arguments: (made.append(1), original(*arguments)))
+    original = author_cache.write_cache
+    monkeypatch.setattr(author_cache, "write_cache", lambda *arguments: (made.append(1), original(*arguments)))
     first = prepare_cache(source(path), None)
     assert prepare_cache(source(path), None) == first and len(made) == 1
     os.utime(path)
@@ -153,7 +154,7 @@ def test_a_cache_is_whole_or_not_there(tmp_path, monkeypatch):
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(author_data.np, "savez", full_disk)
+    monkeypatch.setattr(author_cache.np, "savez", full_disk)
     with pytest.raises(UserError, match="--cache_dir .*No space left on device"):
         prepare_cache(source(path), None)
     assert os.listdir(tmp_path / ".author_cache") == []
@@ -176,13 +177,13 @@ def test_what_a_killed_run_left_aside_is_no_obstacle(tmp_path):
 def test_a_machine_of_many_cores_tokenises_with_few_processes(tmp_path, monkeypatch):
     """Each has its own memory of words: 96 of them would take more than 10 GB."""
     asked = []
-    monkeypatch.setattr(author_data.os, "sched_getaffinity", lambda _: set(range(96)))
-    monkeypatch.setattr(author_data, "CHUNK", 100)
-    monkeypatch.setattr(author_data, "tokenised_parts", lambda parts, source, processes: (
-        asked.append((len(parts), processes)), author_data.start_worker(source), map(author_data.work, parts))[-1])
+    monkeypatch.setattr(author_cache.os, "sched_getaffinity", lambda _: set(range(96)))
+    monkeypatch.setattr(author_cache, "CHUNK", 100)
+    monkeypatch.setattr(author_cache, "tokenised_parts", lambda parts, source, processes: (
+        asked.append((len(parts), processes)), author_cache.start_worker(source), map(author_cache.work, parts))[-1])
     prepare_cache(source(write(tmp_path / "train.jsonl", records(50, 9))), None)
     (parts, processes), = asked
-    assert parts > 20 and processes == author_data.PROCESSES
+    assert parts > 20 and processes == author_cache.PROCESSES
 
 
 BAD = {
@@ -203,7 +204,7 @@ BAD = {
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_bad_line_is_named(tmp_path, monkeypatch, line, words, processes):
     """With the file and the line's number, the first of them, also where another process meets it; nothing is left."""
-    monkeypatch.setattr(author_data, "CHUNK", 300)
+    monkeypatch.setattr(author_cache, "CHUNK", 300)
     good = [json.dumps(record) for record in records(40, 5)]
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join([*good[:20], line, *good[20:], "{", ""]))
@@ -235,7 +236,7 @@ def test_files_that_cannot_be_used(tmp_path):
 
 
 def test_held_out_authors():
-    keys = np.array([author_data.name_key(f"author {n}") for n in range(10_000)], dtype=np.uint64)
+    keys = np.array([author_cache.name_key(f"author {n}") for n in range(10_000)], dtype=np.uint64)
     for fraction in (0, 0.02, 0.5, 0.999):
         train, held = split_authors(keys, fraction, seed=1)
         assert sorted([*train, *held]) == list(range(10_000))

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from base import products
+from base.products import PackedLinear
 from decoding import tree_decoder
 from decoding.beam_search import NOTHING, Beams, SearchSettings, beam_search
-from decoding.top_k_head import GROUP, Edits, PackedLinear, Vocabulary
+from decoding.top_k_head import GROUP, Edits, TopKHead
 from decoding.tree_decoder import TreeDecoder
 from model import GPT2Config, GPT2LMModel, LoRAConfig
 from weights.checkpoint import load_model
@@ -61,7 +63,7 @@ class TableDecoder:
         self.states = torch.randn(V, V, 8, generator=generator)
         self.lengths = torch.randn(100, 8, generator=generator) * 0.5
         self.weight = torch.randn(V, 8, generator=generator) * sharpness
-        self.vocabulary = Vocabulary(self.weight, block)
+        self.head = TopKHead(self.weight, block)
         self.sequences: dict[tuple[int, int], list[int]] = {}
         self.admitted, self.steps, self.rows = [], 0, 0
 
@@ -224,7 +226,7 @@ def test_stops_when_no_beam_can_win():
     decoder = TableDecoder(40, 2, 0.1)
     decoder.states[..., 0], decoder.lengths[:, 0] = 12.0, 0.0  # every state agrees with EOS's row below
     decoder.weight[:, 0], decoder.weight[7, 0] = 0.0, 1.0
-    decoder.vocabulary = Vocabulary(decoder.weight)
+    decoder.head = TopKHead(decoder.weight)
     settings = SearchSettings(beam=8, eval_len=50, eos_ids=(7,), length_penalty=0.8)
     contexts = [[1], [2, 3]]
     assert_found(beam_search(contexts, decoder, settings, 2), contexts, decoder.logits_after, settings)
@@ -261,8 +263,8 @@ def test_best_pairs_equal_a_full_log_softmax(V, block):
         logits[row, token] *= 1.7 if logits[row, token] < 0 else 1 / 1.7
     logits[banned[0], banned[1]] = -math.inf
     want = torch.from_numpy(score).double()[:, None] + logits.log_softmax(1) / math.log(2)
-    total, parent, token = Vocabulary(weight, block).best_pairs(states, score, context, place, 2, 4,
-                                                                Edits(penalised, banned, 1.7))
+    total, parent, token = TopKHead(weight, block).best_pairs(states, score, context, place, 2, 4,
+                                                              Edits(penalised, banned, 1.7))
     for c in range(2):
         rows = np.nonzero(context == c)[0]
         value, cell = want[rows].flatten().topk(4)
@@ -271,8 +273,10 @@ def test_best_pairs_equal_a_full_log_softmax(V, block):
         assert token[c].tolist() == (cell % V).tolist()
 
 
+@pytest.mark.parametrize("available", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 300])
-def test_packed_product_equals_the_plain_one(rows):
+def test_packed_product_equals_the_plain_one(rows, available, monkeypatch):
+    monkeypatch.setattr(products, "AVAILABLE", available)
     x, weight, bias = torch.randn(rows, 48), torch.randn(70, 48), torch.randn(70)
     want = x.double() @ weight.double().T + bias.double()
     torch.testing.assert_close(PackedLinear(weight, bias)(x).double(), want, rtol=0, atol=48 * 2**-23 * 40)

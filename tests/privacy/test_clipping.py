@@ -149,16 +149,14 @@ def test_dropout_with_the_same_masks(name, rows, monkeypatch):
 
 
 @pytest.mark.parametrize("trained", ["everything", "adapters and biases"])
-def test_layers_of_loralib_that_this_gpt2_does_not_use(trained, monkeypatch):
-    """nn.Linear, lora.Linear, lora.Embedding in its places, the tied one included; with and without base weights."""
+def test_linear_layers_that_this_gpt2_does_not_use(trained, monkeypatch):
+    """nn.Linear, and one adapter over all outputs in either layout; with and without base weights."""
     model = make_model(LORA)
     transformer = model.transformer
-    transformer.wpe = loralib.Embedding(CONFIG.n_positions, 16, r=2, lora_alpha=4)
-    transformer.wte = loralib.Embedding(CONFIG.vocab_size, 16, r=3, lora_alpha=4)
-    model.lm_head.weight = transformer.wte.weight
     transformer.h[0].mlp.c_fc = nn.Linear(16, 64)
-    transformer.h[1].mlp.c_fc = loralib.Linear(16, 64, r=2, lora_alpha=4)
-    transformer.h[1].mlp.c_proj = loralib.Linear(64, 16, r=5, lora_alpha=4, fan_in_fan_out=True, bias=False)
+    one = {"lora_alpha": 4, "enable_lora": (True,)}
+    transformer.h[1].mlp.c_fc = loralib.MergedLinear(16, 64, r=2, **one)
+    transformer.h[1].mlp.c_proj = loralib.MergedLinear(64, 16, r=5, fan_in_fan_out=True, bias=False, **one)
     model.double().requires_grad_(True)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

@@ -22,10 +22,10 @@ def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
     import format_converting_webnlg
     import gpt2_decode
     import gpt2_encode
-    from corpus import authors, examples
+    from corpus import author_cache, examples
     from corpus.tokenizer import load_tokenizer
     from privacy.ledger import epsilons, read_ledger
-    from weights import checkpoint
+    from weights import checkpoint, foreign
     if kind == "tokens":
         examples.read_examples(path, "--train_data", VOCABULARY, 32)
     elif kind == "formatted":
@@ -33,10 +33,10 @@ def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
     elif kind == "predictions":
         gpt2_decode.read_predictions(path, 2, load_tokenizer(str(world / "vocab")))
     elif kind == "authors":
-        source = authors.Source(path, "--train_file", str(world / "vocab"), 24)
-        words = authors.WordTokens(load_tokenizer(source.vocab))
-        for part in authors.scan(path, source.flag)[1]:
-            authors.tokenise(part, source, words)
+        source = author_cache.Source(path, "--train_file", str(world / "vocab"), 24)
+        words = author_cache.WordTokens(load_tokenizer(source.vocab))
+        for part in author_cache.scan(path, source.flag)[1]:
+            author_cache.tokenise(part, source, words)
     elif kind == "webnlg":
         list(format_converting_webnlg.convert(path, "2017", "en"))
     elif kind == "ledger":
@@ -44,7 +44,7 @@ def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
     elif kind in ("safetensors", "bin", "ours"):
         checkpoint.load_model(path, str(material() / "tiny"))
     elif kind == "config":
-        checkpoint.read_config(path)
+        foreign.read_config(path)
 
 
 def read_scores(path: str, world: pathlib.Path) -> None:

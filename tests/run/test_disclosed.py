@@ -229,7 +229,7 @@ def test_files_of_tensors_hold_nothing_beside_their_entries(left):
         for value in tensors or torch.load(path, weights_only=True)["model_state_dict"].values():
             assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
     (path,) = (left("LoRA").folder / "run").glob("optimizer.*.pt")
-    assert torch.load(path, weights_only=True).keys() == {"steps", "m", "v", "progress"}
+    assert torch.load(path, weights_only=True).keys() == {"format", "steps", "m", "v", "progress"}
 
 
 # ------------------------------------------------------------------ validation data that are training data

@@ -162,6 +162,41 @@ def test_fresh_adapters_follow_the_seed_and_loading_draws_nothing(tmp_path):
         assert torch.equal(torch.get_rng_state(), before)
 
 
+# ------------------------------------------------------------------ format numbers
+
+
+def test_a_pair_from_before_format_numbers_loads_and_resumes():
+    """Files that an earlier version wrote; the weights and the moments are formulas."""
+    folder = str(ROOT / "tests" / "fixtures" / "unnumbered")
+    assert "format" not in torch.load(f"{folder}/model.7.pt", weights_only=True)
+    loaded = load_model(folder)
+    assert loaded.step == 7 and loaded.model.config == CONFIG and loaded.model.lora_config == LORA
+    assert loaded.base is None and loaded.files == [(f"{folder}/model.7.pt", {"epsilon_prv": 1.5})]
+    for k, parameter in enumerate(loaded.model.parameters()):
+        wanted = torch.sin(torch.arange(parameter.numel()) ** 2 + k).view_as(parameter)
+        torch.testing.assert_close(parameter.detach(), wanted)
+    model = random_model(LORA)
+    state = checkpoint.load_resumable(folder, 7, model)
+    assert_same_weights(model, loaded.model)
+    assert torch.equal(state.pop("m"), torch.arange(3.0)) and torch.equal(state.pop("v"), torch.ones(3))
+    assert state == {"steps": 7, "privacy": {"epsilon_prv": 1.5}}
+
+
+@pytest.mark.parametrize("name", ["model.7.pt", "optimizer.7.pt"])
+@pytest.mark.parametrize("number", [2, 0, True, "1"])
+def test_a_pair_has_its_format_and_an_unknown_one_is_refused(number, name, tmp_path):
+    run, model = tmp_path / "run", random_model(LORA)
+    train_from(write_base(tmp_path), run)
+    content = torch.load(run / name, weights_only=True)
+    assert content["format"] == 1
+    torch.save({**content, "format": number}, run / name)
+    refused(lambda: checkpoint.load_resumable(str(run), 7, model), f"--resume {run / name}: format {number!r}")
+    if name == "model.7.pt":
+        refused(lambda: load_model(str(run)), f"--init_checkpoint {run / name}: format {number!r}")
+        torch.save({"format": number, "weights of a later version": {}}, run / name)
+        refused(lambda: load_model(str(run)), f"--init_checkpoint {run / name}: format {number!r}")
+
+
 # ------------------------------------------------------------------ pairs, kills, full disks
 
 

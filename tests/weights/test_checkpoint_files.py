@@ -14,7 +14,7 @@ from base.errors import UserError
 from helpers.checkpoints import CONFIG, SHAPE, plain_weights, random_model, refused, train_from, write_base
 from helpers.processes import ROOT, assert_user_error, run_script
 from helpers.spoiled_files import Malicious
-from weights import checkpoint
+from weights import foreign
 from weights.checkpoint import load_model
 
 # ------------------------------------------------------------------ files that are no checkpoints
@@ -34,7 +34,7 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(form, tmp_path):
         torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
     refused(lambda: load_model(str(path)), "--init_checkpoint", path, "refused", "nothing in it was run")
     for entry in ("--init_checkpoint", "--resume", "--base_checkpoint"):
-        refused(lambda entry=entry: checkpoint.read_file(str(path), entry), entry)
+        refused(lambda entry=entry: foreign.read_file(str(path), entry), entry)
     assert not victim.exists()
     if form in ("zip", "legacy"):  # the bomb was live: a loader that trusts the file sets it off
         torch.load(path, weights_only=False)
