@@ -18,7 +18,7 @@ import pytest
 from small_runs import STEPS, contents, equal, flags, ledger, material, metrics, read, start_ranks, train, weights
 
 DRAW, CHARGE = "privacy.sampling:PoissonSampler.draw", "privacy.ledger:Ledger.charge"
-NOISE, SUM = "privacy.noise:NoiseSource.add_normal_", "base.distributed:World.all_reduce"
+NOISE, SUM = "privacy.randomness:NoiseSource.add_normal_", "base.distributed:World.all_reduce"
 UPDATE = "optimizer:AdamW.step"
 MEND = "privacy.ledger:Ledger.mend"
 STEP_POINTS = (CHARGE, "os:write", DRAW, "privacy.clipping:BookKeeping.accumulate", "torch:Tensor.backward", NOISE,

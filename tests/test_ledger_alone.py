@@ -14,7 +14,8 @@ import time
 import pytest
 
 from base import errors
-from privacy.ledger import Ledger, epsilons, read_ledger
+from privacy.ledger import Ledger, read_ledger
+from privacy.plan import epsilons
 from run.log import WorkDir
 from small_runs import STEPS, Run, contents, equal, flags, ledger, material, read, server, start_ranks, train, weights
 from test_faults import CHARGE, DRAW, UPDATE, check_charged, check_resumed, counted, counter, interrupted, kill

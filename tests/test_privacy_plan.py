@@ -19,7 +19,7 @@ import mutants
 from base.distributed import World
 from conftest import ROOT
 from privacy.ledger import Ledger, read_ledger
-from privacy.noise import NoiseSource
+from privacy.randomness import NoiseSource
 from privacy.plan import PlanSettings, PrivacyPlan
 from privacy.sampling import PoissonSampler
 from test_cli_distributed import environment, free_port
@@ -46,7 +46,7 @@ DRIVER = """
     import json, os, sys
     sys.path.insert(0, sys.argv[1])
     import numpy as np, torch, torch.distributed as dist
-    import distributed
+    from base import distributed
     from privacy.ledger import Ledger
     from privacy.plan import PlanSettings, PrivacyPlan
 
