@@ -175,7 +175,7 @@ MUTANTS = (
             ("written = os.write(self.handle, line)",
              "os.lseek(self.handle, self.state.size, os.SEEK_SET)\n            written = os.write(self.handle, line)\n"
              "            os.ftruncate(self.handle, self.state.size + written)")), ALONE),
-    Mutant("an unknown format read as the present one", LEDGER,
+    Mutant("unknown format read as the present one", LEDGER,
            (('check_format(record.get("format"), FORMAT, where)', 'min(FORMAT, record.get("format", 1))'),), UNKNOWN),
     Mutant("records of an earlier format kept as of the present one", LEDGER,
            (('record.get("format", ABSENT["format"])', "FORMAT"),), KEPT),
