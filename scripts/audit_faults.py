@@ -33,7 +33,7 @@ from base.files import atomic_write, read_lines
 from base.flags import Parser
 from measured_tables import audit
 from privacy.clipping import ClippingRule
-from privacy.noise import NoiseSource
+from privacy.randomness import NoiseSource
 from privacy.sampling import PoissonSampler
 
 # ------------------------------------------------------------------ faults
@@ -67,7 +67,7 @@ def participation_fixed() -> None:
 def q_wrong_by_16() -> None:
     """As where each of 16 ranks draws from a shard of N / 16 units with the whole job's batch."""
     init = PoissonSampler.__init__
-    PoissonSampler.__init__ = lambda self, N, q, world, source: init(self, N, min(1.0, 16 * q), world, source)
+    PoissonSampler.__init__ = lambda self, N, batch, world, source: init(self, N, min(N, 16 * batch), world, source)
 
 
 def clipping_off() -> None:

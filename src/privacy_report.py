@@ -25,17 +25,8 @@ from base.files import atomic_write, read_object
 from base.flags import Parser
 from privacy import accounting
 from privacy.accounting import Phase
-from privacy.ledger import (
-    FILE_NAME,
-    LedgerState,
-    check_none_was_kept,
-    epsilons,
-    noise_sources,
-    participations,
-    read_ledger,
-    spent,
-)
-from privacy.plan import RELATIONS, SEEDED_WARNING, choose_sigma, finite_or_text, relation
+from privacy.ledger import FILE_NAME, NAMES, LedgerState, check_none_was_kept, noise_sources, read_ledger
+from privacy.plan import SEEDED_WARNING, choose_sigma, epsilons, finite_or_text, participations, relation, spent
 
 REPORT_NAME = "privacy.json"
 SETTINGS = ("unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta")  # what runs can differ in
@@ -230,7 +221,7 @@ def plan(
     bar.close()
 
     print(f"plan          N {N}, expected batch {batch}, q {q:.8g}, {epochs:g} epochs = {steps} steps")
-    for sampling in RELATIONS:
+    for sampling in NAMES["sampling"]:
         print(f"relation      {relation('unit', [sampling])} ({sampling})")
     chosen = "" if target is None else f", the smallest that keeps epsilon within {target:g}"
     print(f"sigma         {sigma:.6g}{chosen}")

@@ -245,10 +245,10 @@ def test_ranks_share_the_authors_and_agree(tmp_path):
 def test_a_rank_that_draws_nobody_keeps_step(tmp_path):
     """Two expected authors on two ranks: the seeded masks, drawn again here, are empty on one, the other, both."""
     from base.distributed import World
-    from privacy.noise import NoiseSource
+    from privacy.randomness import NoiseSource
     from privacy.sampling import PoissonSampler
     N, steps, size = AUTHORS - HELD_OUT, 12, 2
-    samplers = [PoissonSampler(N, size / N, World(rank, size), NoiseSource("seeded", "mask", rank, 1))
+    samplers = [PoissonSampler(N, size, World(rank, size), NoiseSource("seeded", "mask", rank, 1))
                 for rank in range(size)]
     sizes = [[len(sampler.draw(step)) for sampler in samplers] for step in range(1, steps + 1)]
     assert {(a > 0, b > 0) for a, b in sizes} == {(True, True), (True, False), (False, True), (False, False)}

@@ -44,7 +44,7 @@ from markdown_table import markdown
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, Ordinary
-from privacy.noise import NoiseSource
+from privacy.randomness import NoiseSource
 from run.loop import EXTRA
 from run.setup import DEFAULT_TOKENS, MOST_EPOCHS
 

@@ -189,7 +189,8 @@ def _on_a_grid(
     points = (np.arange(-half, half)) * width  # (2 half,): 0 is a point, so a circular convolution keeps its place
 
     edges = np.append(points, half * width) - width / 2
-    log_size, angle, shift, rounding = 0.0, 0.0, 0.0, 0.0
+    log_size, angle = np.zeros(half + 1), np.zeros(half + 1)
+    shift, rounding = 0.0, 0.0
     for phase in phases:
         outside = _outside(phase, edges, removed)
         mass = np.abs(np.diff(outside)) / (1 - outside[0] - outside[-1])

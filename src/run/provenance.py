@@ -14,8 +14,8 @@ from collections.abc import Iterable
 
 from base.errors import fail
 from base.files import read_object
-from privacy.ledger import FILE_NAME, LedgerState, check_none_was_kept, epsilons, noise_sources, read_ledger
-from privacy.plan import finite_or_text, relation
+from privacy.ledger import FILE_NAME, LedgerState, check_none_was_kept, noise_sources, read_ledger
+from privacy.plan import epsilons, finite_or_text, relation
 from weights.checkpoint import Loaded
 
 REPORT_NAME = "privacy.json"

@@ -8,7 +8,7 @@ import signal
 from helpers.small_runs import STEPS, equal, flags, ledger, material, metrics, read, start_ranks, train, weights
 
 DRAW, CHARGE = "privacy.sampling:PoissonSampler.draw", "privacy.ledger:Ledger.charge"
-NOISE, SUM = "privacy.noise:NoiseSource.add_normal_", "base.distributed:World.all_reduce"
+NOISE, SUM = "privacy.randomness:NoiseSource.add_normal_", "base.distributed:World.all_reduce"
 UPDATE = "optimizer:AdamW.step"
 
 

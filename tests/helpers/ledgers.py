@@ -4,7 +4,7 @@ import pytest
 
 from privacy.ledger import Ledger
 
-SETTINGS = {"unit": "example", "N": 40, "q": 0.2, "sigma": 0.8, "clip": 1.0, "sampling": "poisson",
+SETTINGS = {"unit": "example", "N": 40, "q": 0.2, "sigma": 0.8, "clip": 1.0, "mechanism": "gaussian", "sampling": "poisson",
             "steps_per_epoch": 5,
             "delta": 1e-5, "world_size": 1, "noise_source": "seeded"}
 

@@ -7,7 +7,7 @@ from base.errors import UserError
 from helpers.clipping_oracle import ENGINES, RULES, draw_units, make_model, norm, pack, run_engine, unit_gradients
 from model import LoRAConfig
 from privacy.clipping import ClippingRule
-from privacy.noise import NoiseSource
+from privacy.randomness import NoiseSource
 from run.setup import CLIP_RANGE, NOISE_RANGE, check_noise
 
 

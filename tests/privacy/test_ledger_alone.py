@@ -40,7 +40,8 @@ from helpers.small_runs import (
     train,
     weights,
 )
-from privacy.ledger import Ledger, epsilons, read_ledger
+from privacy.ledger import Ledger, read_ledger
+from privacy.plan import epsilons
 from run.log import WorkDir
 
 NAME = "privacy_ledger.jsonl"

@@ -19,8 +19,8 @@ from base.distributed import World
 from helpers.plans import BATCH, CLIP, COORDINATES, SEEDED, SIGMA, STEPS, open_plan, settings
 from helpers.processes import ROOT, environment, free_port
 from privacy.ledger import read_ledger
-from privacy.noise import NoiseSource
 from privacy.plan import PrivacyPlan
+from privacy.randomness import NoiseSource
 from privacy.sampling import PoissonSampler
 
 LIMIT = 4.9  # standard deviations: one false alarm in a million runs

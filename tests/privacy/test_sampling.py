@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from base.distributed import World
-from privacy.noise import NoiseSource
+from privacy.randomness import NoiseSource
 from privacy.sampling import PoissonSampler, ShuffleSampler
 
 LIMIT = 4.9  # standard deviations: one in a million
@@ -25,7 +25,7 @@ def sources(kind: str, size: int, seed: int = 11) -> list[NoiseSource]:
 
 def table(kind: str, size: int, N: int = N, q: float = Q, steps: int = STEPS, seed: int = 11) -> np.ndarray:
     """(steps, N) how often each unit was included by all ranks together."""
-    samplers = [PoissonSampler(N, q, World(rank, size), source)
+    samplers = [PoissonSampler(N, N * q, World(rank, size), source)
                 for rank, source in enumerate(sources(kind, size, seed))]
     counts = np.zeros((steps, N), dtype=np.int64)
     for step in range(1, steps + 1):
@@ -95,7 +95,7 @@ def one_key(size: int) -> np.ndarray:
     """Every rank with rank 0's key."""
     counts = np.zeros((STEPS, N), dtype=np.int64)
     for rank in range(size):
-        sampler = PoissonSampler(N, Q, World(rank, size), NoiseSource("seeded", "mask", 0, 11))
+        sampler = PoissonSampler(N, N * Q, World(rank, size), NoiseSource("seeded", "mask", 0, 11))
         for step in range(STEPS):
             counts[step, sampler.draw(step + 1).numpy()] += 1
     return counts
@@ -139,21 +139,21 @@ def test_the_checks_catch_what_is_wrong():
 def test_the_ranks_share_out_the_units(size):
     """q = 1 draws everybody once, on one rank; so does every N, also with fewer units than ranks."""
     for count in (1, 3, 10, 11):
-        drawn = [PoissonSampler(count, 1.0, World(rank, size), source).draw(1)
+        drawn = [PoissonSampler(count, count, World(rank, size), source).draw(1)
                  for rank, source in enumerate(sources("os", size))]
         assert torch.equal(torch.cat(drawn).sort().values, torch.arange(count))
 
 
 def test_tiny_q_draws_nobody():
     """Empty draws are draws: tensors of no units, step after step."""
-    sampler = PoissonSampler(1000, 1e-12, World(), NoiseSource("os", "mask"))
+    sampler = PoissonSampler(1000, 1e-9, World(), NoiseSource("os", "mask"))
     for step in range(1, 200):
         drawn = sampler.draw(step)
         assert drawn.shape == (0,) and drawn.dtype == torch.int64
 
 
 def test_a_resumed_seeded_run_draws_what_the_uninterrupted_one_drew():
-    whole, resumed = (PoissonSampler(N, Q, World(1, 2), NoiseSource("seeded", "mask", 1, 5)) for _ in range(2))
+    whole, resumed = (PoissonSampler(N, N * Q, World(1, 2), NoiseSource("seeded", "mask", 1, 5)) for _ in range(2))
     draws = [whole.draw(step) for step in range(1, 8)]
     for step in (5, 6, 7):
         assert torch.equal(resumed.draw(step), draws[step - 1])

@@ -24,7 +24,8 @@ def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
     import gpt2_encode
     from corpus import author_cache, examples
     from corpus.tokenizer import load_tokenizer
-    from privacy.ledger import epsilons, read_ledger
+    from privacy.ledger import read_ledger
+    from privacy.plan import epsilons
     from weights import checkpoint, foreign
     if kind == "tokens":
         examples.read_examples(path, "--train_data", VOCABULARY, 32)

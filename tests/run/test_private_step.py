@@ -20,8 +20,8 @@ from optimizer import AdamW, FlatParameters
 from privacy import plan as plan_module
 from privacy.clipping import BookKeeping, ClippingRule
 from privacy.ledger import read_ledger
-from privacy.noise import NoiseSource
 from privacy.plan import PlanSettings
+from privacy.randomness import NoiseSource
 from run.log import WorkDir
 from run.loop import EXTRA, LoopOptions, Trainer
 from weights.checkpoint import Loaded

@@ -20,6 +20,7 @@ Normals a second, one core, float32 buffer of 124 million: tests/privacy/test_no
 import hashlib
 import math
 import os
+from typing import NoReturn, SupportsIndex
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ class AesCtrWords:
     def words(self, count: int) -> np.ndarray:
         """(count,) uint64, little-endian from the bytes of the stream, which goes on where the last call ended."""
         stream = np.empty(8 * count + 16, dtype=np.uint8)  # update_into wants room for a block more than it writes
-        written = self.encryptor.update_into(bytes(8 * count), stream)
+        written = self.encryptor.update_into(bytes(8 * count), stream.data)
         if written != 8 * count:
             raise RuntimeError(f"the key stream gave {written} bytes where {8 * count} were asked for")
         return stream[:written].view("<u8")
@@ -114,7 +115,7 @@ class NoiseSource:
     def __repr__(self) -> str:
         return f"NoiseSource({self.kind!r}, {self.purpose!r}, rank={self.rank}, device={str(self.device)!r})"
 
-    def __reduce_ex__(self, protocol: int):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError("a NoiseSource is never pickled or copied: its key would leave the process, or be used twice")
 
     def begin_step(self, step: int) -> None:
