@@ -25,18 +25,15 @@ import shutil
 import sys
 from collections.abc import Callable
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-SRC = os.path.join(HERE, "..", "src")
-sys.path[:0] = [SRC, HERE]
-
 import torch
 
+import start  # puts src/ and the folders below scripts/ on the path
 from base.errors import fail, run_main
 from base.files import atomic_write, read_lines
 from base.flags import Parser
 from measured_tables import audit
 from privacy.clipping import ClippingRule
-from privacy.noise import NoiseSource
+from privacy.randomness import NoiseSource
 from privacy.sampling import PoissonSampler
 
 # ------------------------------------------------------------------ faults
@@ -57,12 +54,12 @@ def sigma_at_two_thirds() -> None:
 
 def participation_fixed() -> None:
     """The mask of the first step is used again in every later one, as after a generator that starts anew each step."""
-    draw = PoissonSampler.draw
+    draw, masks = PoissonSampler.draw, list[torch.Tensor]()
 
     def draw_once(self: PoissonSampler, step: int) -> torch.Tensor:
-        if not hasattr(self, "mask"):
-            self.mask = draw(self, step)
-        return self.mask
+        if not masks:
+            masks.append(draw(self, step))
+        return masks[0]
 
     PoissonSampler.draw = draw_once
 
@@ -70,7 +67,7 @@ def participation_fixed() -> None:
 def q_wrong_by_16() -> None:
     """As where each of 16 ranks draws from a shard of N / 16 units with the whole job's batch."""
     init = PoissonSampler.__init__
-    PoissonSampler.__init__ = lambda self, N, q, world, source: init(self, N, min(1.0, 16 * q), world, source)
+    PoissonSampler.__init__ = lambda self, N, batch, world, source: init(self, N, min(N, 16 * batch), world, source)
 
 
 def clipping_off() -> None:
@@ -152,9 +149,9 @@ def run(fault: Callable[[], None], flags: Flags, folder: str) -> dict:
             os.dup2(output, 2)
             fault()
             sys.argv = argv
-            runpy.run_path(os.path.join(SRC, "privacy_audit.py"), run_name="__main__")
+            runpy.run_path(os.path.join(start.ROOT, "src", "privacy_audit.py"), run_name="__main__")
         except SystemExit as end:
-            status = end.code
+            status = end.code if isinstance(end.code, int) else 2
         finally:
             sys.stdout.flush()
             os._exit(status)
@@ -193,7 +190,7 @@ def main() -> int:
         row for row in ROWS if (not args.settings or row[2] in args.settings) and (not args.only or row[0] in args.only)
     ]
     tested = {where for *_, where in chosen}
-    rows = [row for row in ROWS if row in chosen or row[0] == "none" and row[2] in tested]
+    rows = [row for row in ROWS if row in chosen or (row[0] == "none" and row[2] in tested)]
     os.makedirs(args.output, exist_ok=True)
     texts = [text for _, text in read_lines(args.train_data, "--train_data")]
     examples, short = min(len(texts), args.examples), os.path.join(args.output, "examples.jsonl")

@@ -28,7 +28,7 @@ train() {
 }
 
 step "data: a generated corpus whose texts have authors"
-"$PYTHON" scripts/demo/make_author_corpus.py --authors 2000 --records 8000 --words 25 --out "$runs/corpus.jsonl"
+"$PYTHON" scripts/start.py make_author_corpus --authors 2000 --records 8000 --words 25 --out "$runs/corpus.jsonl"
 train dp_epsilon8 --target_epsilon 8 --per_sample_max_grad_norm 1.0
 train non_private --disable_dp
 

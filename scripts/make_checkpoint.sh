@@ -34,7 +34,7 @@ install_requirements requirements.txt
 work="$ROOT/trained_models/$1_pretraining"
 mkdir -p "$work"
 if [ "$1" = demo ]; then
-    "$PYTHON" scripts/demo/make_demo_data.py --domain public --out "$work"
+    "$PYTHON" scripts/start.py make_demo_data --domain public --out "$work"
     texts=("$work"/public_{train,valid}.txt) converter=e2e vocab=vocab/demo
     model=pretrained_checkpoints/demo/config.json
     flags=(--max_epoch 6 --log_interval 100 --eval_interval 500 --save_interval 1000 --micro_batch_tokens 4096)

@@ -9,17 +9,16 @@ A run that is still going can be drawn. Of steps that a resumed run did again, t
 
 import json
 import os
-import sys
-
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "src"))
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
+import start  # noqa: F401  puts src/ on the path
 from base.errors import fail, run_main
 from base.files import atomic_write, read_lines
 from base.flags import Parser
@@ -36,7 +35,7 @@ FORMATS = (".png", ".pdf", ".svg")
 def read_metrics(folder: str) -> list[dict]:
     """What a run knows of each step that it logged: the records of its metrics.jsonl, merged by step."""
     path = os.path.join(folder, "metrics.jsonl")
-    lines, points = list(read_lines(path)), {}
+    lines, points = list(read_lines(path)), dict[int, dict]()
     for number, line in lines:
         try:
             record = json.loads(line)
@@ -82,14 +81,13 @@ def draw(runs: dict[str, list[dict]], deltas: set[float | None], against: str) -
     """One panel for each of PANELS that any run has numbers for, one colour for each run."""
     shown = [name for name in PANELS if any(series(points, name, against)[0] for points in runs.values())]
     rows, columns = (2, 2) if len(shown) == 4 else (1, max(1, len(shown)))
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(5.2 * columns, 3.7 * rows + 0.5), layout="constrained", squeeze=False, sharex=True
-    )
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    size = (5.2 * columns, 3.7 * rows + 0.5)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout=layout, squeeze=False, sharex=True)
     palette = plt.get_cmap("tab10" if len(runs) <= 10 else "turbo")
     colours = [palette(i if len(runs) <= 10 else i / (len(runs) - 1)) for i in range(len(runs))]
-    for axes, name in zip(grid.flat, shown):
-        for colour, points in zip(colours, runs.values()):
+    for axes, name in zip(grid.flat, shown, strict=False):
+        for colour, points in zip(colours, runs.values(), strict=True):
             places, values = series(points, name, against)
             marker = "o" if len(places) <= 25 else ""
             axes.plot(places, values, color=colour, linewidth=1.4, marker=marker, markersize=3.5)
@@ -103,8 +101,9 @@ def draw(runs: dict[str, list[dict]], deltas: set[float | None], against: str) -
         axes.spines[["top", "right"]].set_visible(False)
         if name == "epsilon":
             axes.set_ylim(0, None)
-            if len(deltas) == 1 and None not in deltas:
-                axes.set_title(f"{PANELS[name]}, delta {min(deltas):g}", fontsize=10)
+            known = {delta for delta in deltas if delta is not None}
+            if len(known) == len(deltas) == 1:
+                axes.set_title(f"{PANELS[name]}, delta {known.pop():g}", fontsize=10)
         if name == "grad_norm":
             values = [value for line in axes.lines for value in line.get_ydata()]
             if max(values) > 5 * min(values) > 0:
@@ -137,9 +136,9 @@ def main() -> None:
     if not os.path.isdir(os.path.dirname(args.out) or "."):
         fail(f"--out {args.out}: there is no folder {os.path.dirname(args.out)}; make it first")
     folders = list(dict.fromkeys(map(os.path.abspath, args.runs)))
-    runs = dict(zip(label_runs(folders), map(read_metrics, folders)))
+    runs = dict(zip(label_runs(folders), map(read_metrics, folders), strict=True))
     private = [any(type(point.get("epsilon")) in (int, float) for point in points) for points in runs.values()]
-    deltas = {read_delta(folder) for folder, is_private in zip(folders, private) if is_private}
+    deltas = {read_delta(folder) for folder, is_private in zip(folders, private, strict=True) if is_private}
     figure = draw(runs, deltas, args.against)
     with atomic_write(args.out, "wb") as handle:
         figure.savefig(handle, format=form[1:], dpi=120)

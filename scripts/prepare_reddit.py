@@ -16,17 +16,15 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "src"))
-
 from tqdm import tqdm
 
+import start  # puts src/ and the folders below scripts/ on the path
 from base.errors import fail, run_main
 from base.files import atomic_write, is_text
 from base.flags import Parser
-from corpus.authors import PSEUDO_AUTHORS
+from corpus.author_cache import PSEUDO_AUTHORS
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ARCHIVE = os.path.join(ROOT, "data", "reddit", "corpus-webis-tldr-17.zip")
+ARCHIVE = os.path.join(start.ROOT, "data", "reddit", "corpus-webis-tldr-17.zip")
 
 
 def archive_lines(path: str) -> Iterator[tuple[str, bytes]]:
@@ -64,23 +62,23 @@ def usable(line: bytes, where: str) -> tuple[dict | None, str]:
     return {"author": author, "content": content}, ""
 
 
-def main() -> int | None:
+def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--archive", help="a local corpus-webis-tldr-17.zip (default: downloaded to data/reddit)")
-    parser.add_argument("--output", default=os.path.join(ROOT, "data", "reddit", "train.jsonl"))
+    parser.add_argument("--output", default=os.path.join(start.ROOT, "data", "reddit", "train.jsonl"))
     parser.add_argument("--records", type=int, default=500_000, help="usable records to take (default 500000)")
     args = parser.parse_args()
     if args.records < 1:
         fail(f"--records {args.records}: expected at least 1")
     if args.archive is None:
-        status = subprocess.run(["bash", os.path.join(ROOT, "scripts", "download_reddit.sh")]).returncode
+        status = subprocess.run(["bash", os.path.join(start.ROOT, "scripts", "download_reddit.sh")]).returncode
         if status:
             return status  # it has said why
     elif not os.path.isfile(args.archive):
         fail(f"--archive {args.archive}: no such file")
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
 
-    taken, left_out, authors = 0, Counter(), set()
+    taken, left_out, authors = 0, Counter[str](), set[str]()
     bar = tqdm(desc="records", total=args.records, unit=" records", disable=not sys.stderr.isatty())
     with atomic_write(args.output) as out, bar:
         for where, line in archive_lines(args.archive or ARCHIVE):
@@ -100,6 +98,7 @@ def main() -> int | None:
         print(f"the archive ended after {taken} usable records of {args.records}")
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "nothing"
     print(f"{args.output}: {taken} records by {len(authors)} authors; left out: {reasons}")
+    return 0
 
 
 if __name__ == "__main__":

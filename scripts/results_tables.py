@@ -14,17 +14,15 @@ import json
 import os
 import re
 import statistics
-import sys
 from collections.abc import Callable
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-sys.path.insert(0, os.path.join(ROOT, "src"))
-
+import start  # puts src/ and the folders below scripts/ on the path
 from base.errors import fail, run_main
 from base.files import atomic_write, open_text
 from base.flags import Parser
 from markdown_table import dict_table
 from measured_tables import measured_table
+from row import E2E_SHA256
 
 E2E_SCORES, TRIPLES_SCORES = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"), ("BLEU", "METEOR", "TER", "chrF++")
 SETS = ("all", "seen", "unseen")  # of categories, where a task parts them
@@ -43,7 +41,6 @@ METHODS = {"lora": "LoRA", "full": "full", "none": "untrained"}
 # BLEU without privacy on E2E's test set, as LoRA's authors report it (Hu et al., 2021, table 3). Other published
 # figures are of private runs whose epsilon is not what they say, or of other held-out data: nothing stands beside
 # those rows.
-E2E_SHA256 = "dbc41b098ac523651894eabb7fe140f272445efe3bb4654d4666f2a1976c86b2"  # data/e2e/train.jsonl
 PUBLISHED = {
     ("gpt2.md", "lora"): 0.704,
     ("gpt2.lg", "lora"): 0.704,
@@ -137,8 +134,8 @@ def budget_order(row: dict) -> float:
 
 def spread(rows: Rows, value: Callable[[dict], float | None], form: str) -> str:
     """Mean of value(row), and the standard deviation over seeds where there are several; "-" where a row has none."""
-    found = [value(row) for row in rows]
-    if any(number is None for number in found):
+    found = [number for row in rows if (number := value(row)) is not None]
+    if len(found) < len(rows):
         return "-"
     if len(found) == 1:
         return format(found[0], form)
@@ -210,7 +207,7 @@ def columns(task: str) -> list[tuple[str, Cell]]:
 
 def place_of(folder: str) -> str:
     """The folder as seen from the repository's root."""
-    place = os.path.relpath(folder, ROOT)
+    place = os.path.relpath(folder, start.ROOT)
     return os.path.basename(os.path.normpath(folder)) if place.startswith("..") else place
 
 
@@ -282,7 +279,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where --readme would change")
     parser.add_argument(
         "--results",
-        default=os.path.relpath(os.path.join(ROOT, "results")),
+        default=os.path.relpath(os.path.join(start.ROOT, "results")),
         help="folder of all results (default: the repository's)",
     )
     args = parser.parse_args()

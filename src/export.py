@@ -26,7 +26,8 @@ from model import GPT2Config, GPT2LMModel
 from privacy.ledger import FILE_NAME
 from run import provenance
 from weights import peft_format
-from weights.checkpoint import Loaded, fingerprint, load_model
+from weights.checkpoint import Loaded, load_model
+from weights.foreign import fingerprint
 
 WEIGHTS = {"merged": "model.safetensors", "peft": "adapter_model.safetensors"}
 # The tokenizer's files: ours, and Hugging Face's names for the same content.
@@ -76,7 +77,7 @@ def base_weights(model: GPT2LMModel) -> dict[str, Tensor]:
 
 
 def merged_weights(model: GPT2LMModel) -> dict[str, Tensor]:
-    """The same with the adapters folded in."""
+    """base_weights() with the adapters folded in."""
     lora.merge(model)
     weights = {name: value.clone() for name, value in base_weights(model).items()}
     lora.unmerge(model)

@@ -14,10 +14,8 @@ Leaves in --output_dir: model.{step}.pt, args.json, metrics.jsonl, privacy_ledge
 """
 
 import dataclasses
-import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,20 +25,19 @@ from base import distributed
 from base.distributed import World
 from base.errors import fail, run_main
 from base.flags import REQUIRED, SettingsParser, flag, spelled
-from corpus import authors as author_data
-from corpus.authors import AuthorTexts, Corpus, Source
+from corpus.author_cache import Source, describe_left_out, digest_vocab, open_cache, prepare_cache
+from corpus.authors import AuthorTexts, Corpus, split_authors
 from corpus.examples import count_shared
-from optimizer import schedule
+from optimizer import HUGGING_FACE_SCHEDULES, hugging_face_schedule
 from run import setup
 from run.loop import Trainer
-from run.settings import Loop, Model, Optimizer, Privacy, Settings
+from run.settings import SHARED, Settings
 from run.task import Task
 from weights.checkpoint import latest_resumable, model_path
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHECKPOINTS = os.path.join(ROOT, "pretrained_checkpoints")
 MODEL_NAMES = {"gpt2": "gpt2.sm", "gpt2-medium": "gpt2.md", "gpt2-large": "gpt2.lg", "gpt2-xl": "gpt2.xl"}
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 COLUMNS = "Model (HF),Fine-tuning Method,DP,GPUs,Epochs,Train Loss,Eval Loss,epsilon,Run Time [s]".split(",")
 QUANTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
 
@@ -143,7 +140,7 @@ SCRIPT = {
     "lora_dim": spelled(help="rank of the adapters"),
     "lora_alpha": spelled(default=32),
     "lr": spelled("learning_rate", default=5e-5),
-    "scheduler": spelled("lr_scheduler_type", choices=SCHEDULERS),
+    "scheduler": spelled("lr_scheduler_type", choices=HUGGING_FACE_SCHEDULES),
     "warmup_step": spelled("warmup_steps"),
     "weight_decay": spelled(default=0.0),
     "adam_beta2": spelled(default=0.999),
@@ -182,10 +179,7 @@ FIXED = {
 def parse(words: list[str]) -> Settings:
     sections = {
         "data": AuthorData,
-        "model": Model,
-        "optimizer": Optimizer,
-        "privacy": Privacy,
-        "loop": Loop,
+        **SHARED,
         "Hugging Face's Trainer": HuggingFace,
         "accepted, without effect": WithoutEffect,
     }
@@ -197,7 +191,8 @@ def parse(words: list[str]) -> Settings:
 def check(settings: Settings) -> None:
     """Raise UserError for what can be known to be wrong before any file is read."""
     settings.check()
-    model, privacy, loop, own, data = (settings.model, settings.privacy, settings.loop, settings.own, settings.data)
+    model, privacy, loop, own, data = settings.model, settings.privacy, settings.loop, settings.own, settings.data
+    max_step = -1 if loop.max_step is None else loop.max_step
     if not own.disable_dp and (privacy.noise_multiplier is None) == (privacy.target_epsilon is None):
         fail("--noise_multiplier and --target_epsilon: give exactly one of them, or --disable_dp")
     if data.eval_file is not None and data.eval_fraction is not None:
@@ -206,8 +201,8 @@ def check(settings: Settings) -> None:
         fail("--enable_lora: --lora_dim is 0, expected a rank of at least 1, such as --lora_dim 4")
     if model.lora_dim and not own.enable_lora:
         fail(f"--lora_dim {model.lora_dim}: trains adapters only with --enable_lora; give it, or leave --lora_dim out")
-    if loop.max_step == 0 or loop.max_step < -1:
-        fail(f"--max_steps {loop.max_step}: expected at least one step, or -1 for --num_train_epochs")
+    if max_step == 0 or max_step < -1:
+        fail(f"--max_steps {max_step}: expected at least one step, or -1 for --num_train_epochs")
     if loop.eval_interval is not None and own.eval_strategy != "steps":
         fail(
             f"--eval_steps {loop.eval_interval}: means nothing with --eval_strategy {own.eval_strategy}; give "
@@ -219,7 +214,7 @@ def check(settings: Settings) -> None:
 
 def translated(settings: Settings) -> Settings:
     """Checked settings of Hugging Face's Trainer as the rest of a run understands them."""
-    loop, own = settings.loop, settings.own
+    loop, own, counted = settings.loop, settings.own, (settings.loop.max_step or 0) > 0
     intervals = {
         "no": 0,
         "steps": loop.eval_interval or loop.log_interval,
@@ -229,8 +224,8 @@ def translated(settings: Settings) -> Settings:
         "resume": loop.resume or resume_asked(own.resume_from_checkpoint, loop.work_dir),
         "eval_interval": 1 if own.dry_run else intervals[own.eval_strategy],
         "log_interval": 1 if own.dry_run else loop.log_interval,
-        "max_step": loop.max_step if loop.max_step > 0 else None,
-        "max_epoch": None if loop.max_step > 0 else loop.max_epoch,
+        "max_step": loop.max_step if counted else None,
+        "max_epoch": None if counted else loop.max_epoch,
         "show_bar": not own.disable_tqdm,
         "show_progress": own.log_level not in ("warning", "error", "critical"),
     }
@@ -282,12 +277,12 @@ def open_corpus(path: str, flag: str, data: AuthorData, world: World) -> Corpus:
     folder = None
     with world.raise_if_any_failed():
         if world.local_rank == 0:
-            folder = author_data.prepare_cache(source, data.cache_dir)
+            folder = prepare_cache(source, data.cache_dir)
     folders = [folder for folder in world.gather(folder) if folder]
     if len({os.path.basename(folder) for folder in folders}) > 1:
         fail(f"{flag} {path}: the machines of this job hold different files, or different vocabularies in {data.vocab}")
     with world.raise_if_any_failed():
-        opened = author_data.open_cache(folder or folders[0])
+        opened = open_cache(folder or folders[0])
     return opened
 
 
@@ -308,7 +303,7 @@ def split(
         facts = {"by": "file", "file_sha256": evaluation.facts["sha256"]}
     else:
         fraction = 0.02 if data.eval_fraction is None else data.eval_fraction
-        chosen, rest = author_data.split_authors(corpus.keys, fraction, seed)
+        chosen, rest = split_authors(corpus.keys, fraction, seed)
         if len(chosen) < 2:
             fail(f"--eval_fraction {fraction:g}: leaves {len(chosen)} of {A} authors to train on; give a smaller one")
         held_out, held = corpus.by_text(rest) if len(rest) else None, len(rest)
@@ -317,21 +312,8 @@ def split(
     return train, held_out, {**facts, "authors": held, "texts": 0 if held_out is None else len(held_out)}
 
 
-def learning_rate(optimizer: Optimizer, steps: int) -> Callable[[int], float]:
-    """--lr_scheduler_type with Hugging Face's formulas: as optimizer.schedule, but that cosine falls to 0 over what the
-    warm-up leaves, and inverse_sqrt without warm-up has a time scale of 10,000 steps."""
-    name, lr, warmup = optimizer.scheduler, optimizer.lr, optimizer.warmup_step
-    if name == "cosine":
-        rising, falling = schedule("constant", lr, steps, warmup), schedule("cosine", lr, max(1, steps - warmup))
-        return lambda t: rising(t) if t < warmup else falling(t - warmup)
-    if name == "inverse_sqrt":
-        scale = warmup or 10_000
-        return lambda t: lr * t / warmup if t < warmup else lr * math.sqrt(scale / (t + scale - warmup))
-    return schedule("constant" if name == "constant_with_warmup" else name, lr, steps, warmup)
-
-
 def make_task(settings: Settings, train: AuthorTexts, valid: AuthorTexts | None, digests: dict, world: World) -> Task:
-    N, data = len(train), settings.data
+    N, data, optimizer = len(train), settings.data, settings.optimizer
     steps = setup.count_steps(settings, N, world)
     return Task(
         unit="author",
@@ -340,7 +322,7 @@ def make_task(settings: Settings, train: AuthorTexts, valid: AuthorTexts | None,
         longest=data.seq_len,
         rows_per_unit=data.samples_per_author,
         steps=steps,
-        lr=learning_rate(settings.optimizer, steps),
+        lr=hugging_face_schedule(optimizer.scheduler, optimizer.lr, steps, optimizer.warmup_step),
         delta=settings.privacy.target_delta or 1 / N,
         disclosed=[
             setup.VALIDATION_LOSS,
@@ -353,21 +335,23 @@ def make_task(settings: Settings, train: AuthorTexts, valid: AuthorTexts | None,
     )
 
 
-def describe(settings: Settings, trainer: Trainer, corpus: Corpus, held_out: dict) -> None:
+def describe(
+    settings: Settings, trainer: Trainer, corpus: Corpus, train: AuthorTexts, valid: AuthorTexts | None, held_out: dict
+) -> None:
     """Say what is trained on what."""
-    say, facts, data, task = trainer.display.say, corpus.facts, settings.data, trainer.task
+    say, facts, data = trainer.display.say, corpus.facts, settings.data
     say(
-        f"{data.train_file}: {facts['records']} records; {author_data.describe_left_out(facts)}; {corpus.texts} texts "
+        f"{data.train_file}: {facts['records']} records; {describe_left_out(facts)}; {corpus.texts} texts "
         f"by {len(corpus.keys)} authors; {facts['cut']} cut to {data.seq_len} tokens"
     )
     say(
         f"held out: {held_out['texts']} texts of {held_out['authors']} authors, by {held_out['by']}"
         + (f", seed {held_out['seed']}" if held_out["by"] == "author" else "")
     )
-    if trainer.world.is_main and task.valid is not None:
-        authors = np.unique(task.valid.keys)
-        setup.warn_of_shared(trainer, "authors", np.isin(authors, task.data.keys).sum(), len(authors))
-        setup.warn_of_shared(trainer, "texts", count_shared(task.valid, task.data), len(task.valid))
+    if trainer.world.is_main and valid is not None:
+        authors = np.unique(valid.keys)
+        setup.warn_of_shared(trainer, "authors", np.isin(authors, train.keys).sum(), len(authors))
+        setup.warn_of_shared(trainer, "texts", count_shared(valid, train), len(valid))
     vocab_size = trainer.model.config.vocab_size
     if facts["vocab_size"] != vocab_size:
         say(
@@ -410,7 +394,7 @@ def table(settings: Settings, trainer: Trainer, report: dict) -> str:
     world = trainer.world
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     cells = [
-        os.path.basename(os.path.normpath(settings.model.init_checkpoint)),
+        os.path.basename(os.path.normpath(str(settings.model.init_checkpoint))),
         "LoRA" if settings.own.enable_lora else "Full",
         "Yes" if trainer.plan.settings.private else "No",
         f"{world.size}x{device}",
@@ -431,7 +415,7 @@ def main() -> int:
     with world.raise_if_any_failed():
         check(settings)
         settings = translated(settings)
-        loaded = setup.load_weights(settings, *resolve_model(settings.model.init_checkpoint))
+        loaded = setup.load_weights(settings, *resolve_model(str(settings.model.init_checkpoint)))
     corpus = open_corpus(data.train_file, "--train_file", data, world)
     evaluation = None if data.eval_file is None else open_corpus(data.eval_file, "--eval_file", data, world)
     with world.raise_if_any_failed():
@@ -447,14 +431,14 @@ def main() -> int:
             settings = settings.changed(loop={"eval_interval": once})
         digests = {
             "train_sha256": corpus.facts["sha256"],
-            "vocab_sha256": author_data.digest_vocab(data.vocab),
+            "vocab_sha256": digest_vocab(data.vocab),
             "eval_sha256": None if evaluation is None else evaluation.facts["sha256"],
         }
         task = make_task(settings, train, valid, digests, world)
         setup.check_task(settings, task, world)
     trainer = setup.build_trainer(settings, task, world, loaded)
     trainer.facts["held_out"] = held_out
-    describe(settings, trainer, corpus, held_out)
+    describe(settings, trainer, corpus, train, valid, held_out)
     setup.announce(trainer)
     resumed = trainer.done > 0
     status = trainer.run()

@@ -13,15 +13,13 @@ EOS if any]}. It appears whole or not at all; a search that was killed leaves OU
 which --resume continues.
 """
 
-import glob
 import hashlib
 import json
 import math
 import os
 import sys
 import time
-from dataclasses import dataclass
-from typing import IO
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -29,12 +27,14 @@ from tqdm import tqdm
 import loralib as lora
 from base.distributed import World, start
 from base.errors import fail, run_main
-from base.files import atomic_write, lock, read_lines
+from base.files import atomic_write, read_lines
 from base.flags import Parser, check_least, check_positive
 from decoding.beam_search import SearchSettings, beam_search
+from decoding.journal import Journal
 from decoding.tree_decoder import TreeDecoder
 from model import SLOTS, GPT2LMModel, LoRAConfig
-from weights.checkpoint import Loaded, fingerprint, load_model, slots
+from weights.checkpoint import load_model
+from weights.foreign import fingerprint
 
 END_OF_TEXT_ID = 50256  # GPT-2's <|endoftext|>
 WAIT_SECONDS = 24 * 3600  # how long a rank that is done waits for the others
@@ -208,8 +208,8 @@ def read_contexts(flags: Flags, vocab_size: int) -> tuple[list[list[int]], list[
     return [list(context) for context in index_of], of_line, cut
 
 
-def load(flags: Flags) -> Loaded:
-    """The model, on the CPU in float32; what the flags say of it must hold."""
+def load(flags: Flags) -> GPT2LMModel:
+    """The model, on the CPU in float32. UserError where it is not as the flags say."""
     adapter, enable = None, LoRAConfig().enable
     if flags.lora_target is not None:
         enable = tuple(slot in flags.lora_target for slot in SLOTS)
@@ -217,8 +217,7 @@ def load(flags: Flags) -> Loaded:
         adapter = LoRAConfig(flags.lora_dim, flags.lora_alpha, enable=enable)
     loaded = load_model(flags.init_checkpoint, flags.model_card, adapter, flags.base_checkpoint)
     found = loaded.model.lora_config
-    whole = loaded.base is not None and loaded.base["absolute"] == os.path.abspath(loaded.path)
-    if flags.lora_dim and whole:
+    if flags.lora_dim and loaded.base is not None and loaded.base["absolute"] == os.path.abspath(loaded.path or ""):
         fail(f"--lora_dim {flags.lora_dim}: {loaded.path} holds no adapter; leave the flag out")
     if flags.lora_dim is not None and flags.lora_dim != found.dim:
         fail(f"--lora_dim {flags.lora_dim}: {loaded.path} has rank {found.dim}; leave the flag out")
@@ -226,89 +225,13 @@ def load(flags: Flags) -> Loaded:
         fail(f"--lora_alpha {flags.lora_alpha:g}: {loaded.path} was trained with {found.alpha:g}; leave the flag out")
     if flags.lora_target is not None and found.dim and enable != found.enable:
         fail(
-            f"--lora_target {' '.join(flags.lora_target)}: {loaded.path} was trained with {slots(found)}; leave the "
+            f"--lora_target {' '.join(flags.lora_target)}: {loaded.path} was trained with {found.targets}; leave the "
             "flag out"
         )
     positions = loaded.model.config.n_positions
     if flags.seq_len > positions:
         fail(f"--seq_len {flags.seq_len}: more than the model's {positions} positions; choose at most {positions}")
-    return loaded
-
-
-class Journal:
-    """Finished contexts on disk, one file a rank, so that a search that was killed can go on.
-
-    The first line says which search it is; a line that a kill tore is ignored and its context searched again. Rank 0
-    holds the lock of its file: a second search would drop these files, and each replace the other's output.
-    """
-
-    def __init__(self, output: str, identity: dict):
-        self.output, self.identity = output, identity
-        self.held: IO[str] | None = None
-        self.left = False  # of an earlier search
-
-    def files(self) -> list[str]:
-        return sorted(glob.glob(glob.escape(self.output) + ".journal.*"))
-
-    def hold(self) -> None:
-        """Take the lock, on rank 0. UserError where another search has it."""
-        path, self.left = f"{self.output}.journal.0", bool(self.files())
-        while True:
-            self.held = open(path, "a")
-            try:
-                lock(self.held.fileno())
-            except BlockingIOError:
-                fail(f"--output_file {self.output}: another search is writing it; wait for its end, or name another")
-            if os.path.exists(path) and os.path.samestat(os.fstat(self.held.fileno()), os.stat(path)):
-                return  # else a search has just ended, and removed what was opened
-
-    def read(self) -> dict[int, list[int]]:
-        """Context's index -> tokens, from every rank's file. UserError where there is none, or of another search."""
-        if not self.files():
-            fail(f"--resume: nothing to resume, there is no {self.output}.journal.*; leave --resume out")
-        found: dict[int, list[int]] = {}
-        for file in self.files():
-            for number, line in read_lines(file, "--resume"):
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if not isinstance(record, dict):  # what a kill left of a line can be a number
-                    continue
-                if number == 1:
-                    changed = [key for key, value in self.identity.items() if record.get(key) != value]
-                    if changed:
-                        fail(
-                            f"--resume: {file} is of a search with other {' and '.join(changed)}; "
-                            "give the same, or leave --resume out"
-                        )
-                elif "context" in record:
-                    found[record["context"]] = record["predict"]
-        return found
-
-    def open(self, rank: int, fresh: bool) -> IO[str]:
-        """This rank's file, to be added to; begun anew where it is `fresh` or a kill left not even its first line."""
-        path = f"{self.output}.journal.{rank}"
-        keep = not fresh and os.path.exists(path) and b"\n" in open(path, "rb").read(4096)
-        handle = open(path, "a" if keep else "w", encoding="utf-8")
-        if keep:
-            handle.write("\n")  # ends a torn line; an empty one is ignored like it
-        else:
-            self.add(handle, self.identity)
-        return handle
-
-    @staticmethod
-    def add(handle: IO[str], record: dict) -> None:
-        handle.write(json.dumps(record) + "\n")
-        handle.flush()
-
-    def remove(self) -> None:
-        for file in self.files():
-            os.unlink(file)
-
-    def empty(self) -> None:
-        for file in self.files():
-            os.truncate(file, 0)  # not removed: the lock is that of a file
+    return loaded.model
 
 
 def identity(model: GPT2LMModel, contexts: list[list[int]], settings: SearchSettings, bf16: bool) -> dict:
@@ -319,24 +242,60 @@ def identity(model: GPT2LMModel, contexts: list[list[int]], settings: SearchSett
     return {"checkpoint": fingerprint(weights), "data": data.hexdigest(), "flags": flags}
 
 
-def search(
-    flags: Flags,
-    world: World,
-    loaded: Loaded,
-    settings: SearchSettings,
-    contexts: list[list[int]],
-    share: list[int],
-    journal: Journal,
-) -> dict[int, list[int]]:
-    """Search the contexts of `share`, writing each into this rank's journal; index -> tokens."""
-    model = loaded.model.eval()
+@dataclass(frozen=True)
+class Work:
+    """What there is to search, and what is found already."""
+
+    settings: SearchSettings
+    contexts: list[list[int]]  # the different ones
+    of_line: list[int]  # for each line of --data the index of its context
+    identity: dict  # the journal's; on rank 0 alone
+    done: dict[int, list[int]]  # index -> tokens, from the journals of a resumed search; on rank 0 alone
+
+
+def prepare(flags: Flags, world: World, journal: Journal) -> tuple[GPT2LMModel, Work]:
+    """Read and check everything that a mistake can spoil, before anything is written; then, on rank 0, take the lock.
+
+    UserError for the mistakes.
+    """
+    check(flags)
+    model = load(flags)
+    settings = flags.settings(model.config.vocab_size)
+    contexts, of_line, cut = read_contexts(flags, model.config.vocab_size)
+    if not world.is_main:
+        return model, Work(settings, contexts, of_line, {}, {})
+    search_identity = identity(model, contexts, settings, flags.bf16)
+    done = journal.read(search_identity) if flags.resume else {}
+    try:
+        os.makedirs(flags.work_dir, exist_ok=True)
+    except OSError as error:
+        fail(f"--work_dir {flags.work_dir}: cannot be made ({error.strerror}); name another folder")
+    if not os.access(os.path.dirname(flags.output) or ".", os.W_OK | os.X_OK):
+        fail(f"--work_dir {flags.work_dir}: cannot be written to; name another folder")
+    if cut:
+        print(
+            f"{cut} of {len(of_line)} contexts are longer than --seq_len - --eval_len = "
+            f"{flags.seq_len - flags.eval_len} tokens and are cut on the left"
+        )
+    if flags.random_seed is not None:
+        print("--random_seed: has no effect, nothing in a beam search is drawn at random")
+    journal.take_lock()
+    return model, Work(settings, contexts, of_line, search_identity, done)
+
+
+def make_decoder(flags: Flags, world: World, model: GPT2LMModel, contexts: list[list[int]]) -> TreeDecoder:
+    """The decoder of this rank's contexts, with as many slots as --batch_size and --token_budget allow."""
     lora.merge(model)  # before the cast, so that the sum is taken in float32
     model = model.to(world.device, torch.bfloat16 if flags.bf16 else torch.float32)
-    widest = max((len(contexts[index]) for index in share), default=1) + flags.beam * flags.eval_len
-    slots = max(1, min(len(share), max(flags.batch_size, flags.token_budget // widest)))
-    decoder = TreeDecoder(model, slots, flags.beam)
-    loaded.model = model = None  # the decoder has its own copy of most weights
+    widest = max(map(len, contexts), default=1) + flags.beam * flags.eval_len  # tokens that a context may need
+    slots = max(1, min(len(contexts), max(flags.batch_size, flags.token_budget // widest)))
+    return TreeDecoder(model, slots, flags.beam)
 
+
+def search(
+    world: World, decoder: TreeDecoder, work: Work, share: list[int], journal: Journal, fresh: bool
+) -> dict[int, list[int]]:
+    """Search the contexts of `share`, writing each result into this rank's journal; index -> tokens."""
     found = {}
     bar = tqdm(
         total=len(share),
@@ -344,69 +303,48 @@ def search(
         unit=" contexts",
         disable=not world.is_main or not sys.stderr.isatty(),
     )
-    with journal.open(world.rank, fresh=not flags.resume) as handle, bar:
-        for result in beam_search([contexts[index] for index in share], decoder, settings, slots):
+    contexts = [work.contexts[index] for index in share]
+    with journal.open(world.rank, work.identity, fresh) as handle, bar:
+        for result in beam_search(contexts, decoder, work.settings, decoder.slots):
             found[share[result.index]] = result.tokens
             journal.add(handle, {"context": share[result.index], "predict": result.tokens})
             bar.update()
     return found
 
 
-def prepare(flags: Flags, world: World) -> tuple[Loaded, SearchSettings, list[list[int]], list[int], Journal, dict]:
-    """Everything that can go wrong through a mistake, before anything is written."""
-    loaded = load(flags)
-    settings = flags.settings(loaded.model.config.vocab_size)
-    contexts, of_line, cut = read_contexts(flags, loaded.model.config.vocab_size)
-    journal, done = Journal(flags.output, {}), {}
-    if world.is_main:
-        journal.identity = identity(loaded.model, contexts, settings, flags.bf16)
-        if flags.resume:
-            done = journal.read()
-        try:
-            os.makedirs(flags.work_dir, exist_ok=True)
-        except OSError as error:
-            fail(f"--work_dir {flags.work_dir}: cannot be made ({error.strerror}); name another folder")
-        if not os.access(os.path.dirname(flags.output) or ".", os.W_OK | os.X_OK):
-            fail(f"--work_dir {flags.work_dir}: cannot be written to; name another folder")
-        if cut:
-            print(
-                f"{cut} of {len(of_line)} contexts are longer than --seq_len - --eval_len = "
-                f"{flags.seq_len - flags.eval_len} tokens and are cut on the left"
-            )
-        if flags.random_seed is not None:
-            print("--random_seed: has no effect, nothing in a beam search is drawn at random")
-        journal.hold()
-    return loaded, settings, contexts, of_line, journal, done
-
-
 def main() -> None:
     flags = parse_flags()
     world = start(flags.platform, flags.local_rank, timeout_seconds=WAIT_SECONDS)
+    journal = Journal(flags.output)
     with world.raise_if_any_failed():
-        check(flags)
-        loaded, settings, contexts, of_line, journal, done = prepare(flags, world)
-    journal.identity, done = world.gather((journal.identity, done))[0]  # rank 0 read the journals for all
-    if journal.left and not flags.resume:
+        model, work = prepare(flags, world, journal)
+    rank_0_identity, done = world.gather((work.identity, work.done))[0]  # rank 0 read the journals for all
+    work = replace(work, identity=rank_0_identity, done=done)
+    if journal.left_over and not flags.resume:
         print(f"{flags.output}.journal.*: of a search that did not end, dropped (--resume would have continued it)")
         journal.empty()
     world.barrier()
 
-    by_length = sorted((index for index in range(len(contexts)) if index not in done), key=lambda i: len(contexts[i]))
+    length = [len(context) for context in work.contexts]
+    to_search = sorted((index for index in range(len(length)) if index not in done), key=length.__getitem__)
+    share = to_search[world.rank :: world.size]
     begin = time.perf_counter()
+    decoder = make_decoder(flags, world, model, [work.contexts[index] for index in share])
+    del model  # the decoder has its own copy of most weights
     with world.raise_if_any_failed():
-        found = search(flags, world, loaded, settings, contexts, by_length[world.rank :: world.size], journal)
+        found = search(world, decoder, work, share, journal, fresh=not flags.resume)
     for part in world.gather(found):
         done.update(part)
     world.close()
     if world.is_main:
         with atomic_write(flags.output) as out:
-            for number, index in enumerate(of_line):
+            for number, index in enumerate(work.of_line):
                 out.write(json.dumps({"id": number, "predict": done[index]}) + "\n")
         journal.remove()
         seconds = time.perf_counter() - begin
         print(
-            f"{flags.output}: {len(of_line)} lines, {len(contexts)} different contexts, {len(by_length)} searched "
-            f"in {seconds:.1f} s ({len(by_length) / seconds:.1f} contexts/s)"
+            f"{flags.output}: {len(work.of_line)} lines, {len(work.contexts)} different contexts, {len(to_search)} "
+            f"searched in {seconds:.1f} s ({len(to_search) / seconds:.1f} contexts/s)"
         )
 
 

@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from base.errors import fail, run_main
@@ -131,7 +132,7 @@ def read_predictions(path: str, examples: int, tokenizer: Tokenizer) -> list[tup
 
 
 def group_examples(
-    examples: list[Example], keys: list[int] | list[str], predictions: list[tuple[int, str]], keep: str
+    examples: list[Example], keys: Sequence[int | str], predictions: list[tuple[int, str]], keep: str
 ) -> list[Group]:
     """Group the references that the filter keeps by key and give each group its last prediction."""
     groups: dict[int | str, Group] = {}

@@ -19,10 +19,10 @@ from base.distributed import World
 from base.errors import fail, run_main
 from base.files import check_file
 from base.flags import SettingsParser, flag, spelled
-from corpus.examples import count_shared, read_examples
+from corpus.examples import Examples, count_shared, read_examples
 from optimizer import schedule
 from run import setup
-from run.settings import DEFAULT_DELTA, Loop, Model, Optimizer, Privacy, Settings, TokenData
+from run.settings import DEFAULT_DELTA, SHARED, Optimizer, Settings, TokenData
 from run.task import Task
 
 DEFAULT_SIGMA = 0.5
@@ -42,14 +42,7 @@ class Published:
 
 
 def parse(words: list[str]) -> Settings:
-    sections = {
-        "data": TokenData,
-        "model": Model,
-        "optimizer": Optimizer,
-        "privacy": Privacy,
-        "loop": Loop,
-        "published": Published,
-    }
+    sections = {"data": TokenData, **SHARED, "published": Published}
     script = {"noise_multiplier": spelled(help=f"sigma (default {DEFAULT_SIGMA}); 0 trains without privacy")}
     parser = SettingsParser(sections, script, unit="example", description=__doc__.splitlines()[0])
     return Settings(*parser.parse_settings(words))
@@ -82,22 +75,28 @@ def cycle_points(optimizer: Optimizer) -> list[tuple[int, float]]:
     return list(zip(steps, rates, strict=True))
 
 
-def make_task(settings: Settings, world: World, vocabulary: int) -> Task:
-    """Read the data, and count the steps of the run."""
-    data, optimizer, files = settings.data, settings.optimizer, (settings.data.train_data, settings.data.valid_data)
+def read_data(data: TokenData, vocabulary: int) -> tuple[Examples, Examples, dict]:
+    """(training examples, validation examples, the files' digests)."""
+    files = (data.train_data, data.valid_data)
     for path, name in zip(files, ("--train_data", "--valid_data"), strict=True):
         check_file(path, name)
     train = read_examples(data.train_data, "--train_data", vocabulary, data.seq_len, data.obj)
     valid = read_examples(data.valid_data, "--valid_data", vocabulary, data.seq_len)
     train_sha256, valid_sha256 = map(setup.digest_file, files)
     setup.check_validation("--valid_data", data.valid_data, valid_sha256, train_sha256)
+    return train, valid, {"train_sha256": train_sha256, "valid_sha256": valid_sha256}
+
+
+def make_task(settings: Settings, train: Examples, valid: Examples, digests: dict, world: World) -> Task:
+    optimizer = settings.optimizer
     points = cycle_points(optimizer) if optimizer.scheduler == "cycle" else []
-    steps = setup.count_steps(settings, len(train), world) or points[-1][0]  # cycle ends at its last point
+    last_point = points[-1][0] if points else 0
+    steps = setup.count_steps(settings, len(train), world, otherwise=last_point)
     return Task(
         unit="example",
         data=train,
         valid=valid,
-        longest=data.seq_len,
+        longest=settings.data.seq_len,
         steps=steps,
         lr=schedule(optimizer.scheduler, optimizer.lr, steps, optimizer.warmup_step, points),
         delta=settings.privacy.target_delta or DEFAULT_DELTA,
@@ -105,7 +104,7 @@ def make_task(settings: Settings, world: World, vocabulary: int) -> Task:
             "N, and on the terminal how many training examples were cut at --seq_len, not privatised",
             setup.VALIDATION_LOSS,
         ],
-        digests={"train_sha256": train_sha256, "valid_sha256": valid_sha256},
+        digests=digests,
     )
 
 
@@ -117,10 +116,11 @@ def main() -> int:
         if settings.privacy.noise_multiplier is None and settings.privacy.target_epsilon is None:
             settings = settings.changed(privacy={"noise_multiplier": DEFAULT_SIGMA})
         loaded = setup.load_weights(settings, settings.model.init_checkpoint, settings.model.model_card)
-        task = make_task(settings, world, loaded.model.config.vocab_size)
+        train, valid, digests = read_data(settings.data, loaded.model.config.vocab_size)
+        task = make_task(settings, train, valid, digests, world)
         setup.check_task(settings, task, world)
     trainer = setup.build_trainer(settings, task, world, loaded)
-    say, train = trainer.display.say, task.data
+    say = trainer.display.say
     if loaded.path is None:
         say("no --init_checkpoint: training starts from random weights")
     if train.cut:
@@ -129,7 +129,7 @@ def main() -> int:
             + (f"; {train.unscored} of them have no scored token left" if train.unscored else "")
         )
     if world.is_main:
-        setup.warn_of_shared(trainer, "examples", count_shared(task.valid, train), len(task.valid))
+        setup.warn_of_shared(trainer, "examples", count_shared(valid, train), len(valid))
     if settings.own.valid_batch_size is not None:
         say("--valid_batch_size has no effect: validation batches are bounded by --micro_batch_tokens")
     if settings.own.eval_epoch is not None:

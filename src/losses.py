@@ -1,4 +1,4 @@
-"""The loss of a unit, and the vocabulary projection that never computes more than is scored.
+"""The loss of a unit, and the projection onto the vocabulary, which is computed for scored positions alone.
 
 The loss of one text is the mean over its scored tokens of (1-s) NLL + s mean_v(-log p_v), s = label smoothing; the loss
 of a unit with several texts is the mean over them. It depends on no other unit.
@@ -7,7 +7,7 @@ Shapes: U units, M rows (= texts), T tokens, D width, V vocabulary, n scored pos
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -72,10 +72,11 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
             return self
-        tensors = self.ids, self.positions, self.targets, self.weights
-        return MicroBatch(
-            *(tensor.to(device, non_blocking=True) for tensor in tensors), self.counts, self.rows_per_unit, self.tokens
-        )
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("ids", "positions", "targets", "weights")
+        }
+        return replace(self, **moved)
 
 
 class LogitsLoss(torch.autograd.Function):
@@ -91,13 +92,13 @@ class LogitsLoss(torch.autograd.Function):
             part = logits[start : start + rows].to(wide)
             count = len(part)
             true = part.gather(1, targets[start : start + rows, None]).squeeze(1)
-            if products.block_rows:  # of a single row the sum would be taken in another order
+            if products.block_rows:  # a single row alone would be summed in another order
                 part = fill_up(part, rows)
             lse = torch.logsumexp(part, dim=1)[:count]
             mean = part.mean(1)[:count] if smoothing else 0
             losses[start : start + rows] = lse - (1 - smoothing) * true - smoothing * mean
             normaliser[start : start + rows] = lse
-        # Held outside save_for_backward, whose version check would forbid the overwriting: the buffer is ours alone.
+        # Not by save_for_backward, whose version check would forbid the overwriting. Nothing else reads the buffer.
         ctx.logits, ctx.smoothing = logits, smoothing
         ctx.save_for_backward(targets, normaliser)
         return losses
@@ -133,9 +134,9 @@ def row_chunk(logits: Tensor) -> int:
 class FrozenHeadLoss(torch.autograd.Function):
     """Token losses of states (n, D) under a head (V, D) that is not trained; the logits are never held.
 
-    Walks the vocabulary in blocks. Beside the running maximum m and normaliser Z it keeps the running sum of
-    exp(l_v - m) W_v, rescaled when m grows (the online softmax of Milakov & Gimelshein, 2018): the gradient
-    d loss/d h = E_p[W] - (1-s) W[target] - s mean_v W_v is then known in the forward pass, nothing is computed twice.
+    The vocabulary is walked in blocks. Beside the running maximum m and normaliser Z, the running sum of
+    exp(l_v - m) W_v is kept and rescaled when m grows (the online softmax of Milakov & Gimelshein, 2018). So the
+    forward pass knows the gradient, d loss/d h = E_p[W] - (1-s) W[target] - s mean_v W_v, and computes nothing twice.
     """
 
     @staticmethod

@@ -44,7 +44,12 @@ class LoRAConfig:
     dim: int = 0
     alpha: float = 128.0
     dropout: float = 0.0
-    enable: tuple[bool, bool, bool] = (True, False, True)
+    enable: tuple[bool, ...] = (True, False, True)  # by SLOTS
+
+    @property
+    def targets(self) -> str:
+        """The enabled parts, as --lora_target names them."""
+        return " ".join(name for name, on in zip(SLOTS, self.enable, strict=True) if on) or "none"
 
 
 MODEL_CARDS = {

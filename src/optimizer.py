@@ -6,6 +6,7 @@ Shapes: P trainable coordinates.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +149,7 @@ def schedule(
     """
 
     def cycle(t: int) -> float:
-        for (left, start), (right, stop) in zip(points, points[1:]):
+        for (left, start), (right, stop) in pairwise(points):
             if left <= t < right:
                 return start + (stop - start) * (t - left) / (right - left)
         return points[0][1] if t < points[0][0] else points[-1][1]
@@ -163,3 +164,18 @@ def schedule(
     if name == "cycle":
         return cycle
     return lambda t: lr * t / warmup if t < warmup else after_warmup[name](t)
+
+
+HUGGING_FACE_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
+
+
+def hugging_face_schedule(name: str, lr: float, steps: int, warmup: int = 0) -> Callable[[int], float]:
+    """The learning rate as Hugging Face's Trainer has it: as schedule(), but that cosine falls to 0 over what the
+    warm-up leaves, and inverse_sqrt without warm-up has a time scale of 10,000 steps."""
+    if name == "cosine":
+        rising, falling = schedule("constant", lr, steps, warmup), schedule("cosine", lr, max(1, steps - warmup))
+        return lambda t: rising(t) if t < warmup else falling(t - warmup)
+    if name == "inverse_sqrt":
+        scale = warmup or 10_000
+        return lambda t: lr * t / warmup if t < warmup else lr * math.sqrt(scale / (t + scale - warmup))
+    return schedule("constant" if name == "constant_with_warmup" else name, lr, steps, warmup)

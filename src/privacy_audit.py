@@ -35,7 +35,7 @@ from privacy.auditing import FEWEST, Audit, audit
 from privacy.plan import finite_or_text
 from run import canaries, setup
 from run.loop import Trainer
-from run.settings import DEFAULT_DELTA, Loop, Model, Optimizer, Privacy, Settings, TokenData
+from run.settings import DEFAULT_DELTA, SHARED, Settings, TokenData
 from run.task import Task
 from weights.checkpoint import Loaded
 
@@ -66,7 +66,7 @@ SCRIPT = {
     "random_seed": spelled(help="seeds initialisation"),
 }
 FIXED = {
-    "valid_data": None,
+    "valid_data": "",
     "obj": "clm",
     "no_decay_bias": False,
     "scheduler": "constant",
@@ -80,14 +80,7 @@ FIXED = {
 
 
 def parse(words: list[str]) -> Settings:
-    sections = {
-        "data": TokenData,
-        "model": Model,
-        "optimizer": Optimizer,
-        "privacy": Privacy,
-        "loop": Loop,
-        "canaries": Canaries,
-    }
+    sections = {"data": TokenData, **SHARED, "canaries": Canaries}
     parser = SettingsParser(sections, SCRIPT, FIXED, unit="unit", description=__doc__.splitlines()[0])
     return Settings(*parser.parse_settings(words))
 
@@ -143,8 +136,8 @@ def make_task(
         ],
         digests={"train_sha256": setup.digest_file(path)},
         resumable=False,
-        wrap_engine=adversary and adversary.wrap_engine,
-        observe=adversary and adversary.observe,
+        wrap_engine=None if adversary is None else adversary.wrap_engine,
+        observe=None if adversary is None else adversary.observe,
     )
 
 
@@ -243,7 +236,10 @@ def main() -> int:
     setup.announce(trainer)
     status = trainer.run()
     if status == 0 and world.is_main:
-        scores = before - canaries.text_losses(trainer.model, texts, world.device, cut) if text else adversary.scores
+        if adversary is not None:
+            scores = adversary.scores
+        else:
+            scores = before - canaries.text_losses(trainer.model, texts, world.device, cut)
         plan = trainer.plan.settings
         result = audit(scores, coins, plan.delta, text or plan.q == 1, counts=own.guesses)
         status = int(write_results(settings, trainer, result, scores, coins, time.monotonic() - started))

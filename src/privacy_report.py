@@ -17,6 +17,7 @@ import math
 import os
 import sys
 from collections import Counter
+from typing import Any
 
 from tqdm import tqdm
 
@@ -25,17 +26,8 @@ from base.files import atomic_write, read_object
 from base.flags import Parser
 from privacy import accounting
 from privacy.accounting import Phase
-from privacy.ledger import (
-    FILE_NAME,
-    LedgerState,
-    check_none_was_kept,
-    epsilons,
-    noise_sources,
-    participations,
-    read_ledger,
-    spent,
-)
-from privacy.plan import RELATIONS, SEEDED_WARNING, choose_sigma, finite_or_text, relation
+from privacy.ledger import FILE_NAME, NAMES, LedgerState, check_none_was_kept, noise_sources, read_ledger
+from privacy.plan import SEEDED_WARNING, choose_sigma, epsilons, finite_or_text, participations, relation, spent
 
 REPORT_NAME = "privacy.json"
 SETTINGS = ("unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta")  # what runs can differ in
@@ -112,7 +104,7 @@ def settings_lines(state: LedgerState) -> list[str]:
     groups = Counter(tuple(record[key] for key in SETTINGS) for record in state.records)
     lines = []
     for values, steps in groups.items():
-        of = dict(zip(SETTINGS, values))
+        of = dict(zip(SETTINGS, values, strict=True))
         of["steps"] = steps
         lines.append(
             "{steps} steps of sampling {sampling}, N {N}, q {q:.8g} (expected batch {batch:.6g}), sigma {sigma:g}, "
@@ -192,12 +184,13 @@ def plan(
     evaluations = (target is not None) + 1 + len(counts) + len(FACTORS) + len(targets)
     bar = tqdm(total=evaluations, desc="accounting", leave=False, disable=not sys.stderr.isatty())
 
-    def ticked(value):
+    def ticked(value: Any) -> Any:
         bar.update()
         return value
 
     if target is not None:
         sigma = ticked(choose_sigma(target, delta, N, batch, steps, "poisson"))
+    assert sigma is not None
     phases = [Phase(sigma, q, steps)]
     bound = ticked(accounting.epsilon_bound(phases, delta))
 
@@ -230,7 +223,7 @@ def plan(
     bar.close()
 
     print(f"plan          N {N}, expected batch {batch}, q {q:.8g}, {epochs:g} epochs = {steps} steps")
-    for sampling in RELATIONS:
+    for sampling in NAMES["sampling"]:
         print(f"relation      {relation('unit', [sampling])} ({sampling})")
     chosen = "" if target is None else f", the smallest that keeps epsilon within {target:g}"
     print(f"sigma         {sigma:.6g}{chosen}")
@@ -298,11 +291,11 @@ def draw(
         f"shuffled, delta {delta:g}",
     ]
     styles = [("tab:blue", "-"), ("tab:orange", "--"), ("tab:green", "-."), ("tab:red", ":")]
-    for column, (name, (colour, line)) in enumerate(zip(names, styles), start=1):
+    for column, (name, (colour, line)) in enumerate(zip(names, styles, strict=True), start=1):
         if column < 4:
             left.plot([row[0] for row in by_steps], [row[column] for row in by_steps], line, color=colour, label=name)
         else:
-            left.plot(*zip(*stairs), line, color=colour, label=name, drawstyle="steps-post")
+            left.plot(*zip(*stairs, strict=True), line, color=colour, label=name, drawstyle="steps-post")
         right.plot([row[column] for row in by_sigma], [row[0] for row in by_sigma], line, color=colour, label=name)
     left.set(xlabel="steps", ylabel="epsilon", yscale="log", title=f"epsilon spent at sigma = {sigma:.4g}")
     right.set(xlabel="epsilon", ylabel="sigma", xscale="log", title="noise that the whole run needs")

@@ -30,11 +30,11 @@ class Mutant:
     name: str
     file: str
     changes: tuple[tuple[str, str], ...]
-    tests: tuple[str, ...]  # pytest's file, or file::test
+    tests: tuple[str, ...]  # pytest's file::test; the file's name alone, in whatever folder of tests/ it is
 
 
-PLAN, SAMPLING, CLIPPING, NOISE, ACCOUNTING = (
-    f"privacy/{name}.py" for name in ("plan", "sampling", "clipping", "noise", "accounting"))
+PLAN, SAMPLING, CLIPPING, MECHANISM, RANDOMNESS, ACCOUNTING = (
+    f"privacy/{name}.py" for name in ("plan", "sampling", "clipping", "mechanism", "randomness", "accounting"))
 TRAINING, LEDGER, PROVENANCE = "run/loop.py", "privacy/ledger.py", "run/provenance.py"
 RANKS = ("test_privacy_plan.py::test_noise_has_its_scale_after_the_all_reduce",)
 STEP = ("test_private_step.py::test_a_step_is_the_mechanism_written_out",)
@@ -68,25 +68,28 @@ ALONE = tuple(f"test_ledger_alone.py::{name}" for name in (
     "test_a_second_writer_finds_what_the_first_wrote_and_the_first_stops",
     "test_what_another_writes_at_the_same_moment_is_never_cut"))
 TAKEN = ("test_ledger_alone.py::test_a_copy_of_the_whole_ledger_is_not_the_run_s_file_either",)
+UNKNOWN = ("test_formats.py::test_a_ledger_of_an_unknown_format_is_refused",)
+KEPT = ("test_formats.py::test_what_is_kept_of_an_earlier_format_is_what_was_written",)
+EARLIER = ("test_formats.py::test_a_ledger_without_format_numbers_counts_as_it_did",)
 CHAIN = ("test_provenance.py::test_the_chain_outlives_its_folders",)
 LINKS = ("test_provenance.py::test_weights_under_a_link",)
 
-ADD_NOISE = "self.noise.add_normal_(own, self.settings.sigma * self.settings.sensitivity)"
+STD = "self.std, self.batch, self.world, self.source = sigma * sensitivity,"
+ADD_NOISE = "self.source.add_normal_(own, self.std)"
 MASK = "return self.own[self.source.uniform(len(self.own)) < self.q]"
 FACTORS = "factors, finite = self.rule.factors(self.norms_sq)"
-BEGIN_NOISE = "if self.settings.private:\n            self.noise"
+BEGIN_NOISE = "if self.std > 0:\n            self.source"
 ADD_NORM = "self.norms_sq[:, self.column[id(parameter)]] += contribution.norm_sq()"
 
 MUTANTS = (
-    Mutant("noise at 0.9 sigma", PLAN,
-           ((ADD_NOISE, ADD_NOISE.replace("self.settings.sigma", "0.9 * self.settings.sigma")),), RANKS),
-    Mutant("noise missing on a rank", PLAN,
-           ((BEGIN_NOISE, BEGIN_NOISE.replace("private:", "private and self.world.rank != 1:")),), RANKS),
-    Mutant("noise of every rank on every coordinate", PLAN,
+    Mutant("noise at 0.9 sigma", MECHANISM, ((STD, STD.replace("= sigma", "= 0.9 * sigma")),), RANKS),
+    Mutant("noise missing on a rank", MECHANISM,
+           ((BEGIN_NOISE, BEGIN_NOISE.replace("> 0:", "> 0 and self.world.rank != 1:")),), RANKS),
+    Mutant("noise of every rank on every coordinate", MECHANISM,
            ((ADD_NOISE, ADD_NOISE.replace("own", "sums[:coordinates]")),), RANKS),
-    Mutant("noise repeated in every step", PLAN,
-           (("self.noise.begin_step(self.open)", "self.noise.begin_step(1)"),), STEP),
-    Mutant("noise without C", PLAN, ((ADD_NOISE, ADD_NOISE.replace(" * self.settings.sensitivity", "")),), RANKS),
+    Mutant("noise repeated in every step", MECHANISM,
+           (("self.source.begin_step(step)", "self.source.begin_step(1)"),), STEP),
+    Mutant("noise without C", MECHANISM, ((STD, STD.replace(" * sensitivity", "")),), RANKS),
     Mutant("clip after the mean", CLIPPING,
            ((FACTORS, "factors, finite = torch.ones_like(self.norms_sq), torch.ones(batch.units, dtype=torch.bool)"),
             ("        finally:\n            self.batch, self.noted",
@@ -98,30 +101,31 @@ MUTANTS = (
            SAMPLER),
     Mutant("empty draws skipped", TRAINING,
            (("self.optimizer.step(grad, lr)", "len(drawn) and self.optimizer.step(grad, lr)"),), EMPTY + STEP),
-    Mutant("empty draws released without noise", PLAN, 
-           ((BEGIN_NOISE, BEGIN_NOISE.replace("private:", "private and sums.any():")),), EMPTY),
+    Mutant("empty draws released without noise", MECHANISM,
+           ((BEGIN_NOISE, BEGIN_NOISE.replace("> 0:", "> 0 and sums.any():")),), EMPTY),
     Mutant("empty draws drawn again", SAMPLING,
            ((MASK, "for _ in range(50):\n            found = self.own[self.source.uniform(len(self.own)) < self.q]\n"
              "            if len(found):\n                break\n        return found"),), STEP),
-    Mutant("batch divided by its actual size", PLAN,
-           ((".div_(self.settings.batch)", ".div_(max(1.0, float(sums[coordinates + 1])))"),), STEP),
+    Mutant("batch divided by its actual size", MECHANISM,
+           ((".div_(self.batch)", ".div_(max(1.0, float(sums[coordinates + 1])))"),), STEP),
     Mutant("batch token mean", "corpus/batching.py",
            (("np.repeat(1 / (np.maximum(counts, 1) * rows_per_unit), counts)",
              "np.full(counts.sum(), len(counts) / max(1, counts.sum()))"),), STEP),
     Mutant("cross term dropped", CLIPPING, (("column.add_(head.cross(table), alpha=2)", "column.add_(0)"),), LOOP),
     Mutant("ledger written after the step", PLAN,
            (("                    self.ledger.charge(step)\n", ""),
-            ("        self.open = None\n        return sums",
+            ("        self.open = None\n        return grad",
              "        if self.ledger is not None:\n            self.ledger.charge(self.open)\n"
-             "        self.open = None\n        return sums")), RECORD),
-    Mutant("q per rank", PLAN,
-           (("PoissonSampler(settings.N, settings.q,", "PoissonSampler(settings.N, settings.q / world.size,"),), DRAWS),
+             "        self.open = None\n        return grad")), RECORD),
+    Mutant("q per rank", SAMPLING,
+           (("self.q, self.source = batch / N,", "self.q, self.source = batch / N / world.size,"),), DRAWS),
     Mutant("every rank draws from all the units", SAMPLING,
-           (("torch.arange(N)[world.rank::world.size]", "torch.arange(N)"),), DRAWS + SAMPLER),
-    Mutant("the same key on each rank", NOISE,
+           (("torch.arange(N)[world.rank :: world.size]", "torch.arange(N)"),), DRAWS + SAMPLER),
+    Mutant("the same key on each rank", RANDOMNESS,
            (("{self.purpose},{self.rank},{step}", "{self.purpose},{step}"),), SAMPLER + SEED),
-    Mutant("the same key for mask and noise", NOISE, (("{self._seed},{self.purpose},", "{self._seed},"),), STREAMS),
-    Mutant("the key from --random_seed", NOISE,
+    Mutant("the same key for mask and noise", RANDOMNESS,
+           (("{self._seed},{self.purpose},", "{self._seed},"),), STREAMS),
+    Mutant("the key from --random_seed", RANDOMNESS,
            (("key = os.urandom(KEY_BYTES)", "key = torch.initial_seed().to_bytes(KEY_BYTES, 'little')"),), SEED),
     Mutant("a parameter left out of the norms", CLIPPING,
            ((ADD_NORM, f"if type(module) is nn.LayerNorm: continue\n                {ADD_NORM}"),), LOOP),
@@ -151,11 +155,10 @@ MUTANTS = (
            (("return self.clip * (1 + self.rounding)", "return self.clip"),), PAID),
     Mutant("dropout masks from --random_seed", TRAINING,
            (("self.plan.seed_dropout()", "torch.manual_seed(0)"),), DROPOUT),
-    Mutant("dropout masks of 32 bits", NOISE, (("        torch.set_rng_state(state)\n", ""),), ENTROPY),
+    Mutant("dropout masks of 32 bits", RANDOMNESS, (("        torch.set_rng_state(state)\n", ""),), ENTROPY),
     Mutant("one step beyond the budget", PLAN, (("if self.permitted < 1:", "if self.permitted < 0:"),), BUDGET),
     Mutant("shuffle pads the last batch", SAMPLING,
-           (("batch = self.order[position * self.batch:(position + 1) * self.batch]",
-             "batch = torch.cat([self.order, self.order])[position * self.batch:(position + 1) * self.batch]"),),
+           (("batch = self.order[", "batch = torch.cat([self.order, self.order])["),),
            SHUFFLE),
     Mutant("training loss in the E2E report", TRAINING,
            (("self.facts.update(self.summary())",
@@ -164,7 +167,7 @@ MUTANTS = (
            (("grad = self.plan.release(", "bare = norm(flat.grad)\n        grad = self.plan.release("),
             ("options.lr(self.done), norm(grad)", "options.lr(self.done), bare")), SHOWN),
     Mutant("shared validation data counted in the report", "gpt2_ft.py",
-           (("setup.VALIDATION_LOSS]", 'f"validation loss; {count_shared(valid, train)} shared"]'),), SHOWN),
+           (("setup.VALIDATION_LOSS,", 'f"validation loss; {count_shared(valid, train)} shared",'),), SHOWN),
     Mutant("the training file taken for validation data", "run/setup.py",
            (("if sha256 == train_sha256:", "if False:"),), VALIDATION),
     Mutant("ledger written over another's records", LEDGER,
@@ -172,6 +175,12 @@ MUTANTS = (
             ("written = os.write(self.handle, line)",
              "os.lseek(self.handle, self.state.size, os.SEEK_SET)\n            written = os.write(self.handle, line)\n"
              "            os.ftruncate(self.handle, self.state.size + written)")), ALONE),
+    Mutant("unknown format read as the present one", LEDGER,
+           (('check_format(record.get("format"), FORMAT, where)', 'min(FORMAT, record.get("format", 1))'),), UNKNOWN),
+    Mutant("records of an earlier format kept as of the present one", LEDGER,
+           (('record.get("format", ABSENT["format"])', "FORMAT"),), KEPT),
+    Mutant("a last line cut short not priced", LEDGER,
+           (("if not self.torn or not self.records:", "if True:"),), EARLIER),
     Mutant("a ledger put in place of the run's goes unseen", LEDGER,
            (("(found.st_dev, found.st_ino) != (own.st_dev, own.st_ino)", "False"),), TAKEN),
     Mutant("only the last run of a chain named", PROVENANCE,
@@ -186,6 +195,23 @@ MUTANTS = (
     Mutant("steps without noise forgotten", "run/setup.py",
            (('sum(record["sigma"] == 0 for record in ledger.state.records)', "0"),), WITHOUT),
 )
+
+
+def find_test_file(name: str) -> pathlib.Path:
+    """The one file of a name, anywhere under tests/."""
+    found = list((ROOT / "tests").rglob(name))
+    if len(found) != 1:
+        raise ValueError(f"tests/ holds {len(found)} files {name}, expected one")
+    return found[0]
+
+
+def address(test: str) -> str:
+    """`test_file.py::test_name` with its folder, tests/ included; ValueError where there is no such test."""
+    file, _, name = test.partition("::")
+    path = find_test_file(file)
+    if f"\ndef {name}(" not in path.read_text(encoding="utf-8"):
+        raise ValueError(f"{path.relative_to(ROOT)} has no {name}, which tests/mutants.py names")
+    return f"{path.relative_to(ROOT)}::{name}"
 
 
 def mutated(text: str, mutant: Mutant) -> str:
@@ -238,7 +264,7 @@ def run_here(tests: tuple[str, ...], folder: pathlib.Path, outcome: pathlib.Path
     os.dup2(output, 2)
     failures = Failures()
     code = pytest.main(["-p", "no:cacheprovider", f"--maxfail={MOST_FAILURES}", f"--rootdir={folder}",
-                        *(f"tests/{test}" for test in tests)], plugins=[failures])
+                        *map(address, tests)], plugins=[failures])
     outcome.write_text(json.dumps([int(code), failures.names]))
     sys.stdout.flush()
     os._exit(0)
@@ -249,9 +275,11 @@ def main(words: list[str]) -> int:
     if not chosen:
         print(f"error: no mutant's name holds {' or '.join(words)}", file=sys.stderr)
         return 2
+    needed = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+    for test in needed:
+        address(test)  # before the first of them runs
     for name in PRELOADED:
         importlib.import_module(name)
-    needed = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
     survivors = 0
     width = max(len(mutant.name) for mutant in chosen)
     for mutant in (None, *chosen):

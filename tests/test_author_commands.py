@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from author_runs import VOCAB, flags, material, start, train, write_corpus
-from conftest import ROOT, assert_user_error, run_script
-from small_runs import environment, read, server, write_model
+from helpers.author_runs import VOCAB, flags, material, start, train, write_corpus
+from helpers.processes import ROOT, assert_user_error, environment, run_script
+from helpers.small_runs import read, server, write_model
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +139,8 @@ def test_a_corpus_of_reddits_size(tmp_path):
     less than 2 GB beyond a run on few records, tokenising processes included. (Of CPU time, which another job on the
     machine leaves nearly as it is; several cores tokenise in parallel.)"""
     corpus, few = tmp_path / "reddit.jsonl", tmp_path / "few.jsonl"
-    made = run_script("scripts/demo/make_author_corpus.py", "--authors", 304_279, "--records", 500_000, "--words", 270,
-                      "--out", corpus, timeout=1200)
+    made = run_script("scripts/start.py", "make_author_corpus", "--authors", 304_279, "--records", 500_000,
+                      "--words", 270, "--out", corpus, timeout=1200)
     assert made.returncode == 0, made.stderr
     with open(corpus) as lines, open(few, "w") as out:
         out.writelines(line for line, _ in zip(lines, range(2000)))
@@ -295,7 +295,7 @@ def test_generated_corpora(tmp_path):
     """As many authors and records as asked for, sizes by Zipf's law, the same bytes again."""
     outs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"]
     for out, seed in zip(outs, (1, 1, 2)):
-        done = run_script("scripts/demo/make_author_corpus.py", "--authors", 300, "--records", 3000, "--words", 40,
+        done = run_script("scripts/start.py", "make_author_corpus", "--authors", 300, "--records", 3000, "--words", 40,
                           "--seed", seed, "--out", out)
         assert done.returncode == 0, done.stderr
     assert outs[0].read_bytes() == outs[1].read_bytes() != outs[2].read_bytes()
@@ -306,7 +306,8 @@ def test_generated_corpora(tmp_path):
     assert np.abs(sizes[:10] - expected[:10]).max() < 5 * expected[0] ** 0.5
     words = [len(line["content"].split()) for line in lines]
     assert 40 < np.mean(words) < 50  # whole sentences: a text runs a little over
-    refused = run_script("scripts/demo/make_author_corpus.py", "--authors", 30, "--records", 3, "--out", tmp_path / "x")
+    refused = run_script("scripts/start.py", "make_author_corpus", "--authors", 30, "--records", 3,
+                         "--out", tmp_path / "x")
     assert_user_error(refused, "--records 3", "30 --authors")
 
 

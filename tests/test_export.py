@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 
-from conftest import ROOT
 from corpus.tokenizer import END_OF_TEXT, load_tokenizer
+from helpers.checkpoints import export
+from helpers.processes import ROOT
+from helpers.small_runs import server
 from model import GPT2Config, GPT2LMModel, LoRAConfig
-from small_runs import server
-from test_peft_format import export
 from weights.checkpoint import load_model, save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' remarks on itself

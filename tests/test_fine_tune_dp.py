@@ -9,8 +9,8 @@ import torch
 from dp_accounting import dp_event
 from dp_accounting.pld import pld_privacy_accountant
 
-from author_runs import AUTHORS, HELD_OUT, STEPS, flags, material, script, start, train, write_corpus
-from small_runs import equal, ledger, metrics, read, server, weights
+from helpers.author_runs import AUTHORS, HELD_OUT, STEPS, flags, material, script, start, train, write_corpus
+from helpers.small_runs import equal, ledger, metrics, read, server, weights
 
 RUN_TIME_FLAGS = "--log_level info --prediction_loss_only --remove_unused_columns False --label_names labels " \
     "--dataloader_num_workers 2 --eval_accumulation_steps 1 --per_device_eval_batch_size 64 --disable_tqdm True"
@@ -28,7 +28,7 @@ def run(tmp_path_factory):
 
 
 def test_the_report(run):
-    work, rank = run
+    work, _ = run
     report, N = read(work), AUTHORS - HELD_OUT
     assert {key: report[key] for key in ("unit", "relation", "N", "q", "clip", "steps_charged", "delta", "delta_strict",
                                          "sampling")} == {
@@ -65,7 +65,7 @@ def test_the_metrics(run):
 def test_the_row_of_the_table(run):
     work, rank = run
     report = read(work)
-    head, rule, row = rank.stdout.splitlines()[-3:]
+    head, _, row = rank.stdout.splitlines()[-3:]
     assert head == ("| Model (HF) | Fine-tuning Method | DP | GPUs | Epochs | Train Loss | Eval Loss | epsilon | "
                     "Run Time [s] |")
     cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -245,10 +245,10 @@ def test_ranks_share_the_authors_and_agree(tmp_path):
 def test_a_rank_that_draws_nobody_keeps_step(tmp_path):
     """Two expected authors on two ranks: the seeded masks, drawn again here, are empty on one, the other, both."""
     from base.distributed import World
-    from privacy.noise import NoiseSource
+    from privacy.randomness import NoiseSource
     from privacy.sampling import PoissonSampler
     N, steps, size = AUTHORS - HELD_OUT, 12, 2
-    samplers = [PoissonSampler(N, size / N, World(rank, size), NoiseSource("seeded", "mask", rank, 1))
+    samplers = [PoissonSampler(N, size, World(rank, size), NoiseSource("seeded", "mask", rank, 1))
                 for rank in range(size)]
     sizes = [[len(sampler.draw(step)) for sampler in samplers] for step in range(1, steps + 1)]
     assert {(a > 0, b > 0) for a, b in sizes} == {(True, True), (True, False), (False, True), (False, False)}

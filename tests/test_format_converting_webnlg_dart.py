@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from conftest import ROOT, assert_user_error, run_script
+from helpers.processes import ROOT, assert_user_error, run_script
 
 WEBNLG = ROOT / "src" / "format_converting_webnlg.py"
 DART = ROOT / "src" / "format_converting_dart.py"

@@ -3,8 +3,8 @@
 import json
 import os
 import random
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,9 +16,9 @@ import torch
 
 import gpt2_beam
 from base.errors import UserError
-from conftest import ROOT, assert_user_error, run_script
+from helpers.processes import LAUNCHER, ROOT, assert_user_error, environment, free_port, run_script
+from helpers.small_runs import server
 from model import GPT2Config, GPT2LMModel, LoRAConfig
-from small_runs import server
 from weights.checkpoint import load_model, save_checkpoint
 
 SCRIPT = ROOT / "src" / "gpt2_beam.py"
@@ -26,7 +26,7 @@ CONFIG = GPT2Config(32, 2, 4, vocab_size=90, n_positions=64)
 # The published flags; the paths and the shape are the test's.
 PUBLISHED = ("--batch_size 1 --platform local --lora_dim 4 --lora_alpha 32 --beam 10 --length_penalty 0.8 "
              "--no_repeat_ngram_size 4 --repetition_penalty 1.0 --hyperparam").split()
-CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+CPU = environment()
 
 
 def write_lines(path, records) -> str:
@@ -75,17 +75,14 @@ def flags(project, work_dir, *more) -> list[str]:
 
 
 def launch(processes: int, arguments: list[str], module: str = "torch.distributed.run") -> subprocess.CompletedProcess:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return run_script("-W", "ignore", "-m", module, "--nproc_per_node", processes, "--master_port", port, SCRIPT,
+    return run_script("-W", "ignore", "-m", module, "--nproc_per_node", processes, "--master_port", free_port(), SCRIPT,
                       *arguments, env=CPU)
 
 
 def run_here(monkeypatch, arguments: list[str]) -> None:
     """main() in this process: a mistake costs milliseconds here, seconds as a process."""
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     gpt2_beam.main()
 
@@ -181,6 +178,37 @@ def test_killed_search_is_resumed(project, tmp_path, monkeypatch):
     assert read_predictions(output) == read_predictions(tmp_path / "fresh" / "predict.jsonl")
     with pytest.raises(UserError, match="nothing to resume"):
         run_here(monkeypatch, [*slow, "--resume"])
+
+
+@pytest.mark.parametrize("number, words", [
+    (None, None), (1, None), (2, "format 2 is newer"), (0, "format 0 is none"), ("1", "format '1' is none")])
+def test_a_journal_s_format(tmp_path, monkeypatch, capsys, number, words):
+    """A journal from before format numbers is resumed, and one of an unknown format refused and left alone."""
+    old = ROOT / "tests" / "fixtures" / "unnumbered"
+    search = ["--data", old / "contexts.jsonl", "--init_checkpoint", old, "--seq_len", 6, "--eval_len", 3, "--beam", 3]
+    journal = tmp_path / "predict.jsonl.journal.0"
+    first, *others = (old / "predict.jsonl.journal.0").read_text().splitlines(keepends=True)
+    identity = json.loads(first)
+    assert "format" not in identity and len(others) == 5 and not others[-1].endswith("\n")  # a kill tore it
+    first = first if number is None else json.dumps({**identity, "format": number}) + "\n"
+    journal.write_text("".join([first, *others]))
+    resume = [*search, "--work_dir", tmp_path, "--output_file", "predict.jsonl", "--resume"]
+    if words:
+        with pytest.raises(UserError, match=re.escape(f"--resume {journal}:1: {words}")):
+            run_here(monkeypatch, resume)
+        assert journal.read_text() == "".join([first, *others])
+        return
+    run_here(monkeypatch, resume)
+    assert "9 different contexts, 5 searched" in capsys.readouterr().out
+    run_here(monkeypatch, [*search, "--work_dir", tmp_path / "fresh", "--output_file", "predict.jsonl"])
+    assert (tmp_path / "predict.jsonl").read_text() == (tmp_path / "fresh" / "predict.jsonl").read_text()
+
+
+def test_a_new_journal_has_its_format(project, tmp_path, monkeypatch):
+    monkeypatch.setattr("decoding.journal.Journal.remove", lambda self: None)
+    run_here(monkeypatch, flags(project, tmp_path, "--beam", 1))
+    with open(tmp_path / "predict.jsonl.journal.0") as journal:
+        assert json.loads(journal.readline())["format"] == 1
 
 
 def test_a_second_search_into_the_same_output_is_refused(project, tmp_path):

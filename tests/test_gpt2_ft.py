@@ -13,14 +13,14 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from conftest import ROOT
-from small_runs import (
+from helpers.interrupted_runs import DRAW, kill
+from helpers.processes import ROOT, free_port
+from helpers.small_runs import (
     STEPS,
     N,
     contents,
     equal,
     flags,
-    free_port,
     initial,
     ledger,
     material,
@@ -34,13 +34,8 @@ from small_runs import (
 )
 
 DPDDP = "opacus.distributed:DifferentiallyPrivateDistributedDataParallel"
-DRAW = "privacy.sampling:PoissonSampler.draw"
 SPEC_KEYS = {"unit", "relation", "N", "q", "sigma", "clip", "steps_charged", "delta", "epsilon_prv", "epsilon_rdp",
              "sampling", "noise_source", "disclosed"}
-
-
-def kill(point: str, nth: int) -> list:
-    return ["signal", {"point": point, "when": "after", "nth": nth}]
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
@@ -98,7 +93,7 @@ def test_the_summary(run, tmp_path):
     assert report["eval_loss"] == last["valid_loss"] and report["final_epsilon_prv"] == report["epsilon_prv"]
     assert last["seconds"] <= report["train_runtime"] < last["seconds"] + 30
     greedy = {1: [["allocate", {"point": DRAW, "nth": 3, "size": 500_000_000}]]}
-    ranks = start_ranks(flags(tmp_path / "run", save_interval=3), 2, {**greedy, 0: [kill(DRAW, 5)]})
+    ranks = start_ranks(flags(tmp_path / "run", save_interval=3), 2, {**greedy, 0: [kill(DRAW, "after", 5)]})
     for rank in ranks:
         rank.wait()
     assert not (tmp_path / "run/privacy.json").exists() or "train_runtime" not in read(tmp_path / "run")
@@ -212,7 +207,7 @@ def test_redone_steps_come_out_of_the_budget(tmp_path):
     """Killed in step 4 with a checkpoint of step 2: two of the six steps are spent twice, so the run ends after step 4,
     with the model of step 4; and again, resumed with nothing left, it draws nothing."""
     work, budget = tmp_path / "run", {"noise_multiplier": None, "target_epsilon": 3}
-    (rank,) = start_ranks(flags(work, **budget), 1, {0: [kill(DRAW, 4)]})
+    (rank,) = start_ranks(flags(work, **budget), 1, {0: [kill(DRAW, "after", 4)]})
     assert rank.wait() == -9
     (rank,) = train(flags(work, **budget, resume=True))
     assert "the privacy budget permits no step after 4" in rank.stdout
@@ -231,7 +226,7 @@ def test_a_budget_spent_on_kills_is_never_passed(tmp_path):
     """Killed until nothing is left: epsilon stays within the target to the end."""
     work, budget = tmp_path / "run", {"noise_multiplier": None, "target_epsilon": 3, "save_interval": 100}
     for attempt in range(7):
-        (rank,) = start_ranks(flags(work, **budget, resume=attempt > 0 or None), 1, {0: [kill(DRAW, 1)]})
+        (rank,) = start_ranks(flags(work, **budget, resume=attempt > 0 or None), 1, {0: [kill(DRAW, "after", 1)]})
         if rank.wait() == 0:
             break
     assert attempt == STEPS and len(ledger(work)) == STEPS and read(work)["epsilon_prv"] <= 3
@@ -259,7 +254,7 @@ def test_shuffling_claims_no_amplification(tmp_path):
     assert report["epsilon_prv"] == pytest.approx(gaussian_epsilon(math.sqrt(2) / 2, 1e-5), rel=1e-6)
     assert report["relation"].startswith("add or remove one example, its place in the order left empty")
     killed = tmp_path / "killed"
-    start_ranks(flags(killed, **shuffled), 1, {0: [kill("privacy.sampling:ShuffleSampler.draw", 4)]})[0].wait()
+    start_ranks(flags(killed, **shuffled), 1, {0: [kill("privacy.sampling:ShuffleSampler.draw", "after", 4)]})[0].wait()
     train(flags(killed, **shuffled, resume=True))
     assert read(killed)["epsilon_prv"] == pytest.approx(gaussian_epsilon(math.sqrt(3) / 2, 1e-5), rel=1e-6)
     assert equal(weights(killed, 10), weights(work, 10))
@@ -363,7 +358,7 @@ def test_opacus_releases_the_same_gradient(tmp_path, size, lora_dim):
 def test_opacus_resumes_on_two_ranks(tmp_path):
     arguments = {"grad_engine": "opacus", "eval_interval": 2}
     train(flags(tmp_path / "whole", **arguments), 2)
-    faults = {rank: [kill("run.loop:Trainer.after_step", 3)] for rank in range(2)}
+    faults = {rank: [kill("run.loop:Trainer.after_step", "after", 3)] for rank in range(2)}
     assert [rank.wait() for rank in start_ranks(flags(tmp_path / "run", **arguments), 2, faults)] == [-9, -9]
     train(flags(tmp_path / "run", resume=True, **arguments), 2)
     assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))

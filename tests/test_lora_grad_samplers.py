@@ -278,20 +278,11 @@ def test_linear_layers_in_both_layouts(fan_in_fan_out, bias, dropout, shape, mas
     """Weight, bias and adapter at once; with any number of position dimensions, none included."""
     x = torch.randn(shape, dtype=torch.float64)
     options = {"lora_alpha": 3, "lora_dropout": dropout, "fan_in_fan_out": fan_in_fan_out, "bias": bias}
-    check_layer(randomised(lora.Linear(6, 5, r=2, **options)), x, masks)
+    check_layer(randomised(lora.MergedLinear(6, 5, r=2, enable_lora=(True,), **options)), x, masks)
     for enable in [(True, False, True), (False, True), (True,), (True, True, False, True)]:
         masks.drawn.clear()
         check_layer(randomised(lora.MergedLinear(6, 12, r=2, enable_lora=enable, **options)), x, masks)
-    check_layer(randomised(lora.Linear(6, 5, r=0, **options)), x)
-
-
-@pytest.mark.parametrize("padding_idx", [None, 0])
-@pytest.mark.parametrize("rank", [0, 1, 4])
-@pytest.mark.parametrize("shape", [(5,), (5, 4), (5, 2, 3)])
-def test_embedding(padding_idx, rank, shape):
-    ids = torch.randint(0, 7, shape)
-    ids[0] = 0  # the padding id is met
-    check_layer(randomised(lora.Embedding(7, 3, r=rank, lora_alpha=2, padding_idx=padding_idx)), ids)
+    check_layer(randomised(lora.MergedLinear(6, 5, r=0, enable_lora=(True,), **options)), x)
 
 
 def test_conv1d_and_tied_head():
@@ -309,14 +300,11 @@ def test_an_empty_batch_gives_no_rows_and_no_error():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 assert parameter.grad_sample.shape == (0, *parameter.shape)
-    layer = GradSampleModule(Wrapped(randomised(lora.Embedding(7, 3, r=2))), loss_reduction="sum")
-    layer(torch.zeros(0, 4, dtype=torch.int64)).sum().backward()
-    assert layer._module.layer.lora_A.grad_sample.shape == (0, 2, 7)
 
 
 def test_gradients_are_float32_under_autocast():
     """Half-precision activations; the sum over positions of 1 + 2**-9, 512 times, keeps what bfloat16 would lose."""
-    layer = lora.Linear(1, 1, r=1, bias=False)
+    layer = lora.MergedLinear(1, 1, r=1, enable_lora=(True,), bias=False)
     with torch.no_grad():
         layer.weight.zero_()
         layer.lora_A.fill_(1.0)

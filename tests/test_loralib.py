@@ -32,6 +32,11 @@ def merged_linear(enable=(True, False, True), r=2, **options) -> lora.MergedLine
     return randomised(lora.MergedLinear(6, 12, r=r, lora_alpha=5, enable_lora=enable, **options))
 
 
+def one_slot(r=3, **options) -> lora.MergedLinear:
+    """A single adapter over the whole output."""
+    return randomised(lora.MergedLinear(6, 5, r=r, lora_alpha=2, enable_lora=(True,), **options))
+
+
 def dense_delta(layer: lora.MergedLinear) -> torch.Tensor:
     """(O, I): alpha/r B_j A_j in the rows of the j-th enabled slot, written as a loop over single entries."""
     delta = torch.zeros(layer.out_features, layer.in_features, dtype=layer.weight.dtype)
@@ -53,10 +58,9 @@ def layers() -> dict[str, tuple[nn.Module, torch.Tensor]]:
     found = {f"merged {enable} {fan}": (merged_linear(enable, fan_in_fan_out=fan), x)
              for enable in ALL_ENABLED for fan in (False, True)}
     found["merged two slots"] = merged_linear((False, True)), x
-    found["linear"] = randomised(lora.Linear(6, 5, r=3, lora_alpha=2, lora_dropout=0.5)), x
-    found["linear fan_in_fan_out"] = randomised(lora.Linear(6, 5, r=3, fan_in_fan_out=True, bias=False)), x
-    found["linear r=0"] = randomised(lora.Linear(6, 5)), x
-    found["embedding"] = randomised(lora.Embedding(9, 6, r=2, lora_alpha=3)), torch.arange(9).view(3, 3)
+    found["one slot"] = one_slot(lora_dropout=0.5), x
+    found["one slot fan_in_fan_out"] = one_slot(fan_in_fan_out=True, bias=False), x
+    found["one slot r=0"] = one_slot(r=0), x
     return {name: (layer.eval(), x) for name, (layer, x) in found.items()}
 
 
@@ -88,22 +92,19 @@ def test_gradients_are_those_of_w_plus_ba():
         torch.testing.assert_close(a, b, **TOLERANCE64)
 
 
-def test_linear_and_embedding_are_w_plus_ba():
-    linear = randomised(lora.Linear(6, 5, r=3, lora_alpha=2)).double()
+def test_one_slot_is_w_plus_ba():
+    linear = one_slot().double()
     x = torch.randn(4, 6, dtype=torch.float64)
     delta = 2 / 3 * linear.lora_B @ linear.lora_A
     torch.testing.assert_close(linear(x), F.linear(x, linear.weight + delta, linear.bias), **TOLERANCE64)
-    embedding = randomised(lora.Embedding(9, 6, r=2, lora_alpha=3)).double()
-    table = embedding.weight + 3 / 2 * (embedding.lora_B @ embedding.lora_A).T
-    torch.testing.assert_close(embedding(torch.arange(9)), table, **TOLERANCE64)
 
 
 def test_initialisation_adds_nothing_and_has_the_published_spread():
-    for layer in (lora.MergedLinear(64, 30, r=8, enable_lora=(True, False, True)), lora.Linear(64, 30, r=16)):
+    for enable, rank in (((True, False, True), 8), ((True,), 16)):
+        layer = lora.MergedLinear(64, 30, r=rank, enable_lora=enable)
         bound = 1 / math.sqrt(64)  # Kaiming-uniform(sqrt 5): sqrt(6 / ((1 + 5) * fan_in))
         assert layer.lora_A.abs().max() <= bound and layer.lora_A.abs().max() > 0.9 * bound
         assert not layer.lora_B.any() and not layer.delta_weight().any()
-    assert not lora.Embedding(9, 6, r=2).delta_weight().any()
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -147,10 +148,8 @@ def test_a_merged_layer_that_was_cast_unmerges():
     assert layer.weight.dtype == torch.bfloat16 and torch.equal(layer.weight, before.bfloat16())
 
 
-@pytest.mark.parametrize("make", [merged_linear, lambda: randomised(lora.Embedding(9, 6, r=2))])
-def test_while_merged_there_is_no_saving_loading_or_training(make):
-    layer = make()
-    x = torch.arange(6) if isinstance(layer, lora.Embedding) else torch.randn(2, 6)
+def test_while_merged_there_is_no_saving_loading_or_training():
+    layer, x = merged_linear(), torch.randn(2, 6)
     saved = copy.deepcopy(layer.state_dict())
     model = nn.Sequential(layer)
     layer.merge()
@@ -234,11 +233,14 @@ def test_dropout_acts_on_the_adapter_alone_and_is_unbiased(dropout):
 
 
 def test_freezing_and_saving_by_bias_mode():
+    one = (True,)
     model = nn.ModuleDict({"adapted": lora.MergedLinear(4, 6, r=2, enable_lora=(True, False)),
-                           "single": lora.Linear(4, 4, r=1), "table": lora.Embedding(5, 4, r=1),
-                           "off": lora.MergedLinear(4, 6, r=2, enable_lora=(False, False)), "none": lora.Linear(4, 4),
-                           "unbiased": lora.Linear(4, 4, r=1, bias=False), "plain": nn.Linear(4, 4)})
-    adapters = {f"{name}.lora_{c}" for name in ("adapted", "single", "table", "unbiased") for c in "AB"}
+                           "single": lora.MergedLinear(4, 4, r=1, enable_lora=one), "table": nn.Embedding(5, 4),
+                           "off": lora.MergedLinear(4, 6, r=2, enable_lora=(False, False)),
+                           "none": lora.MergedLinear(4, 4, enable_lora=one),
+                           "unbiased": lora.MergedLinear(4, 4, r=1, enable_lora=one, bias=False),
+                           "plain": nn.Linear(4, 4)})
+    adapters = {f"{name}.lora_{c}" for name in ("adapted", "single", "unbiased") for c in "AB"}
     own = {"adapted.bias", "single.bias"}
     expected = {"none": adapters, "lora_only": adapters | own,
                 "all": adapters | own | {"off.bias", "none.bias", "plain.bias"}}
@@ -253,7 +255,7 @@ def test_freezing_and_saving_by_bias_mode():
 
 
 def test_a_bare_layer_is_frozen_too():
-    layer = lora.Linear(4, 4, r=1)
+    layer = lora.MergedLinear(4, 4, r=1, enable_lora=(True,))
     lora.mark_only_lora_as_trainable(layer, "lora_only")
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"bias", "lora_A", "lora_B"}
     assert lora.lora_state_dict(layer, "lora_only").keys() == {"bias", "lora_A", "lora_B"}

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import losses
-from clipping_oracle import CONFIG, draw_units, make_model, pack, unit_loss
+from helpers.clipping_oracle import CONFIG, draw_units, make_model, pack, unit_loss
 from losses import FrozenHeadLoss, LogitsLoss, token_losses, unit_losses
 from model import LoRAConfig
 

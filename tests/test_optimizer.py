@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import optimizer
-from clipping_oracle import make_model
+from helpers.clipping_oracle import make_model
 from model import LoRAConfig
 from optimizer import AdamW, FlatParameters, schedule
 

@@ -15,9 +15,10 @@ from scipy.stats import norm
 
 from base.distributed import World
 from base.errors import UserError
-from conftest import ROOT, SHARED, run_script
 from corpus.batching import TightCut
 from corpus.examples import read_examples
+from helpers.processes import ROOT, SHARED, free_port, run_script
+from helpers.small_runs import read, server, write_model, write_tokens
 from model import GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import FlatParameters
 from privacy import auditing
@@ -37,7 +38,6 @@ from run.canaries import (
     text_losses,
     toss_coins,
 )
-from small_runs import free_port, read, server, write_model, write_tokens
 
 SCRIPT = "src/privacy_audit.py"
 

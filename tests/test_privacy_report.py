@@ -10,15 +10,17 @@ import pytest
 
 import privacy_report
 from base.errors import run_main
-from conftest import ROOT, assert_user_error, run_script
+from helpers.processes import ROOT, assert_user_error, run_script
 from privacy import accounting
 from privacy.accounting import Phase
-from privacy.ledger import FILE_NAME, Ledger, epsilons
+from privacy.ledger import FILE_NAME, Ledger
+from privacy.plan import epsilons
 from privacy.sampled_gaussian import ORDERS
 
 SCRIPT = ROOT / "src" / "privacy_report.py"
-SETTINGS = {"unit": "example", "N": 2000, "q": 0.02, "sigma": 0.8, "clip": 1.5, "sampling": "poisson",
-            "steps_per_epoch": 50, "delta": 1e-5, "world_size": 2, "noise_source": "os"}  # fmt: skip
+SETTINGS = {"unit": "example", "N": 2000, "q": 0.02, "sigma": 0.8, "clip": 1.5, "mechanism": "gaussian",
+            "sampling": "poisson", "steps_per_epoch": 50, "delta": 1e-5, "world_size": 2,
+            "noise_source": "os"}  # fmt: skip
 PLAN = ("--plan", 42061, 128, 20, "--delta", 1e-5)
 
 

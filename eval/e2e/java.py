@@ -57,11 +57,17 @@ class JavaProgram:
         try:
             self.process = subprocess.Popen(
                 [self.java, "-Dfile.encoding=UTF-8", *arguments],
-                cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, start_new_session=True,
-            )  # fmt: skip
+                cwd=folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log,
+                start_new_session=True,
+            )
         except OSError as error:
             self.log.close()
             raise UserError(f"{name}: {self.java} cannot be started ({error.strerror}); {CURE}") from None
+        assert self.process.stdin and self.process.stdout  # both are pipes
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
 
     def __enter__(self) -> "JavaProgram":
         return self
@@ -70,7 +76,7 @@ class JavaProgram:
         if self.process.returncode is None:  # not waited for: its number cannot have passed to another group yet
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.log):
+        for stream in (self.stdin, self.stdout, self.log):
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
 
@@ -150,16 +156,16 @@ class Meteor:
 
     def ask(self, requests: Sequence[str], answers: int) -> Iterator[str]:
         """Send all requests, one line each, and yield `answers` lines. Writer and reader have a thread each."""
-        process, lines = self.program.process, queue.Queue()
+        program, lines = self.program, queue.Queue[bytes]()
 
         def write() -> None:
             with contextlib.suppress(OSError):  # the reader reports a program that is gone
-                process.stdin.write("".join(f"{request}\n" for request in requests).encode())
-                process.stdin.flush()
+                program.stdin.write("".join(f"{request}\n" for request in requests).encode())
+                program.stdin.flush()
 
         def read() -> None:
             for _ in range(answers):
-                line = process.stdout.readline()
+                line = program.stdout.readline()
                 lines.put(line)
                 if not line:
                     return
@@ -169,11 +175,11 @@ class Meteor:
         for number in range(1, answers + 1):
             where = f" over segment {number} of {answers}"
             try:
-                line = lines.get(timeout=self.program.patience)
+                line = lines.get(timeout=program.patience)
             except queue.Empty:
-                raise self.program.hung(where) from None
+                raise program.hung(where) from None
             if not line:
-                raise self.program.died(where)
+                raise program.died(where)
             yield line.decode("utf-8", "replace").strip()
 
     def statistics(self, references: Sequence[Sequence[str]], outputs: Sequence[str]) -> np.ndarray:
@@ -188,8 +194,11 @@ class Meteor:
         rows = []
         answers = tqdm(
             self.ask(requests, len(requests)),
-            total=len(requests), desc="METEOR", unit="segment", disable=not sys.stderr.isatty(),
-        )  # fmt: skip
+            total=len(requests),
+            desc="METEOR",
+            unit="segment",
+            disable=not sys.stderr.isatty(),
+        )
         for number, line in enumerate(answers, start=1):
             try:
                 rows.append([float(value) for value in line.split()])

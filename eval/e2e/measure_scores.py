@@ -35,11 +35,23 @@ def parse_arguments() -> argparse.Namespace:
         help="references: groups parted by empty lines, .tsv/.csv, or a folder of reference0, ...",
     )
     parser.add_argument("sys_file", metavar="SYS", help="system outputs, one a line; or .tsv/.csv")
-    parser.add_argument("-l", "--sent-level", "--seg-level", "--sentence-level", "--segment-level", dest="segment_file",
-                        metavar="FILE", help="also write the scores of each segment as TSV")  # fmt: skip
+    parser.add_argument(
+        "-l",
+        "--sent-level",
+        "--seg-level",
+        "--sentence-level",
+        "--segment-level",
+        dest="segment_file",
+        metavar="FILE",
+        help="also write the scores of each segment as TSV",
+    )
     parser.add_argument("-s", "--src-file", metavar="SRC", help="sources, one a line, that a TSV/CSV SYS must repeat")
-    parser.add_argument("-p", "--python", action="store_true",
-                        help="BLEU and NIST in Python; there is no other way here, so it changes nothing")  # fmt: skip
+    parser.add_argument(
+        "-p",
+        "--python",
+        action="store_true",
+        help="BLEU and NIST in Python; there is no other way here, so it changes nothing",
+    )
     parser.add_argument("-t", "--table", action="store_true", help="print a TSV line in place of the list")
     parser.add_argument("-H", "--header", action="store_true", help="with -t: print the TSV's header first")
     parser.add_argument("--compare", metavar="OTHER", help="outputs of another system, to be told apart by bootstrap")
@@ -171,9 +183,11 @@ def main() -> None:
         record: dict[str, object] = {"scores": {metric.name: metric.total() for metric in metrics}}
         if comparisons:
             record["compare"] = {
-                "other": args.compare, "samples": args.bootstrap_samples, "seed": args.bootstrap_seed,
+                "other": args.compare,
+                "samples": args.bootstrap_samples,
+                "seed": args.bootstrap_seed,
                 "metrics": [asdict(one) for one in comparisons],
-            }  # fmt: skip
+            }
         record["signature"] = signature(segments.references)
         with whole_file(args.json_file) as handle:
             json.dump(record, handle, indent=2)

@@ -1,6 +1,6 @@
 """Time beam search: this project's, Hugging Face transformers' at its best batch size, and the arithmetic floor.
 
-    python scripts/benchmarks/benchmark_beam.py --init_checkpoint pretrained_checkpoints/demo \
+    python scripts/start.py benchmark_beam --init_checkpoint pretrained_checkpoints/demo \
         --data quickstart_runs/data/test.jsonl
 
 These --data are what scripts/quickstart.sh leaves; their tokens must be of the model's vocabulary. Everything runs in
@@ -14,20 +14,18 @@ Needs transformers (requirements-dev.txt).
 import json
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "src"))
-
 import torch
 
-from base.errors import fail, run_main
+from base.errors import fail
 from base.files import read_lines
 from base.flags import Parser
+from base.products import PackedLinear
 from decoding.beam_search import SearchSettings, beam_search
-from decoding.top_k_head import CPU_BLOCK, PackedLinear
+from decoding.top_k_head import CPU_BLOCK
 from decoding.tree_decoder import TreeDecoder
 from model import GPT2Config
 from weights.checkpoint import load_model
@@ -165,9 +163,5 @@ def main() -> None:
         times[batch] = transformers_seconds(args.init_checkpoint, contexts, settings, batch) / len(contexts)
         print(f"transformers   {times[batch]:.4f} s a context at batch {batch}")
     if times:
-        best = min(times, key=times.get)
+        best = min(times, key=lambda batch: times[batch])
         print(f"transformers'  best is batch {best}: this is {times[best] / ours:.1f} times as fast")
-
-
-if __name__ == "__main__":
-    run_main(main)

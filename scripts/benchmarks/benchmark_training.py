@@ -1,9 +1,9 @@
 """How fast private training is, against ordinary training and the other ways to clip, in one run.
 
-    python scripts/benchmarks/benchmark_training.py            # every task, every variant, on this machine
-    python scripts/benchmarks/benchmark_training.py --tasks e2e_lora --variants ordinary published --repeats 5
-    python scripts/benchmarks/benchmark_training.py --scaling  # ours: seconds a step against batch and length
-    python scripts/benchmarks/benchmark_training.py --show results/2026-11-25_benchmark_training/*.json
+    python scripts/start.py benchmark_training            # every task, every variant, on this machine
+    python scripts/start.py benchmark_training --tasks e2e_lora --variants ordinary published --repeats 5
+    python scripts/start.py benchmark_training --scaling  # ours: seconds a step against batch and length
+    python scripts/start.py benchmark_training --show results/2026-11-25_benchmark_training/*.json
 
 Every variant lives in a process of its own, so that its peak memory is its own; a variant and ours then take turns,
 one logical step each (A B A B ...), and what is printed are medians of the pairwise ratios. A step is all of a step:
@@ -32,19 +32,15 @@ import os
 import platform
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
-sys.path[:0] = [os.path.join(ROOT, "src"), os.path.join(ROOT, "scripts")]
 
 import numpy as np
 import torch
 
 from base import products
-from base.errors import fail, run_main
+from base.errors import fail
 from base.files import atomic_write
 from base.flags import Parser
 from base.memory import keep_memory
@@ -56,9 +52,10 @@ from markdown_table import markdown, table_line
 from model import MODEL_CARDS, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, Ordinary
-from privacy.noise import NoiseSource
+from privacy.randomness import NoiseSource
 from privacy.opacus_engine import OpacusEngine
-from run.setup import DEFAULT_TOKENS
+from project_scaling import multiply_adds
+from run.settings import DEFAULT_TOKENS
 
 VARIANTS = ("ordinary", "book_keeping", "opacus", "ghost", "padded", "published", "plain")
 # (adapters, completion only, units of a logical batch)
@@ -76,16 +73,6 @@ def make_examples(task: str, units: int, length: int, vocab_size: int, seed: int
         lengths, first_scored = np.full(units, length + 1), np.ones(units, np.int64)
     tokens = rng.integers(0, vocab_size, lengths.sum()).astype(np.int32)
     return Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]), first_scored, 0, 0)
-
-
-def multiply_adds(examples: Examples, config, lora: bool) -> float:
-    """What the real tokens need: forward and state gradients everywhere, weight gradients of what trains (biases,
-    norms, attention scores and adapters left out: well under 2 %)."""
-    per_token = config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.inner)
-    states = (examples.lengths - 1).sum()
-    scored = (examples.lengths - examples.first_scored).sum()
-    passes = 2 if lora else 3
-    return float(passes * (states * per_token + scored * config.n_embd * config.vocab_size))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -188,6 +175,7 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
             noise.add_normal_(flat.grad, 0.6)
         optimizer.step(flat.grad.div_(logical), 1e-5)
 
+    scored = examples.lengths - examples.first_scored
     return Step(
         gradients,
         update,
@@ -195,7 +183,7 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
         units,
         logical,
         int(examples.lengths.sum()),
-        multiply_adds(examples, MODEL_CARDS[options.model_card], lora),
+        multiply_adds(MODEL_CARDS[options.model_card], int(examples.inputs.sum()), int(scored.sum()), lora),
     )
 
 
@@ -259,7 +247,7 @@ def compare(task: str, variant: str, options: argparse.Namespace, rate: float) -
         ours.step()
     for each in (ours, other):
         each.close()
-    ratios = [a / b for a, b in zip(ours.rates, other.rates)]
+    ratios = [a / b for a, b in zip(ours.rates, other.rates, strict=True)]
 
     def summary(one: Worker) -> dict:
         seconds = statistics.median(one.seconds)
@@ -423,7 +411,7 @@ def main() -> None:
     print(f"{options.model_card} on {name}: matrix product {rate / 1e9:.1f} G multiply-adds/s")
     rows = scaling(options) if options.scaling else comparisons(options, rate)
     kind = "_scaling" if options.scaling else ""
-    path = options.output or os.path.join(ROOT, "results", f"{datetime.date.today()}_benchmark_training{kind}.json")
+    path = options.output or f"results/{datetime.date.today()}_benchmark_training{kind}.json"
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with atomic_write(path) as handle:
         json.dump(
@@ -441,7 +429,3 @@ def main() -> None:
     print(f"wrote {os.path.relpath(path)}")
     if options.scaling:
         draw_scaling(rows, os.path.splitext(path)[0] + ".png")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,8 +1,8 @@
 """How long a private training would take on 1 to 64 GPUs: a projection from stated rates, not a measurement.
 
-    python scripts/benchmarks/project_scaling.py --measure                      # what this machine can measure, as JSON
-    python scripts/benchmarks/project_scaling.py                                # gpt2.xl, all parameters, E2E, on A100s
-    python scripts/benchmarks/project_scaling.py --device h100 --reached 0.5 --node_bandwidth 50e9
+    python scripts/start.py project_scaling --measure                      # what this machine can measure, as JSON
+    python scripts/start.py project_scaling                                # gpt2.xl, all parameters, E2E, on A100s
+    python scripts/start.py project_scaling --device h100 --reached 0.5 --node_bandwidth 50e9
 
 A step on n GPUs, g of them in each of m machines; P trained coordinates of W parameters, B examples:
 
@@ -28,11 +28,7 @@ import json
 import math
 import os
 import socket
-import sys
 import time
-
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
-sys.path[:0] = [os.path.join(ROOT, "src"), os.path.join(ROOT, "scripts")]
 
 import numpy as np
 import torch
@@ -40,7 +36,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from scipy.stats import poisson
 
-from base.errors import fail, run_main
+from base.errors import fail
 from base.flags import Parser, check_positive
 from base.memory import keep_memory
 from losses import MicroBatch
@@ -48,9 +44,9 @@ from markdown_table import markdown
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, Ordinary
-from privacy.noise import NoiseSource
+from privacy.randomness import NoiseSource
 from run.loop import EXTRA
-from run.setup import DEFAULT_TOKENS, MOST_EPOCHS
+from run.settings import DEFAULT_TOKENS, MOST_EPOCHS
 
 # Data sheets: bfloat16 multiply-adds/s (half of the dense FLOP/s: 312 and 989 TFLOPS), bytes/s of memory, of NVLink one
 # way (600 and 900 GB/s both ways), of a machine's network (DGX: eight adapters of 200 and 400 Gb/s). NVIDIA A100 80GB
@@ -67,10 +63,12 @@ def trained_coordinates(config: GPT2Config, rank: int) -> int:
     return (config.vocab_size + config.n_positions) * D + L * layer + 2 * D
 
 
-def multiply_adds(config: GPT2Config, tokens: float, scored: float, rank: int) -> float:
-    """Of one example, all passes. Attention scores are left out: 2 T D a token and layer, 1 % at E2E's lengths."""
+def multiply_adds(config: GPT2Config, tokens: float, scored: float, adapters: bool) -> float:
+    """Of `tokens` inputs, `scored` of them with a target, all passes: forward and the states' gradients everywhere, the
+    weights' where these train. Left out, under 2 %: biases, norms, adapters, and the attention's scores (2 T D a token
+    and layer, 1 % at E2E's lengths)."""
     per_token = config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.inner)
-    return (2 if rank else 3) * (tokens * per_token + scored * config.n_embd * config.vocab_size)
+    return (2 if adapters else 3) * (tokens * per_token + scored * config.n_embd * config.vocab_size)
 
 
 def project(args, config: GPT2Config, n: int) -> dict:
@@ -78,7 +76,7 @@ def project(args, config: GPT2Config, n: int) -> dict:
     P = trained_coordinates(config, args.lora_dim)
     machines, inside = math.ceil(n / args.gpus_per_machine), min(n, args.gpus_per_machine)
     mean = args.batch / n
-    arithmetic = mean * multiply_adds(config, args.tokens, args.scored, args.lora_dim) / (args.rate * args.reached)
+    arithmetic = mean * multiply_adds(config, args.tokens, args.scored, args.lora_dim > 0) / (args.rate * args.reached)
     micro_batches = math.ceil(mean * args.tokens / args.micro_batch_tokens)
     traffic = (10 if args.lora_dim else 18) * trained_coordinates(config, 0) * micro_batches / args.memory_bandwidth
     compute = max(arithmetic, traffic)
@@ -175,13 +173,13 @@ def measure_compute(device: torch.device, config: GPT2Config, bf16: bool) -> dic
         private = name == "private"
         engine = BookKeeping(model, flat, ClippingRule("flat", 1.0), 0.1) if private else Ordinary(model, flat, 0.1)
 
-        def step() -> None:
+        def step(flat=flat, engine=engine) -> None:
             flat.sums.zero_()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 engine.accumulate(batch)
 
         seconds = best(step, 5, device)
-        found[f"{name}_share_of_rate"] = rows * multiply_adds(config, tokens - 1, scored, 0) / seconds / rate
+        found[f"{name}_share_of_rate"] = rows * multiply_adds(config, tokens - 1, scored, False) / seconds / rate
         found[f"{name}_tokens_per_s"] = rows * tokens / seconds
     if flat.size != trained_coordinates(config, 0):
         raise RuntimeError("trained_coordinates() is not the model's own count")
@@ -273,7 +271,7 @@ def main() -> None:
     )
     if min(args.gpus) < 1 or args.lora_dim < 0 or not 0 <= args.scored <= args.tokens:
         fail("--gpus, --lora_dim, --scored: expected at least 1 GPU, none below 0, no more scored than --tokens")
-    for name, value in zip(rates, DEVICES[args.device]):
+    for name, value in zip(rates, DEVICES[args.device], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
     config = MODEL_CARDS[args.model_card]
@@ -281,7 +279,3 @@ def main() -> None:
         print(json.dumps(measure(args, config), indent=1))
     else:
         show(args, config)
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -2,9 +2,10 @@
 and libraries (public). All of it was written for this repository.
 
 The public domain never speaks of eating or drinking, and shares no name and no phrase of a few words with the private
-one (tests/test_demo_data.py holds it): what a model knows of restaurants, it learnt under privacy. What they share is
-everyday words, as any two texts do, and the task: fields in, every one of them said once, names copied that were never
-seen before. So the public names are many and made of syllables, and now and then a made-up word is the type or a value.
+one (tests/scripts/test_demo_data.py holds it): what a model knows of restaurants, it learnt under privacy. What they
+share is everyday words, as any two texts do, and the task: fields in, every one of them said once, names copied that
+were never seen before. So the public names are many and made of syllables, and now and then a made-up word is the type
+or a value.
 
 Notation. A field's phrases are in roles: pre (before the noun), post (behind it), front (first in the sentence), verb
 (after a subject). `@` is the value. A key `field=value` is for that value alone. In openers <pre>, <post>, <front>,
@@ -12,9 +13,11 @@ Notation. A field's phrases are in roles: pre (before the noun), post (behind it
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+Item = TypeVar("Item")
 Phrases = dict[str, dict[str, tuple[str, ...]]]
 
 
@@ -31,11 +34,11 @@ class Draw:
     def chance(self, probability: float) -> bool:
         return self._random() < probability
 
-    def pick(self, items):
+    def pick(self, items: Sequence[Item]) -> Item:
         """One item of a sequence."""
         return items[self.below(len(items))]
 
-    def shuffled(self, items: list) -> list:
+    def shuffled(self, items: list[Item]) -> list[Item]:
         """A new list (Fisher-Yates)."""
         items = list(items)
         for last in range(len(items) - 1, 0, -1):
@@ -68,8 +71,8 @@ def number(low: int, high: int, step: int, form: str) -> Callable[[Draw], str]:
 
 # -------------------------------------------------- private: restaurants
 
-TAVERN_FIRST = ("Red", "Old", "Tin", "Gold", "Black", "Green", "Iron", "Lazy", "Fat", "Sweet", "Happy", "Stone")
-TAVERN_LAST = ("Hen", "Pot", "Crab", "Lamb", "Pan", "Hare", "Mill", "Oven", "Corn", "Spoon", "Bell", "Pear")
+TAVERN_FIRST = "Red Old Tin Gold Black Green Iron Lazy Fat Sweet Happy Stone".split()
+TAVERN_LAST = "Hen Pot Crab Lamb Pan Hare Mill Oven Corn Spoon Bell Pear".split()
 
 
 def tavern_name(draw: Draw) -> str:
@@ -166,152 +169,23 @@ def restaurants(draw: Draw) -> Kind:
 
 # ------------------------------------------------------ public: the rest
 
-ONSETS = (
-    "b",
-    "bl",
-    "br",
-    "c",
-    "ch",
-    "cl",
-    "cr",
-    "d",
-    "dr",
-    "f",
-    "fl",
-    "fr",
-    "g",
-    "gl",
-    "gr",
-    "h",
-    "j",
-    "k",
-    "l",
-    "m",
-    "n",
-    "p",
-    "pl",
-    "pr",
-    "qu",
-    "r",
-    "s",
-    "sh",
-    "sk",
-    "sl",
-    "sp",
-    "st",
-    "str",
-    "sw",
-    "t",
-    "th",
-    "tr",
-    "tw",
-    "v",
-    "w",
-    "wh",
-    "y",
-    "z",
-    "",
-    "",
+# Parts of a made-up word; "" stands in the lists as often as it is to be drawn.
+LETTERS = (
+    "b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p pl pr qu r s sh sk sl sp st str sw t th tr tw v w wh y z"
 )
-VOWELS = ("a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "ai", "ea", "ee", "oo", "ou", "ie", "ar", "er", "or")
-CODAS = (
-    "",
-    "",
-    "",
-    "",
-    "n",
-    "l",
-    "r",
-    "s",
-    "t",
-    "m",
-    "d",
-    "ck",
-    "nd",
-    "rt",
-    "st",
-    "x",
-    "b",
-    "p",
-    "g",
-    "ng",
-    "ll",
-    "lk",
-    "mp",
-    "rn",
-    "sh",
-    "ss",
-    "tch",
-    "ve",
-    "ne",
-    "le",
-    "ty",
-)
+ONSETS = [*LETTERS.split(), "", ""]
+VOWELS = "a e i o u a e i o u ai ea ee oo ou ie ar er or".split()
+CODAS = ["", "", "", "", *"n l r s t m d ck nd rt st x b p g ng ll lk mp rn sh ss tch ve ne le ty".split()]
 FEWEST, MOST = 3, 8  # letters of a made-up word
 # What chance would spell now and then.
-UNFIT = (
-    "tit",
-    "shit",
-    "fag",
-    "twat",
-    "pis",
-    "jew",
-    "nig",
-    "poo",
-    "peni",
-    "kike",
-    "rape",
-    "slut",
-    "nazi",
-    "porn",
-    "fuc",
-    "fuk",
-    "cun",
-    "cock",
-    "dick",
-    "sex",
-    "cum",
-    "ass",
-    "arse",
-    "whor",
-    "spic",
-    "coon",
-    "wank",
-    "crap",
-    "anus",
-    "kill",
-    "die",
-    "pric",
-    "boob",
-    "tard",
-    "hore",
+UNFIT = """
+    tit shit fag twat pis jew nig poo peni kike rape slut nazi porn fuc fuk cun cock dick sex cum ass arse whor
+    spic coon wank crap anus kill die pric boob tard hore
+""".split()
+PRIVATE = {made.lower() for made in TAVERN_FIRST + TAVERN_LAST} | set(
+    "pub inn diner bar cafe tea eat eats meal food dish dine menu cook chef wine beer coffee bread supper dinner "
+    "bistro lunch drink".split()
 )
-PRIVATE = {made.lower() for made in TAVERN_FIRST + TAVERN_LAST} | {
-    "pub",
-    "inn",
-    "diner",
-    "bar",
-    "cafe",
-    "tea",
-    "eat",
-    "eats",
-    "meal",
-    "food",
-    "dish",
-    "dine",
-    "menu",
-    "cook",
-    "chef",
-    "wine",
-    "beer",
-    "coffee",
-    "bread",
-    "supper",
-    "dinner",
-    "bistro",
-    "lunch",
-    "drink",
-}
 
 
 def word(draw: Draw) -> str:

@@ -1,7 +1,7 @@
 """Write a generated corpus with authors, {"author", "content"} a line; author r writes 1/r^s of what the first does.
 
-    python scripts/demo/make_author_corpus.py --authors 600 --records 6000 --words 40 --out authors.jsonl
-    python scripts/demo/make_author_corpus.py --authors 304279 --records 500000 --words 270 --out reddit_size.jsonl
+    python scripts/start.py make_author_corpus --authors 600 --records 6000 --words 40 --out authors.jsonl
+    python scripts/start.py make_author_corpus --authors 304279 --records 500000 --words 270 --out reddit_size.jsonl
 
 The second is as large as the part of the Reddit corpus that training uses. The texts are made with the demonstration's
 grammar (scripts/demo/demo_grammar.py); an author writes about a few restaurants of their own, so authors differ.
@@ -10,16 +10,13 @@ The same arguments give the same bytes, with the pinned numpy.
 
 import json
 import math
-import os
 import sys
-
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "src"))
 
 import numpy as np
 from tqdm import tqdm
 
 import demo_grammar
-from base.errors import fail, run_main
+from base.errors import fail
 from base.files import atomic_write
 from base.flags import Parser
 from demo_grammar import Draw
@@ -71,7 +68,7 @@ def main() -> None:
     # Which sentences come next is decided for many at once: a call of the generator costs more than a sentence.
     picks = generator.integers(OWN * TEXTS, size=1 << 16)
     place = 0
-    bar = tqdm(zip(owners, lengths), total=args.records, unit=" records", disable=not sys.stderr.isatty())
+    bar = tqdm(zip(owners, lengths, strict=True), total=args.records, unit=" records", disable=not sys.stderr.isatty())
     with atomic_write(args.out) as out, bar:
         for owner, length in bar:
             sentences, words = [], 0
@@ -86,7 +83,3 @@ def main() -> None:
         f"{args.out}: {args.records} records by {args.authors} authors, the most by one {sizes.max()}, "
         f"median {int(np.median(sizes))}"
     )
-
-
-if __name__ == "__main__":
-    run_main(main)

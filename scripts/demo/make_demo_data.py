@@ -1,7 +1,7 @@
 """Write the demonstration's text: a private restaurant domain, and a public domain to pre-train on.
 
-    python scripts/demo/make_demo_data.py --domain restaurants --out data/demo    # train.txt valid.txt test.txt
-    python scripts/demo/make_demo_data.py --domain public --out data/demo         # public_train.txt public_valid.txt
+    python scripts/start.py make_demo_data --domain restaurants --out data/demo    # train.txt valid.txt test.txt
+    python scripts/start.py make_demo_data --domain public --out data/demo         # public_train.txt public_valid.txt
 
 Both are in E2E's line format, `field : value | field : value||text`, and come from one small generator (Reiter and
 Dale, 1997: choose what to say, plan the sentences, choose the words) with the two vocabularies of demo_grammar.py. A
@@ -14,12 +14,10 @@ import os
 import re
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "src"))
-
 from tqdm import tqdm
 
 import demo_grammar
-from base.errors import fail, run_main
+from base.errors import fail
 from base.files import atomic_write
 from base.flags import Parser
 from demo_grammar import Draw, Kind
@@ -157,7 +155,3 @@ def main() -> None:
         with atomic_write(path) as out:
             out.writelines(f"{line}\n" for line in lines)
         print(f"{path}: {len(lines)} lines, {len({line.split('||')[0] for line in lines})} contexts")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,6 +1,6 @@
 """Train the demonstration's byte-level BPE and write it in GPT-2's file format: encoder.json and vocab.bpe.
 
-    python scripts/demo/make_demo_vocab.py --train data/demo/public_train.txt --out vocab/demo
+    python scripts/start.py make_demo_vocab --train data/demo/public_train.txt --out vocab/demo
 
 It reads the *public* domain's text alone. A vocabulary is a function of its training text and is published with the
 model, and no noise protects it: had the private text shaped it, a merge could give away a word of a single record, and
@@ -12,13 +12,10 @@ the last id.
 
 import json
 import os
-import sys
-
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "src"))
 
 import tokenizers
 
-from base.errors import fail, run_main
+from base.errors import fail
 from base.files import atomic_write, read_lines
 from base.flags import Parser
 from corpus.tokenizer import ALPHABET, END_OF_TEXT
@@ -68,7 +65,3 @@ def main() -> None:
     with atomic_write(os.path.join(args.out, "vocab.bpe")) as out:
         out.write("#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
     print(f"{args.out}: {len(vocab)} ids, {len(merges)} merges")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -6,15 +6,12 @@ import json
 import os
 import platform
 import subprocess
-import sys
-
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
-sys.path[:0] = [os.path.join(ROOT, "src"), os.path.join(ROOT, "scripts")]
 
 from base.errors import fail
 from base.files import atomic_write, open_text, read_object
-from results_tables import E2E_SHA256
 
+ROOT = os.path.realpath(os.path.join(os.path.dirname(__file__), "..", ".."))
+E2E_SHA256 = "dbc41b098ac523651894eabb7fe140f272445efe3bb4654d4666f2a1976c86b2"  # data/e2e/train.jsonl
 PACKAGES = ("torch", "opacus", "numpy", "tokenizers")
 WANTED = "what the run wrote; do the run again under another name"
 
@@ -79,7 +76,7 @@ def write_row(path: str, folder: str, facts: dict, trained: bool, scored: bool) 
         "commit": commit(),
         "hardware": hardware(),
         "versions": versions,
-        "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     with atomic_write(path) as handle:
         json.dump(row, handle, indent=1)

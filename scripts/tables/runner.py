@@ -22,13 +22,10 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-ROOT = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-sys.path.insert(0, os.path.join(ROOT, "src"))
-
-from base.errors import fail, run_main
+from base.errors import fail
 from base.files import atomic_write
 from base.flags import Parser
-from row import output_of, write_row
+from row import ROOT, output_of, write_row
 from tasks import TASKS, AnyTask, Run
 
 EPILOG = """\
@@ -223,34 +220,31 @@ class Table:
 
     def make(self, run: Run) -> None:
         """All steps of a run that are not done, and its row."""
-        facts, steps = self.task.steps(self, run)
+        said, steps = self.task.steps(self, run)
         row = f"{self.folder}/rows/{os.path.basename(run.folder)}.json"
         if not self.args.dry_run:
             print(f"\n== {os.path.basename(run.folder)}")
-            self.keep(f"{run.folder}/commands.txt", [*facts, *(shlex.join(step.command or [""]) for step in steps)])
+            self.keep(f"{run.folder}/commands.txt", [*said, *(shlex.join(step.command) for step in steps)])
             if os.path.exists(row):
                 print(f"{row}: already there (another --name would run it anew)")
                 return
         for step in steps:
-            if self.args.dry_run and step.command:
+            if self.args.dry_run:
                 self.start(*step.command)
-            elif not self.args.dry_run and not step.is_done():
+            elif not step.is_done():
                 self.start(*step.command, *(["--resume"] if step.is_begun() else []))
-        if not self.args.dry_run:
-            write_row(
-                row,
-                run.folder,
-                {
-                    "task": self.task.name,
-                    "model": os.path.basename(run.model),
-                    "method": run.method,
-                    "epsilon": run.epsilon,
-                    "seed": run.seed,
-                    "processes": self.args.nproc,
-                },
-                trained=run.epsilon != "0" or not self.task.is_scored,
-                scored=self.task.is_scored,
-            )
+        if self.args.dry_run:
+            return
+        facts = {
+            "task": self.task.name,
+            "model": os.path.basename(run.model),
+            "method": run.method,
+            "epsilon": run.epsilon,
+            "seed": run.seed,
+            "processes": self.args.nproc,
+        }
+        trained = run.epsilon != "0" or not self.task.is_scored
+        write_row(row, run.folder, facts, trained=trained, scored=self.task.is_scored)
 
     def make_all(self) -> None:
         """Every run that is not there yet, then the table and the plot of all, those of earlier calls too."""
@@ -293,7 +287,9 @@ def stop(number: int, frame: object) -> None:
     raise Stopped(number)
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str] | None = None) -> int:
+    """words: a task and its options; those that this program was started with, where there are none."""
+    words = sys.argv[1:] if words is None else words
     if not words or words[0] not in TASKS:
         fail(f"{' '.join(words[:1])}: no table; wanted {', '.join(TASKS)}, as in scripts/e2e_table.sh")
     task = TASKS[words[0]]
@@ -306,7 +302,3 @@ def main(words: list[str]) -> int:
         print(f"{signal.Signals(error.args[0]).name}: stopped; the same command goes on from here", file=sys.stderr)
         return 128 + error.args[0]
     return 0
-
-
-if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))

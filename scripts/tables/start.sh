@@ -1,4 +1,4 @@
-# bash scripts/tables/start.sh TASK ARGUMENTS...: finds the Python and becomes scripts/tables/runner.py.
+# bash scripts/tables/start.sh TASK ARGUMENTS...: finds the Python and becomes scripts/start.py runner.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)"
 if [ -z "${PYTHON:-}" ]; then
@@ -6,7 +6,7 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 export PYTHON
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || {
-    echo "error: PYTHON=$PYTHON: has no torch, for it is no Python 3.11 or newer; name another by this variable" >&2
+    echo "error: PYTHON=$PYTHON: is no Python 3.11 or newer; name another by this variable" >&2
     exit 2
 }
-exec "$PYTHON" "$ROOT/scripts/tables/runner.py" "$@"
+exec "$PYTHON" "$ROOT/scripts/start.py" runner "$@"

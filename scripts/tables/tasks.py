@@ -40,6 +40,8 @@ AUTHOR_TRAINING = """
     --max_grad_norm 0 --lr_scheduler_type constant --learning_rate $rate --disable_tqdm True --label_names labels
     --dataloader_num_workers 2 $adapter $extra $privacy"""
 
+Option = tuple[str, str, object, str]  # name, metavar, default, help
+
 
 def fill(command: str, **values: object) -> list[str]:
     """The words of a command: $name is a part of a word, or alone the words of a list."""
@@ -83,8 +85,8 @@ def training_step(run: Run, command: list[str]) -> Step:
 class Task:
     """A table's name, its --help and its defaults.
 
-    models: names, and their checkpoints' names. options: of its own, (name, metavar, default, help). fixed: flags of
-    its training script that may not stand behind --. instead: what to use in their place.
+    models: name -> its checkpoint's name. options: those that other tasks lack. fixed: flags of its training script
+    that may not stand behind --. instead: what to use in their place. is_scored: the texts of each run are scored.
     """
 
     name: str
@@ -95,11 +97,11 @@ class Task:
     methods: str
     seeds: str
     batch: int
-    options: list[tuple[str, str, object, str]]
+    options: list[Option]
     fixed: str
     instead: str
     script: str
-    is_scored: bool = True  # scores.json, and no training where nothing is trained
+    is_scored: bool = True
 
     def checkpoint(self, model: str) -> str:
         """The file or folder that the training of a model starts from."""
@@ -158,18 +160,8 @@ class TextTask(Task):
                 if not os.path.exists(tokens):
                     formatted = f"{args.tokens}/{part}_formatted.jsonl"
                     table.start("python", f"src/format_converting_{self.name}.py", source, formatted)
-                    table.start(
-                        "python",
-                        "src/gpt2_encode.py",
-                        "--vocab",
-                        args.vocab,
-                        "--add_bos",
-                        "--add_eos",
-                        "--input",
-                        formatted,
-                        "--output",
-                        tokens,
-                    )
+                    encode = ["src/gpt2_encode.py", "--vocab", args.vocab, "--add_bos", "--add_eos"]
+                    table.start("python", *encode, "--input", formatted, "--output", tokens)
         self.fetch_checkpoints(table)
         end: object = 628  # two line feeds end a text, as published: this token of GPT-2's vocabulary
         if args.vocab != "vocab":
@@ -187,22 +179,20 @@ class TextTask(Task):
             "seed": run.seed,
             "checkpoint": self.checkpoint(run.model),
         }
-        training = Step([], lambda: True)
+        training = []
         if run.method != "none":
             noise = {"published": ["--noise_multiplier", "0.6"], "inf": ["--noise_multiplier", "0"]}
             per_device, accumulation = table.split_batch(8)  # as published, where there are 16 processes
-            training = training_step(
-                run,
-                fill(
-                    TEXT_TRAINING,
-                    launch=table.launch(self.script),
-                    per_device=per_device,
-                    accumulation=accumulation,
-                    noise=noise.get(run.epsilon, ["--target_epsilon", run.epsilon]),
-                    adapter=LORA if run.method == "lora" else ["--lora_dim", "0"],
-                    **names,
-                ),
+            command = fill(
+                TEXT_TRAINING,
+                launch=table.launch(self.script),
+                per_device=per_device,
+                accumulation=accumulation,
+                noise=noise.get(run.epsilon, ["--target_epsilon", run.epsilon]),
+                adapter=LORA if run.method == "lora" else ["--lora_dim", "0"],
+                **names,
             )
+            training = [training_step(run, command)]
             names["checkpoint"] = run.folder
         search = Step(
             fill(TEXT_SEARCH, launch=table.launch("src/gpt2_beam.py"), **names),
@@ -210,12 +200,9 @@ class TextTask(Task):
             lambda: bool(glob.glob(f"{glob.escape(predictions)}.journal.*")),
         )
         if self.references:
+            flags = self.references.split()
             decoded = [
-                (
-                    f"{run.folder}/references/{keep}",
-                    f"{run.folder}/predictions_{keep}.txt",
-                    [*self.references.split(), "--filter", keep],
-                )
+                (f"{run.folder}/references/{keep}", f"{run.folder}/predictions_{keep}.txt", [*flags, "--filter", keep])
                 for keep in self.sets(args.tokens)
             ]
             scorer = ["eval/webnlg/webnlg_scores.py", *(path for *pair, _ in decoded for path in pair)]
@@ -227,7 +214,7 @@ class TextTask(Task):
             for refs, texts, flags in decoded
         ]
         score = Step(["python", *scorer, "--json", scores], lambda: os.path.exists(scores))
-        return [f"# data: {args.data}, vocabulary: {args.vocab}"], [training, search, *decoding, score]
+        return [f"# data: {args.data}, vocabulary: {args.vocab}"], [*training, search, *decoding, score]
 
     def sets(self, tokens: str) -> list[str]:
         """all; and where they are scored apart, seen and unseen as far as the test set has them, or both in a dry run
@@ -270,27 +257,22 @@ class AuthorTask(Task):
             "inf": ["--disable_dp"],  # of an untrained model the rate is 0, whatever stands behind --
             "0": ["--disable_dp", "--max_steps", "1", "--learning_rate", "0"],
         }
+        private = ["--target_epsilon", run.epsilon, "--per_sample_max_grad_norm", "1.0"]
         per_device, accumulation = table.split_batch(largest)
-        return [], [
-            training_step(
-                run,
-                fill(
-                    AUTHOR_TRAINING,
-                    launch=table.launch(self.script),
-                    run=run.folder,
-                    model=run.model,
-                    seed=run.seed,
-                    per_device=per_device,
-                    accumulation=accumulation,
-                    adapter=adapter,
-                    rate="0" if run.epsilon == "0" else rate,
-                    privacy=privacy.get(
-                        run.epsilon, ["--target_epsilon", run.epsilon, "--per_sample_max_grad_norm", "1.0"]
-                    ),
-                    **vars(table.args),
-                ),
-            )
-        ]
+        command = fill(
+            AUTHOR_TRAINING,
+            launch=table.launch(self.script),
+            run=run.folder,
+            model=run.model,
+            seed=run.seed,
+            per_device=per_device,
+            accumulation=accumulation,
+            adapter=adapter,
+            rate="0" if run.epsilon == "0" else rate,
+            privacy=privacy.get(run.epsilon, private),
+            **vars(table.args),
+        )
+        return [], [training_step(run, command)]
 
 
 def sha256(path: str) -> str:
@@ -298,37 +280,37 @@ def sha256(path: str) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def text_task(
-    name: str, title: str, epsilons: str, parts: tuple[str, str, str], references: str = "", parted: bool = False
-) -> TextTask:
+TEXT_FIXED = """
+    --train_batch_size --grad_acc --noise_multiplier --target_epsilon --random_seed --seq_len --train_data --valid_data
+    --model_card --init_checkpoint --work_dir --resume"""
+AUTHOR_FIXED = """
+    --per_device_train_batch_size --gradient_accumulation_steps --noise_multiplier --target_epsilon --disable_dp --seed
+    --train_file --vocab --model_name --output_dir --resume --resume_from_checkpoint --dry_run --enable_lora"""
+
+
+def text_task(name: str, title: str, epsilons: str, parts: tuple[str, str, str], **more) -> TextTask:
     """A task whose runs are those of E2E on other data."""
+    options: list[Option] = [
+        ("data", "DIR", None, f"folder of {', '.join(parts)} (default: data/{name}, fetched where it is missing)"),
+        ("test", "FILE", None, f"with --data: another test set than its {parts[2]}"),
+        ("vocab", "DIR", None, "with --data: folder of encoder.json and vocab.bpe to encode it with (default: vocab)"),
+        ("seq_len", "T", 512, "longest example in tokens (default 512)"),
+    ]
     return TextTask(
-        name,
-        title,
-        HUGGING_FACE,
-        [*HUGGING_FACE],
-        epsilons,
-        "lora",
-        "110",
-        128,
-        [
-            ("data", "DIR", None, f"folder of {', '.join(parts)} (default: data/{name}, fetched where it is missing)"),
-            ("test", "FILE", None, f"with --data: another test set than its {parts[2]}"),
-            (
-                "vocab",
-                "DIR",
-                None,
-                "with --data: folder of encoder.json and vocab.bpe to encode it with (default: vocab)",
-            ),
-            ("seq_len", "T", 512, "longest example in tokens (default 512)"),
-        ],
-        "--train_batch_size --grad_acc --noise_multiplier --target_epsilon --random_seed --seq_len --train_data "
-        "--valid_data --model_card --init_checkpoint --work_dir --resume",
-        "--epsilon, --seeds, --batch, --seq_len, --data, --method or MODEL",
-        "src/gpt2_ft.py",
+        name=name,
+        title=title,
+        models=HUGGING_FACE,
+        default_models=[*HUGGING_FACE],
+        epsilons=epsilons,
+        methods="lora",
+        seeds="110",
+        batch=128,
+        options=options,
+        fixed=TEXT_FIXED,
+        instead="--epsilon, --seeds, --batch, --seq_len, --data, --method or MODEL",
+        script="src/gpt2_ft.py",
         parts=parts,
-        references=references,
-        parted=parted,
+        **more,
     )
 
 
@@ -353,53 +335,41 @@ A small corpus (Shakespeare's 299 speakers), four texts of an author a step:
       --sequence_len 32 --eval_fraction 0.1 --num_train_epochs 10
 and --method lora --epsilon "8 inf" with --learning_rate 1e-2. Of so few authors a table compares methods and is no
 example of a private release: delta = 1/N is 4e-3, which publishing all of one author, drawn at random, would keep."""
-TASKS: dict[str, AnyTask] = {
-    task.name: task
-    for task in (
-        text_task("e2e", E2E, "published", ("train.txt", "valid.txt", "test.txt")),
-        text_task(
-            "webnlg",
-            WEBNLG,
-            "8",
-            ("train.json", "dev.json", "test.json"),
-            "--ref_type webnlg --ref_num 6 --tokenize --lower",
-            parted=True,
-        ),
-        text_task(
-            "dart",
-            DART,
-            "8",
-            ("dart-v1.1.1-full-train.json", "dart-v1.1.1-full-dev.json", "dart-v1.1.1-full-test.json"),
-            "--ref_type dart --ref_num 6 --tokenize --lower",
-        ),
-        AuthorTask(
-            "author",
-            AUTHOR,
-            {name: name for name in HUGGING_FACE.values()},
-            ["gpt2"],
-            "8",
-            "full lora",
-            "42",
-            1024,
-            [
-                (
-                    "train_file",
-                    "FILE",
-                    None,
-                    "JSON lines with an author and a content (default data/reddit/train.jsonl, made where it is missing)",
-                ),
-                (
-                    "vocab",
-                    "DIR",
-                    None,
-                    "folder of encoder.json and vocab.bpe (default: vocab, fetched where it is missing)",
-                ),
-            ],
-            "--per_device_train_batch_size --gradient_accumulation_steps --noise_multiplier --target_epsilon --disable_dp "
-            "--seed --train_file --vocab --model_name --output_dir --resume --resume_from_checkpoint --dry_run "
-            "--enable_lora",
-            "--epsilon, --seeds, --batch, --train_file, --vocab, --method or MODEL",
-            "src/fine-tune-dp.py",
-        ),
-    )
-}
+AUTHOR_OPTIONS: list[Option] = [
+    (
+        "train_file",
+        "FILE",
+        None,
+        "JSON lines with author and content (default: data/reddit/train.jsonl, made where missing)",
+    ),
+    ("vocab", "DIR", None, "folder of encoder.json and vocab.bpe (default: vocab, fetched where it is missing)"),
+]
+DART_PARTS = ("dart-v1.1.1-full-train.json", "dart-v1.1.1-full-dev.json", "dart-v1.1.1-full-test.json")
+SIX_REFERENCES = "--ref_type {} --ref_num 6 --tokenize --lower"
+ALL_TASKS: list[AnyTask] = [
+    text_task("e2e", E2E, "published", ("train.txt", "valid.txt", "test.txt")),
+    text_task(
+        "webnlg",
+        WEBNLG,
+        "8",
+        ("train.json", "dev.json", "test.json"),
+        references=SIX_REFERENCES.format("webnlg"),
+        parted=True,
+    ),
+    text_task("dart", DART, "8", DART_PARTS, references=SIX_REFERENCES.format("dart")),
+    AuthorTask(
+        name="author",
+        title=AUTHOR,
+        models={name: name for name in HUGGING_FACE.values()},
+        default_models=["gpt2"],
+        epsilons="8",
+        methods="full lora",
+        seeds="42",
+        batch=1024,
+        options=AUTHOR_OPTIONS,
+        fixed=AUTHOR_FIXED,
+        instead="--epsilon, --seeds, --batch, --train_file, --vocab, --method or MODEL",
+        script="src/fine-tune-dp.py",
+    ),
+]
+TASKS = {task.name: task for task in ALL_TASKS}

@@ -40,6 +40,24 @@ def read_object(path: str, wanted: str, flag: str = "") -> dict:
     return content
 
 
+def check_format(found: object, newest: int, where: str) -> int:
+    """The format number of a file or record, 1 .. newest, from its entry `found`.
+
+    None, which stands for an absent entry, is format 1: the files that were written before formats had numbers.
+    Raises UserError, which begins with `where`, for anything but a number that this version knows.
+    """
+    if found is None:
+        return 1
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        fail(f"{where}: format {found!r} is none: wanted a whole number from 1 to {newest}; restore the file")
+    if found > newest:
+        fail(
+            f"{where}: format {found} is newer than this version reads ({newest}); use the version that wrote it, "
+            "or a later one"
+        )
+    return found
+
+
 def check_file(path: str, flag: str) -> None:
     """Raise UserError for a pipe or a device, which gives its content once, where it is read more than once."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
@@ -73,9 +91,9 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
     mode is "w" (UTF-8 text, line feeds kept) or "wb". An exception inside the block leaves `path` untouched.
     """
     aside = f"{path}.{os.getpid()}.partial"
-    options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
-        with open(aside, mode, **options) as handle:
+        with open(aside, mode, encoding=encoding, newline=newline) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())

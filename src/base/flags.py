@@ -107,7 +107,7 @@ def read_boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
 
 
-def value_type(hint: object) -> type:
+def value_type(hint: Any) -> type:
     """bool, int, float or str: of a value, where `hint` is that, or it or None, or a tuple of such."""
     inside = [value_type(part) for part in typing.get_args(hint) if part not in (type(None), ...)]
     return inside[0] if inside else hint

@@ -56,7 +56,7 @@ class PublicLengths:
         if len(inputs) and inputs[-1] > self.lengths[-1]:
             raise ValueError(f"a text of {inputs[-1]} inputs: expected at most {self.lengths[-1]}")
         ends = np.searchsorted(inputs, self.lengths, side="right")
-        for T, begin, end in zip(self.lengths, np.concatenate([[0], ends]), ends):
+        for T, begin, end in zip(self.lengths, np.concatenate([[0], ends[:-1]]), ends, strict=True):
             units = max(1, self.token_budget // (T * rows_per_unit))
             for start in range(int(begin), int(end), units):
                 yield slice(start, min(start + units, int(end))), T
@@ -69,7 +69,7 @@ def choose_lengths(
 
     public   (n,) lengths of texts that the run does not protect, such as its validation data; None or empty: unknown
     longest  inputs of the longest text that may come
-    filler   what a micro-batch's products are filled up with on the average, see base.products.row_blocks: in tokens
+    filler   tokens of zeros that base.products.row_blocks() adds to a micro-batch on the average
 
     Dynamic programming over multiples of GRAIN up to the longest public text: a class costs its padded tokens, and for
     every micro-batch what starting one costs. Beyond, and where nothing is public, each length is GROWTH times the one

@@ -104,13 +104,14 @@ def read_examples(path: str, flag: str, vocab_size: int, seq_len: int, objective
 
 
 def count_shared(valid: Any, train: Any) -> int:
-    """How many texts of `valid` are texts of `train`, too: the same tokens, cut as the run cuts them. Where context
-    ends and completion begins does not matter. Both have tokens, starts and lengths, as Examples and AuthorTexts do."""
+    """How many texts of `valid` are texts of `train`, too: the same tokens, cut as the run cuts them, wherever the
+    context ends. Both have tokens, starts and lengths, as Examples and AuthorTexts do."""
 
     def texts(data: Any) -> Iterator[bytes]:
         tokens = np.asarray(data.tokens)  # slices of a memory map are ten times as slow
-        for start, length in zip(data.starts.tolist(), data.lengths.tolist()):
+        # not strict: the starts of Examples hold the end of the last one, too
+        for start, length in zip(data.starts.tolist(), data.lengths.tolist(), strict=False):
             yield tokens[start : start + length].tobytes()
 
-    wanted = Counter(texts(valid))  # of the smaller file
+    wanted = Counter(texts(valid))  # held in memory, since it is the smaller one
     return sum(wanted[text] for text in {text for text in texts(train) if text in wanted})

@@ -43,7 +43,8 @@ def write_examples(path: str, examples: Iterable[dict[str, object] | str]) -> No
 
     A string among the examples says which kind of text was left out.
     """
-    count, unseen, contexts, left_out = 0, 0, set(), Counter()
+    count, unseen, contexts = 0, 0, set()
+    left_out: Counter[str] = Counter()
     with atomic_write(path) as handle:
         for example in examples:
             if isinstance(example, str):

@@ -1,1 +1,1 @@
-"""Beam search: the search, the decoder that it asks, and the head's best tokens."""
+"""Beam search: the search, the decoder that it asks, the head's best tokens, and the journal of a killed search."""

@@ -1,11 +1,11 @@
-"""Beam search over many contexts at once, exact, with nothing computed that cannot change the result.
+"""Beam search over many contexts at once: exact, without work that cannot change the result.
 
 The algorithm is the LoRA NLG example's (Hu et al., 2021): totals of log-probabilities, a finished hypothesis scored
 total / length**length_penalty. Around it:
-- Hypotheses are rows. One that has ended, or that cannot beat the best finished one any more, is no row, so the work
-  of a step shrinks with its context. Dropping it is exact: what it would push out of the beam ranks below it.
+- Each live hypothesis is a row of the batch. One that has ended, or that cannot beat the best finished one any more, is
+  dropped, so the work of a step shrinks. Dropping it is exact: what it would push out of the beam ranks below it.
 - A context that is done leaves and a waiting one takes its slot: no step waits for the slowest context.
-- The vocabulary is read once, in blocks (decoding/top_k_head.py): no (rows, V) array of log-probabilities exists.
+- The head's weight is read once a step, in blocks, and no (rows, V) array of log-probabilities exists (TopKHead).
 
 Scores are base-2 logarithms: every rule here is linear in the total, so the unit changes no comparison.
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoding.top_k_head import Edits, Vocabulary
+from decoding.top_k_head import Edits, TopKHead
 
 NOTHING = -1  # where a history has no token
 
@@ -58,7 +58,7 @@ class SearchSettings:
 class Decoder(Protocol):
     """A model and its cache, as the search needs them."""
 
-    vocabulary: Vocabulary
+    head: TopKHead
 
     def admit(self, slots: np.ndarray, contexts: list[Sequence[int]]) -> Tensor:
         """Forget what the slots held, read a context into each; the last position's states (len(slots), D)."""
@@ -105,7 +105,8 @@ class Beams:
 
     def live(self) -> tuple[np.ndarray, np.ndarray]:
         """(slots, places), each (R,), sorted by slot and place."""
-        return np.nonzero(self.total > -np.inf)
+        slots, places = np.nonzero(self.total > -np.inf)
+        return slots, places
 
     def edits(self, slots: np.ndarray, places: np.ndarray) -> Edits:
         """What the rules change in the logits of each row: (row, token) pairs to penalise and to forbid."""
@@ -204,7 +205,7 @@ def beam_search(
             slot, place = np.concatenate([slot, newcomers]), np.concatenate([place, np.zeros_like(newcomers)])
 
         active, context = np.unique(slot, return_inverse=True)
-        total, parent, token = decoder.vocabulary.best_pairs(
+        total, parent, token = decoder.head.best_pairs(
             torch.cat(states),
             beams.total[slot, place],
             context,

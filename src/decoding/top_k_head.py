@@ -1,4 +1,4 @@
-"""The best (hypothesis, token) pairs of a step without an array of all log-probabilities.
+"""The head of a language model for beam search: a step's best pairs, without an array of all log-probabilities.
 
 One pass over the vocabulary, in blocks that stay in the processor's cache, gives for every row the sum of
 exponentials (as running maximum and rescaled sum: Milakov & Gimelshein, 2018, "Online normalizer calculation for
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from base.products import PackedLinear
+
 GROUP = 64
 CPU_BLOCK = 2048  # tokens: with 300 rows a block of logits is 2.4 MB; up to 6144 it measures 8 % slower
-ROW_STEP = 32  # oneDNN compiles a product for each number of rows that it meets; so it meets few
 LOWEST = -3e38  # stands for a maximum of nothing, so that -inf minus it is -inf and not NaN
 
 
@@ -31,33 +32,11 @@ class Edits:
     penalty: float
 
 
-class PackedLinear:
-    """y = x W^T + b, for one weight used many times.
-
-    On a CPU in float32 the weight is packed for oneDNN: on an AMD EPYC its product ran 2 to 3.5 times as fast as
-    torch.nn.functional.linear's (MKL), 430 against 130 GFLOP/s for 300 rows of width 128 on two cores.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight (out, in), copied; bias (out,)."""
-        self.bias = bias
-        plain = weight.device.type == "cpu" and weight.dtype == torch.float32
-        self.packed = plain and torch.backends.mkldnn.is_available()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 256) if self.packed else weight
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (R, in) -> (R, out)."""
-        if self.packed:
-            padded = F.pad(x, (0, 0, 0, -len(x) % ROW_STEP))
-            return torch.ops.mkldnn._linear_pointwise(padded, self.weight, self.bias, "none", [], "")[: len(x)]
-        return F.linear(x, self.weight, self.bias)
-
-
-class Vocabulary:
-    """The projection of states onto the vocabulary, and the selection of a step's best pairs."""
+class TopKHead:
+    """A language model's head that projects states onto the vocabulary and keeps a step's best pairs alone."""
 
     def __init__(self, weight: Tensor, block: int | None = None):
-        """weight (V, D): the head's; a plain and a packed copy are kept. block: tokens a block, a multiple of GROUP."""
+        """weight (V, D), copied; a packed copy is kept too. block: tokens a block, a multiple of GROUP."""
         self.size, width = weight.shape
         if block is None:
             block = CPU_BLOCK if weight.device.type == "cpu" else math.ceil(self.size / GROUP) * GROUP
@@ -119,14 +98,14 @@ class Vocabulary:
         top = torch.full((rows, 1), LOWEST, device=device)
         total = torch.zeros(rows, 1, device=device)
         penalised, banned = self.by_block(edits.penalised, device), self.by_block(edits.banned, device)
-        for i, (start, project) in enumerate(zip(self.starts, self.blocks)):
+        for i, (start, project) in enumerate(zip(self.starts, self.blocks, strict=True)):
             logits = project(x).float()  # (R, block)
             if start + logits.shape[1] > self.size:
                 logits[:, self.size - start :] = -math.inf
-            if penalised[i] is not None:
-                penalise(logits, *penalised[i], edits.penalty)
-            if banned[i] is not None:
-                logits[*banned[i]] = -math.inf
+            if (pairs := penalised[i]) is not None:
+                penalise(logits, *pairs, edits.penalty)
+            if (pairs := banned[i]) is not None:
+                logits[*pairs] = -math.inf
             block_max = logits.view(rows, -1, GROUP).amax(-1)
             group_max[:, start // GROUP : start // GROUP + block_max.shape[1]] = block_max
             higher = torch.maximum(top, block_max.amax(-1, keepdim=True))
@@ -143,7 +122,7 @@ class Vocabulary:
         row, token = torch.from_numpy(row).to(device), torch.from_numpy(token).to(device)
         return [
             (row[a:b], token[a:b] - start) if a < b else None
-            for start, a, b in zip(self.starts, bounds[:-1], bounds[1:])
+            for start, a, b in zip(self.starts, bounds[:-1], bounds[1:], strict=True)
         ]
 
     def edit_groups(self, logits: Tensor, row: Tensor, group: Tensor, there: Tensor, rows: int, edits: Edits) -> None:

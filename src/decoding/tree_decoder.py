@@ -1,8 +1,8 @@
-"""GPT-2, a token at a time, for beams that share what they have in common.
+"""GPT-2, one token at a time, with a key-value cache that the beams of a context share.
 
 The hypotheses of one context are a tree: the context is the trunk, every generated token a node. Keys and values are
-stored once a node and never move when beams are reordered; what a hypothesis may see is one row of booleans, and a
-reordering copies those. Nodes that no hypothesis sees any more are swept out when room is needed.
+stored once a node and do not move when beams are reordered. A row of booleans says which nodes a hypothesis sees, and a
+reordering copies those rows. Nodes that no hypothesis sees any more are removed when room is needed.
 
 Shapes: S slots (contexts), K beams, L nodes a slot, R rows (live hypotheses), B new contexts, T tokens, D width,
 H heads.
@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import loralib as lora
-from decoding.top_k_head import PackedLinear, Vocabulary
+from base.products import PackedLinear
+from decoding.top_k_head import TopKHead
 from model import GPT2LMModel
 
-SPARE_STEPS = 4  # steps for which a sweep makes room: it copies the live part once, and attention reads the dead part
+# Steps for which make_room() makes room. Few mean frequent copies of the live nodes, many a longer dead part to read.
+SPARE_STEPS = 4
 Attend = Callable[[int, Tensor], Tensor]  # (layer, its fused query, key, value (rows, 3D)) -> (rows, D)
 
 
@@ -42,12 +44,12 @@ class TreeDecoder:
         """
         lora.merge(model)
         model.requires_grad_(False)
-        self.config, self.beam = model.config, beam
+        self.config, self.slots, self.beam = model.config, slots, beam
         body = model.transformer
         self.position_embedding, self.ln_f = body.wpe.weight, body.ln_f
         self.blocks = [PackedBlock(block) for block in body.h]
-        self.vocabulary = Vocabulary(model.lm_head.weight)
-        self.token_embedding = self.vocabulary.groups.view(-1, self.config.n_embd)  # tied: the head's copy serves both
+        self.head = TopKHead(model.lm_head.weight)
+        self.token_embedding = self.head.groups.view(-1, self.config.n_embd)  # tied: the head's copy serves both
         self.device, dtype = self.token_embedding.device, self.token_embedding.dtype
         self.room = 0  # L
         self.kv = torch.empty(len(self.blocks), slots, 0, 2 * self.config.n_embd, dtype=dtype, device=self.device)
@@ -63,7 +65,7 @@ class TreeDecoder:
         self.used[slots] = self.depth[slots] = 0
         self.make_room(slots, lengths)
         ids = np.zeros((B, T), np.int64)
-        for row, context in zip(ids, contexts):
+        for row, context in zip(ids, contexts, strict=True):
             row[: len(context)] = context
         real = np.arange(T) < lengths[:, None]  # (B, T): padding is on the right, where causal attention ignores it
         row, position = np.nonzero(real)
@@ -122,7 +124,7 @@ class TreeDecoder:
         return x
 
     def make_room(self, slots: np.ndarray, wanted: np.ndarray) -> None:
-        """See that each of the slots can take `wanted` nodes more; if not, sweep the nodes that nobody sees."""
+        """See that each of the slots can take `wanted` nodes more; if not, remove the nodes that nobody sees."""
         if (self.used[slots] + wanted).max() <= self.room:
             return
         live = self.visible.any(1)  # (S, L)

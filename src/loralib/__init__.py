@@ -1,16 +1,6 @@
-"""LoRA layers for PyTorch: Linear, MergedLinear, Embedding, and the helpers that freeze, save and merge them."""
+"""LoRA for PyTorch: the layer MergedLinear, and the helpers that freeze, save and merge the adapters of a model."""
 
-from .layers import Embedding, Linear, LoRALayer, MergedLinear
+from .layers import MergedLinear
 from .utils import adapted_layers, lora_state_dict, mark_only_lora_as_trainable, merge, unmerge
 
-__all__ = [
-    "Embedding",
-    "Linear",
-    "LoRALayer",
-    "MergedLinear",
-    "adapted_layers",
-    "lora_state_dict",
-    "mark_only_lora_as_trainable",
-    "merge",
-    "unmerge",
-]
+__all__ = ["MergedLinear", "adapted_layers", "lora_state_dict", "mark_only_lora_as_trainable", "merge", "unmerge"]

@@ -1,4 +1,4 @@
-"""Low-rank adapters as drop-in layers (Hu et al., 2021, "LoRA", eq. 3: h = W x + (alpha/r) B A x).
+"""A linear layer with low-rank adapters (Hu et al., 2021, "LoRA", eq. 3: h = W x + (alpha/r) B A x).
 
 Shapes: B batch, T tokens, I in_features, O out_features, R rank, G number of enabled slots.
 Every trainable tensor's name begins with `lora_`, so freezing and saving are one-liners (see utils.py).
@@ -14,71 +14,15 @@ from torch import Tensor, nn
 from base.products import linear
 
 
-class LoRALayer:
-    """What the adapted layers share: rank, scaling, and a merge that is exact.
-
-    `merge()` keeps the base weight and `unmerge()` puts that very tensor back, so any number of merges and unmerges
-    leaves every bit in place; both are idempotent. While merged a layer cannot be trained or saved.
-    """
-
-    def init_lora(self, r: int, lora_alpha: float) -> None:
-        if r < 0:
-            raise ValueError(f"lora rank r={r}: expected r >= 0")
-        self.r = r
-        self.lora_alpha = lora_alpha
-        self.scaling = lora_alpha / r if r > 0 else 0.0
-        self.base_weight: Tensor | None = None
-
-    @property
-    def merged(self) -> bool:
-        return self.base_weight is not None
-
-    def delta_weight(self) -> Tensor:
-        """The adapter's product in the layout of `weight`."""
-        raise TypeError(f"{type(self).__name__} does not define its adapter's product")
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the adapter into `weight`."""
-        if not self.merged and self.has_adapter():
-            self.base_weight = self.weight.data
-            self.weight.data = self.base_weight + self.delta_weight().to(self.base_weight.dtype)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
-        if self.merged:
-            # .to() is the same tensor unless the layer was moved or cast while merged
-            self.weight.data = self.base_weight.to(self.weight.device, self.weight.dtype)
-            self.base_weight = None
-
-    def has_adapter(self) -> bool:
-        return self.r > 0
-
-    def adds_adapter(self) -> bool:
-        """Whether forward() adds the adapter's output: there is one, and `weight` does not hold it already."""
-        if self.merged and self.training and torch.is_grad_enabled():
-            raise RuntimeError("the layer is merged, its adapter would get no gradient: call unmerge() before training")
-        return self.has_adapter() and not self.merged
-
-    # A merged weight saved beside its factors would be added twice when read back; one read in would lose the adapter.
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        if self.merged:
-            raise RuntimeError(f"{prefix}weight is merged: call unmerge() before state_dict()")
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        if self.merged:
-            raise RuntimeError(f"{prefix}weight is merged: call unmerge() before load_state_dict()")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-class MergedLinear(LoRALayer, nn.Module):
+class MergedLinear(nn.Module):
     """A linear layer whose output is len(enable_lora) equal slots, each with or without an adapter of its own.
 
     GPT-2's fused projection is [query, key, value]; `enable_lora=[True, False, True]` adapts query and value.
     lora_A is (G*R, I), Kaiming-uniform(sqrt 5); lora_B is (O/len(enable_lora)*G, R), zero.
     `fan_in_fan_out=True` stores weight as (I, O), the layout of GPT-2's Conv1D; else (O, I).
+
+    `merge()` keeps the base weight and `unmerge()` puts that very tensor back, so any number of merges and unmerges
+    leaves every bit in place; both are idempotent. While merged a layer cannot be trained or saved.
     """
 
     def __init__(
@@ -99,12 +43,19 @@ class MergedLinear(LoRALayer, nn.Module):
             )
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout={lora_dropout}: expected 0 <= lora_dropout < 1")
-        self.init_lora(r, lora_alpha)
+        if r < 0:
+            raise ValueError(f"lora rank r={r}: expected r >= 0")
+        self.r, self.lora_alpha = r, lora_alpha
+        self.scaling = lora_alpha / r if r > 0 else 0.0
+        self.base_weight: Tensor | None = None  # while merged
         self.in_features, self.out_features = in_features, out_features
         self.enable_lora = tuple(bool(on) for on in enable_lora)
         self.fan_in_fan_out = fan_in_fan_out
         self.lora_dropout = lora_dropout
-        self.adapter_inputs = weakref.WeakKeyDictionary()  # see remember()
+        # see remember(): the storage of an input -> (where in it, numbers, what dropout left) of each forward pass
+        self.adapter_inputs: weakref.WeakKeyDictionary[torch.UntypedStorage, list[tuple[int, int, Tensor | None]]] = (
+            weakref.WeakKeyDictionary()
+        )
         shape = (in_features, out_features) if fan_in_fan_out else (out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
@@ -144,14 +95,53 @@ class MergedLinear(LoRALayer, nn.Module):
     def expanded_B(self) -> Tensor:
         """lora_B as one block matrix (O, G*R), scaling included: outputs without an adapter have zero rows."""
         columns = []
-        for j, (outputs, _, rows_b) in enumerate(self.slots()):
+        for outputs, _, rows_b in self.slots():
             below = self.out_features - outputs.stop
             columns.append(F.pad(self.lora_B[rows_b], (0, 0, outputs.start, below)))
         return torch.cat(columns, dim=1) * self.scaling
 
     def delta_weight(self) -> Tensor:
+        """The adapters' products in the layout of `weight`."""
         delta = self.expanded_B() @ self.lora_A  # (O, I)
         return delta.T if self.fan_in_fan_out else delta
+
+    @property
+    def merged(self) -> bool:
+        return self.base_weight is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the adapter into `weight`."""
+        if not self.merged and self.has_adapter():
+            self.base_weight = self.weight.data
+            self.weight.data = self.base_weight + self.delta_weight().to(self.base_weight.dtype)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit."""
+        if self.base_weight is not None:
+            # .to() is the same tensor unless the layer was moved or cast while merged
+            self.weight.data = self.base_weight.to(self.weight.device, self.weight.dtype)
+            self.base_weight = None
+
+    def adds_adapter(self) -> bool:
+        """Whether forward() adds the adapter's output: there is one, and `weight` does not hold it already."""
+        if self.merged and self.training and torch.is_grad_enabled():
+            raise RuntimeError("the layer is merged, its adapter would get no gradient: call unmerge() before training")
+        return self.has_adapter() and not self.merged
+
+    # A merged weight saved beside its factors would be added twice when read back; one read in would lose the adapter.
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.merged:
+            raise RuntimeError(f"{prefix}weight is merged: call unmerge() before state_dict()")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if self.merged:
+            raise RuntimeError(f"{prefix}weight is merged: call unmerge() before load_state_dict()")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    # ---------------------------------------------------------------- forward, and what a per-unit gradient needs
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> (..., O)."""
@@ -161,7 +151,7 @@ class MergedLinear(LoRALayer, nn.Module):
             return result
         dropping = self.training and self.lora_dropout > 0
         adapter_input = F.dropout(x, self.lora_dropout) if dropping else x
-        # An engine for per-unit gradients watches the layer through a forward hook; without one nobody will ask.
+        # Only an engine for per-unit gradients asks for the masks, and it watches the layer through a forward hook.
         if self.lora_dropout > 0 and self._forward_hooks and torch.is_grad_enabled():
             self.remember(x, adapter_input.detach() if dropping else None)
         return result + linear(linear(adapter_input, self.lora_A), self.expanded_B())
@@ -209,50 +199,3 @@ class MergedLinear(LoRALayer, nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, r={self.r}, enable_lora={list(self.enable_lora)}"
-
-
-class Linear(MergedLinear):
-    """nn.Linear with one adapter over the whole output: lora_A (R, I), lora_B (O, R)."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int = 0,
-        lora_alpha: float = 1,
-        lora_dropout: float = 0.0,
-        fan_in_fan_out: bool = False,
-        bias: bool = True,
-    ):
-        super().__init__(in_features, out_features, r, lora_alpha, lora_dropout, (True,), fan_in_fan_out, bias)
-
-
-class Embedding(LoRALayer, nn.Embedding):
-    """nn.Embedding with an adapter: row v is weight[v] + (alpha/r) B A[:, v]; lora_A (R, V) zero, lora_B (D, R) normal.
-
-    Of nn.Embedding's options those are left out that would make one example's gradient depend on another's.
-    """
-
-    def __init__(
-        self, num_embeddings: int, embedding_dim: int, r: int = 0, lora_alpha: float = 1, padding_idx: int | None = None
-    ):
-        nn.Embedding.__init__(self, num_embeddings, embedding_dim, padding_idx)
-        self.init_lora(r, lora_alpha)
-        if self.has_adapter():
-            self.lora_A = nn.Parameter(torch.zeros(r, num_embeddings))
-            self.lora_B = nn.Parameter(torch.empty(embedding_dim, r).normal_())
-
-    def reset_lora_parameters(self) -> None:
-        if self.has_adapter():
-            nn.init.zeros_(self.lora_A)
-            nn.init.normal_(self.lora_B)
-
-    def delta_weight(self) -> Tensor:
-        return (self.lora_B @ self.lora_A).T * self.scaling  # (V, D)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) -> (..., D)."""
-        result = super().forward(ids)
-        if not self.adds_adapter():
-            return result
-        return result + F.linear(F.embedding(ids, self.lora_A.T, self.padding_idx), self.lora_B) * self.scaling

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .layers import LoRALayer
+from .layers import MergedLinear
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
@@ -15,7 +15,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         parameter.requires_grad_("lora_" in name or (bias == "all" and is_bias))
     if bias == "lora_only":
         for layer in adapted_layers(model):
-            if getattr(layer, "bias", None) is not None:
+            if layer.bias is not None:
                 layer.bias.requires_grad_(True)
 
 
@@ -23,7 +23,8 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """The part of `model.state_dict()` that mark_only_lora_as_trainable(model, bias) leaves trainable."""
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f'bias={bias!r}: expected "none", "all" or "lora_only"')
-    adapted = {name for name, layer in model.named_modules() if is_adapted(layer)}
+    layers = set(adapted_layers(model))
+    adapted = {name for name, layer in model.named_modules() if layer in layers}
     kept = {}
     for name, value in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
@@ -32,12 +33,8 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     return kept
 
 
-def is_adapted(layer: nn.Module) -> bool:
-    return isinstance(layer, LoRALayer) and layer.has_adapter()
-
-
-def adapted_layers(model: nn.Module) -> list[nn.Module]:
-    return [layer for layer in model.modules() if is_adapted(layer)]
+def adapted_layers(model: nn.Module) -> list[MergedLinear]:
+    return [layer for layer in model.modules() if isinstance(layer, MergedLinear) and layer.has_adapter()]
 
 
 def merge(model: nn.Module) -> None:

@@ -89,7 +89,7 @@ def lower_bound(m: int, guesses: int, right: int, delta: float, level: float) ->
 
 def numbers_of_guesses(m: int) -> list[int]:
     """The numbers of guesses that are tried, fixed before any score is seen: m, m/4, m/16 and so on down to FEWEST."""
-    found = []
+    found: list[int] = []
     while not found or m >= FEWEST:
         found.append(m)
         m //= 4

@@ -165,7 +165,7 @@ class Ragged:
 
     def by_unit(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(b (n_u, V), h (n_u, D)) of each unit, one unit a product: its shape is the unit's own."""
-        return zip(self.b.split(self.counts), map(aligned, self.h.split(self.counts)))
+        return zip(self.b.split(self.counts), map(aligned, self.h.split(self.counts)), strict=True)
 
     def norm_sq(self) -> Tensor:
         units = ((aligned(wide(b)), h) for b, h in self.by_unit())  # widened once: b is the largest tensor of all
@@ -173,7 +173,7 @@ class Ragged:
 
     def cross(self, table: Lookup) -> Tensor:
         """<this gradient, that of the same table's lookups>: sum_{s,t} b_t[x_s] <h_t, e_s>, for each unit."""
-        units = zip(self.by_unit(), table.ids, map(aligned, table.rows))
+        units = zip(self.by_unit(), table.ids, map(aligned, table.rows), strict=True)
         return torch.stack([(wide(b[:, ids]) * (h @ rows.T)).sum() for (b, h), ids, rows in units])
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
@@ -250,8 +250,10 @@ def adapted_linear(module: lora.MergedLinear, x: Tensor, g: Tensor, grad: Grad) 
     found = linear(module, x, g, grad, module.fan_in_fan_out)
     if module.has_adapter():
         (p, q), slots = module.adapter_factors(x, wide(g))
-        found.append((module.lora_A, Outer(grad(module.lora_A), p, q)))
-        found += [(module.lora_B, Outer(grad(module.lora_B)[rows], p, q)) for rows, p, q in slots]
+        A, B = grad(module.lora_A), grad(module.lora_B)
+        assert A is not None and B is not None  # adapters train
+        found.append((module.lora_A, Outer(A, p, q)))
+        found += [(module.lora_B, Outer(B[rows], p, q)) for rows, p, q in slots]
     return found
 
 
@@ -264,23 +266,10 @@ def embedding(module: nn.Embedding, ids: Tensor, g: Tensor, grad: Grad) -> Found
     return [] if grad(module.weight) is None else [(module.weight, Lookup(grad(module.weight), ids, g))]
 
 
-def adapted_embedding(module: lora.Embedding, ids: Tensor, g: Tensor, grad: Grad) -> Found:
-    found = embedding(module, ids, g, grad)
-    if module.has_adapter():
-        g = wide(g)
-        up = (g @ module.lora_B) * module.scaling  # (U, S, R)
-        down = F.embedding(ids, module.lora_A.T) * module.scaling
-        found.append((module.lora_A, Lookup(grad(module.lora_A).T, ids, up)))
-        found.append((module.lora_B, Outer(grad(module.lora_B), g, down)))
-    return found
-
-
 RULES: dict[type, Callable[..., Found]] = {
     nn.Linear: lambda module, x, g, grad: linear(module, x, g, grad, transposed=False),
     Conv1D: lambda module, x, g, grad: linear(module, x, g, grad, transposed=True),
     lora.MergedLinear: adapted_linear,
-    lora.Linear: adapted_linear,
-    lora.Embedding: adapted_embedding,
     nn.Embedding: embedding,
     nn.LayerNorm: layer_norm,
 }
@@ -306,7 +295,8 @@ class BookKeeping:
 
     def supported_modules(self) -> list[nn.Module]:
         """Every module with a trainable parameter of its own."""
-        found, owners = [], {}
+        found: list[nn.Module] = []
+        owners: dict[int, list[tuple[str, nn.Module]]] = {}
         for name, module in self.model.named_modules():
             own = [p for p in module.parameters(recurse=False) if id(p) in self.column]
             if not own:
@@ -354,6 +344,7 @@ class BookKeeping:
 
     def note(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
         """Add what the module contributes, from its input x and the gradient g at its output."""
+        assert self.batch is not None
         self.waiting.remove(module)
         with torch.autocast(g.device.type, enabled=False):
             if isinstance(module, TiedHead):

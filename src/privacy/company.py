@@ -39,7 +39,7 @@ def contribution(engine, model: GPT2LMModel, flat: FlatParameters, T: int, units
     flat.sums.zero_()
     with torch.autocast(flat.data.device.type, torch.bfloat16, enabled=bf16):
         engine.accumulate(probe_batch(T, units, model.config.vocab_size).to(flat.data.device))
-    for module, rate in zip(adapters, rates):
+    for module, rate in zip(adapters, rates, strict=True):
         module.lora_dropout = rate
     found = flat.grad.clone()
     flat.sums.zero_()

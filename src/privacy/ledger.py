@@ -5,6 +5,11 @@ can be recomputed from this one file, and carries a checksum over itself and the
 changed, dropped or moved shows. A last line cut short by a kill counts as one step; damage anywhere else is refused.
 One run at a time writes there, and none writes over what another wrote: a run that finds its file changed ends.
 
+Each record has a format number. The formats so far, whose records may follow each other in one file:
+  1  has no entry "format"; the mechanism, of which it has no entry either, is "gaussian".
+  2  names both.
+A format with other keys is the next number: its keys into TYPES and KEYS, what an absent one stands for into ABSENT.
+
 Guarantee: at any moment the ledger holds at least every noisy sum that ever reached a parameter, a file or the screen.
 """
 
@@ -14,19 +19,32 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from base.errors import fail
-from base.files import atomic_write, lock, sync_folder
-from privacy import accounting
+from base.files import atomic_write, check_format, lock, sync_folder
 
 FILE_NAME = "privacy_ledger.jsonl"
 KEPT = ".kept"  # ends the name of the copy that a run leaves whose ledger was taken away
 # A resumed run must agree with the ledger on these, unless --resume_changed names them.
-FIXED = ("unit", "N", "q", "sigma", "clip", "sampling", "steps_per_epoch", "delta", "world_size", "noise_source")
+FIXED = (
+    "unit",
+    "N",
+    "q",
+    "sigma",
+    "clip",
+    "mechanism",
+    "sampling",
+    "steps_per_epoch",
+    "delta",
+    "world_size",
+    "noise_source",
+)
+FORMAT = 2  # of the records that are written
 TYPES = {
+    "format": int,
     "step": int,
     "attempt": int,
     "unit": str,
@@ -34,6 +52,7 @@ TYPES = {
     "q": float,
     "sigma": float,
     "clip": float,
+    "mechanism": str,
     "sampling": str,
     "steps_per_epoch": int,
     "delta": float,
@@ -41,22 +60,35 @@ TYPES = {
     "noise_source": str,
     "checksum": str,
 }
+KEYS = {1: set(TYPES) - {"format", "mechanism"}, 2: set(TYPES)}  # format -> the keys of its records
+ABSENT = {"format": 1, "mechanism": "gaussian"}  # what a key stands for that a record's format does not have
+NAMES = {  # the values of what has names
+    "mechanism": ("gaussian",),
+    "sampling": ("poisson", "shuffle"),
+    "noise_source": ("os", "secure", "seeded"),
+}
+
+
+def written(record: Mapping) -> dict:
+    """A record as it stands in the file: with the keys of its own format alone."""
+    keys = KEYS[record.get("format", ABSENT["format"])]
+    return {key: record[key] for key in record if key in keys}
 
 
 def checksum(previous: str, record: Mapping) -> str:
     """Digest of a record (without its own checksum) chained to the one before."""
-    body = json.dumps({key: record[key] for key in record if key != "checksum"}, sort_keys=True)
+    body = json.dumps({key: value for key, value in written(record).items() if key != "checksum"}, sort_keys=True)
     return hashlib.sha256(f"{previous}\n{body}".encode()).hexdigest()[:16]
 
 
 def encode(record: Mapping) -> bytes:
     """The line of a record, which has its checksum already."""
-    return json.dumps(record).encode() + b"\n"
+    return json.dumps(written(record)).encode() + b"\n"
 
 
 @dataclass
 class LedgerState:
-    """What a ledger holds. `size` is the length in bytes of its whole lines."""
+    """What a ledger holds. `records` have all keys of TYPES; `size` is the length in bytes of the whole lines."""
 
     records: list[dict] = field(default_factory=list)
     torn: bool = False
@@ -68,6 +100,13 @@ class LedgerState:
         return len(self.records) + self.torn
 
     @property
+    def charges(self) -> list[dict]:
+        """The records to be priced: a torn line is charged like the one before it, as the first of an attempt."""
+        if not self.torn or not self.records:
+            return self.records
+        return [*self.records, {**self.records[-1], "attempt": self.attempts + 1}]
+
+    @property
     def last_checksum(self) -> str:
         return self.records[-1]["checksum"] if self.records else ""
 
@@ -76,11 +115,14 @@ class LedgerState:
         return self.records[-1]["attempt"] if self.records else 0
 
 
-def check_record(record: object, previous: LedgerState) -> str | None:
-    """Why `record` cannot follow `previous`, or None."""
-    if not isinstance(record, dict) or set(record) != set(TYPES):
-        return f"its keys are not {', '.join(TYPES)}"
+def check_record(record: object, previous: LedgerState, where: str) -> str | None:
+    """Why `record` cannot follow `previous`, or None. UserError, which begins with `where`, for an unknown format."""
+    number = check_format(record.get("format"), FORMAT, where) if isinstance(record, dict) else FORMAT
+    if not isinstance(record, dict) or set(record) != KEYS[number]:
+        return f"its keys are not {', '.join(key for key in TYPES if key in KEYS[number])}"
     for key, kind in TYPES.items():
+        if key not in record:
+            continue
         allowed = (int, float) if kind is float else kind
         if not isinstance(record[key], allowed) or isinstance(record[key], bool):
             return f"{key} is {record[key]!r}, wanted {kind.__name__}"
@@ -93,11 +135,10 @@ def check_record(record: object, previous: LedgerState) -> str | None:
         and 0 < record["q"] <= 1
         and 0 <= record["sigma"] < math.inf
         and 0 < record["clip"] < math.inf
-        and record["sampling"] in ("poisson", "shuffle")
         and record["steps_per_epoch"] >= 1
         and 0 < record["delta"] < 1
         and record["world_size"] >= 1
-        and record["noise_source"] in ("os", "secure", "seeded")
+        and all(record[key] in names for key, names in NAMES.items() if key in record)
     ):
         return "a value is out of range"
     return None
@@ -125,13 +166,13 @@ def read_ledger(path: str, opened: int | None = None) -> LedgerState:
     *lines, rest = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record: Any = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        problem = check_record(record, state)
+        problem = check_record(record, state, f"{path}:{number}")
         if problem is not None:
             fail(f"{path}:{number}: damaged: {problem}; restore the ledger, its epsilon cannot be trusted")
-        state.records.append(record)
+        state.records.append({**ABSENT, **record})
         state.size += len(line) + 1
     state.torn = bool(rest)
     return state
@@ -252,6 +293,7 @@ class Ledger:
 
     def chained(self, record: Mapping) -> dict:
         """The next record: the keys of TYPES in their order, with its checksum."""
+        record = {**record, "format": FORMAT}
         record = {key: record[key] for key in TYPES if key != "checksum"}
         return {**record, "checksum": checksum(self.state.last_checksum, record)}
 
@@ -284,10 +326,9 @@ class Ledger:
         if not self.state.records:
             return "nothing was charged yet: start the run again"
         records = b"".join(encode(record) for record in self.state.records)
-        with contextlib.suppress(OSError):
-            with open(self.path, "rb") as there:
-                if there.read(len(records)) == records:
-                    return "what this run charged is still in it: end whatever else writes there, and --resume"
+        with contextlib.suppress(OSError), open(self.path, "rb") as there:
+            if there.read(len(records)) == records:
+                return "what this run charged is still in it: end whatever else writes there, and --resume"
         kept = self.path + KEPT
         if os.path.exists(kept):  # of another run, in a folder that both wrote to
             kept += f".{os.getpid()}"
@@ -302,40 +343,19 @@ class Ledger:
         os.close(self.handle)
 
 
-def phases(state: LedgerState) -> list[accounting.Phase]:
-    """The Poisson steps of a ledger, grouped by (sigma, q). A torn line is charged like the record before it."""
-    counts = Counter((record["sigma"], record["q"]) for record in state.records if record["sampling"] == "poisson")
-    if state.torn and state.records and state.records[-1]["sampling"] == "poisson":
-        counts[state.records[-1]["sigma"], state.records[-1]["q"]] += 1
-    return [accounting.Phase(sigma, q, steps) for (sigma, q), steps in counts.items()]
+class NoLedger(Ledger):
+    """The ledger as every rank but the first sees it: it holds nothing, and nothing is written."""
 
+    def __init__(self) -> None:
+        self.path, self.locked, self.state = "", True, LedgerState()
 
-def participations(state: LedgerState) -> Counter:
-    """sigma -> how often any one unit can have taken part in shuffled steps: once in every epoch of every attempt.
+    def charge(self, step: int) -> None:
+        raise RuntimeError("rank 0 alone charges a step")
 
-    A resumed attempt shuffles afresh, so an epoch that it shares with the attempt before counts twice.
-    """
-    epochs = {
-        (record["attempt"], (record["step"] - 1) // record["steps_per_epoch"], record["sigma"])
-        for record in state.records
-        if record["sampling"] == "shuffle"
-    }
-    counts = Counter(sigma for _, _, sigma in epochs)
-    if state.torn and state.records and state.records[-1]["sampling"] == "shuffle":
-        counts[state.records[-1]["sigma"]] += 1
-    return counts
+    def check(self, undone: str) -> None:
+        pass
 
 
 def noise_sources(state: LedgerState) -> set[str]:
     """Where the noise of the charged steps came from, over all attempts."""
     return {record["noise_source"] for record in state.records}
-
-
-def spent(state: LedgerState) -> list[accounting.Phase]:
-    """Everything that a ledger charges. A full participation is a step with q = 1: it composes with Poisson steps."""
-    return phases(state) + [accounting.Phase(sigma, 1.0, count) for sigma, count in participations(state).items()]
-
-
-def epsilons(state: LedgerState, delta: float) -> tuple[float, float]:
-    """(PRV upper bound, RDP) of everything in the ledger, at `delta`."""
-    return accounting.epsilon_prv(spent(state), delta), accounting.epsilon_rdp(spent(state), delta)

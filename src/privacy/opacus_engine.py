@@ -45,11 +45,11 @@ class OpacusEngine:
         flat: FlatParameters,
         rule: ClippingRule,
         smoothing: float = 0.0,
-        world: World = World(),
+        world: World | None = None,
     ):
         self.model, self.flat, self.rule = model, flat, rule
         module = self.losses(model, smoothing)
-        if world.size > 1:  # alone there is no process group to broadcast in
+        if world is not None and world.size > 1:  # alone there is no process group to broadcast in
             with world.collective_errors():
                 module = DifferentiallyPrivateDistributedDataParallel(module)
         # "sum": the losses of a micro-batch are added, never averaged, so backpropagated values are per-text gradients.
@@ -88,5 +88,7 @@ class OpacusEngine:
             for (_, parameter), grad, factor in zip(self.flat.named, grads, factors.T, strict=True):
                 if not bool(finite.all()):
                     grad = grad.masked_fill(~finite[:, None], 0)
-                self.flat.grad_of(parameter).add_((factor @ grad).view_as(parameter))
+                target = self.flat.grad_of(parameter)
+                assert target is not None  # all of flat.named train
+                target.add_((factor @ grad).view_as(parameter))
         return losses.detach()

@@ -10,6 +10,7 @@ Nothing else may sample, scale or count: a step is open_step(), sums from the cl
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,21 +20,47 @@ from torch import Tensor
 from base.distributed import World
 from base.errors import UserError
 from privacy import accounting
+from privacy.accounting import Phase
 from privacy.clipping import ClippingRule
-from privacy.ledger import Ledger, epsilons, noise_sources, spent
-from privacy.noise import NoiseSource
-from privacy.sampling import PoissonSampler, ShuffleSampler
+from privacy.ledger import Ledger, LedgerState, NoLedger, noise_sources
+from privacy.mechanism import MECHANISMS
+from privacy.randomness import NoiseSource
+from privacy.sampling import SAMPLERS, Uses, steps_per_epoch
 
-RELATIONS = {
-    "poisson": "add or remove one {unit}",
-    "shuffle": "add or remove one {unit}, its place in the order left empty (zero-out)",
-}
 SEEDED_WARNING = "seeded noise: whoever knows the seed can subtract it; the epsilon holds only against the others"
 
 
 def relation(unit: str, samplings: Iterable[str]) -> str:
     """When two data sets are neighbours, for steps drawn by these samplers: a run that changed it is under both."""
-    return " and ".join(sorted({RELATIONS[sampling].format(unit=unit) for sampling in samplings}))
+    return " and ".join(sorted({SAMPLERS[sampling].relation.format(unit=unit) for sampling in samplings}))
+
+
+def uses(state: LedgerState) -> list[tuple[str, str, Uses]]:
+    """(mechanism, sampler, uses of a unit) of everything that a ledger charges; KeyError for what nothing prices."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for record in state.charges:
+        groups.setdefault((record["mechanism"], record["sampling"]), []).append(record)
+    return [(mechanism, sampling, SAMPLERS[sampling].charged(group)) for (mechanism, sampling), group in groups.items()]
+
+
+def spent(state: LedgerState) -> list[Phase]:
+    """Everything that a ledger charges, as the accountant prices it."""
+    return [phase for mechanism, _, counted in uses(state) for phase in MECHANISMS[mechanism].phases(counted)]
+
+
+def participations(state: LedgerState) -> Counter:
+    """sigma -> how often any one unit can have taken part in steps that are priced without amplification."""
+    found: Counter = Counter()
+    for _, sampling, counted in uses(state):
+        if not SAMPLERS[sampling].amplified:
+            found.update({sigma: count for (sigma, _), count in counted.items()})
+    return found
+
+
+def epsilons(state: LedgerState, delta: float) -> tuple[float, float]:
+    """(PRV upper bound, RDP) of everything in the ledger, at `delta`."""
+    phases = spent(state)
+    return accounting.epsilon_prv(phases, delta), accounting.epsilon_rdp(phases, delta)
 
 
 @dataclass(frozen=True)
@@ -48,6 +75,7 @@ class PlanSettings:
     sigma: float  # noise multiplier; 0 trains without privacy
     delta: float
     target_epsilon: float | None = None  # the budget; None: sigma and steps set what is spent
+    mechanism: str = "gaussian"
     sampling: str = "poisson"
     clipping: str = "flat"
     noise_source: str = "os"
@@ -69,7 +97,7 @@ class PlanSettings:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.N / self.batch)
+        return steps_per_epoch(self.N, self.batch)
 
     @property
     def strict_delta(self) -> float:
@@ -82,6 +110,7 @@ class PlanSettings:
             "q": self.q,
             "sigma": self.sigma,
             "clip": self.clip,
+            "mechanism": self.mechanism,
             "sampling": self.sampling,
             "steps_per_epoch": self.steps_per_epoch,
             "delta": self.delta,
@@ -90,53 +119,52 @@ class PlanSettings:
         }
 
 
-def choose_sigma(target_epsilon: float, delta: float, N: int, batch: int, steps: int, sampling: str) -> float:
+def choose_sigma(
+    target_epsilon: float, delta: float, N: int, batch: int, steps: int, sampling: str, mechanism: str = "gaussian"
+) -> float:
     """The smallest noise multiplier whose reported epsilon after `steps` steps stays within the target."""
-    if sampling == "shuffle":
-        return accounting.calibrate_sigma_shuffle(target_epsilon, delta, math.ceil(steps / math.ceil(N / batch)))
-    return accounting.calibrate_sigma(target_epsilon, delta, batch / N, steps)
+    sampler = SAMPLERS[sampling]
+    q, count = sampler.planned(N, batch, steps)
+    return MECHANISMS[mechanism].smallest_sigma(target_epsilon, delta, q, count, sampler.amplified)
 
 
 class PrivacyPlan:
     """A run's promise, kept step by step."""
 
-    def __init__(self, settings: PlanSettings, world: World, ledger: Ledger | None, done: int = 0):
-        """ledger: open on rank 0, None on the others. done: steps that the model to be trained has behind it."""
-        if (ledger is not None) != world.is_main:
+    def __init__(self, settings: PlanSettings, world: World, ledger: Ledger, done: int = 0):
+        """ledger: open on rank 0, NoLedger on the others. done: steps that the model to be trained has behind it."""
+        if isinstance(ledger, NoLedger) == world.is_main:
             raise ValueError("rank 0, and no other, holds the ledger")
         self.settings, self.world, self.ledger = settings, world, ledger
         self.clipping_rule = ClippingRule(settings.clipping, settings.clip)
         seed = settings.seed if settings.noise_source == "seeded" else None
-        mask_source = NoiseSource(settings.noise_source, "mask", world.rank, seed)
-        if settings.sampling == "poisson":
-            self.sampler = PoissonSampler(settings.N, settings.q, world, mask_source)
-        else:
-            self.sampler = ShuffleSampler(settings.N, settings.batch, world, mask_source)
-        self.noise = NoiseSource(settings.noise_source, "noise", world.rank, seed, world.device)
+        masks = NoiseSource(settings.noise_source, "mask", world.rank, seed)
+        self.sampler = SAMPLERS[settings.sampling](settings.N, settings.batch, world, masks)
+        noise = NoiseSource(settings.noise_source, "noise", world.rank, seed, world.device)
+        self.mechanism = MECHANISMS[settings.mechanism](
+            settings.sigma, settings.sensitivity, settings.batch, world, noise
+        )
         self.dropout = NoiseSource(settings.noise_source, "dropout", world.rank, seed)
         self.open: int | None = None
-        self.permitted = self.count_permitted(done) if ledger is not None else 0
+        self.permitted = self.count_permitted(done) if world.is_main else 0
+
+    @property
+    def state(self) -> LedgerState:
+        """What the ledger holds. Rank 0 alone knows."""
+        return self.ledger.state
 
     # ---------------------------------------------------------------- a step
 
     def count_permitted(self, done: int) -> int:
         """How many more steps this attempt may draw. The budget counts what earlier attempts were charged."""
-        settings, state = self.settings, self.ledger.state
+        settings = self.settings
         if settings.target_epsilon is None or not settings.private:
             return settings.steps
-        if settings.sampling == "poisson":
-            return accounting.permitted_steps(
-                settings.target_epsilon, settings.delta, spent(state), settings.q, settings.sigma, settings.steps
-            )
-        epochs = accounting.permitted_steps(
-            settings.target_epsilon,
-            settings.delta,
-            spent(state),
-            1.0,
-            settings.sigma,
-            math.ceil(settings.steps / settings.steps_per_epoch),
+        q, planned = self.sampler.planned(settings.N, settings.batch, settings.steps)
+        more = self.mechanism.permitted_uses(
+            settings.target_epsilon, settings.delta, spent(self.state), settings.sigma, q, planned
         )
-        return max(0, epochs * settings.steps_per_epoch - done % settings.steps_per_epoch)
+        return self.sampler.permitted(more, settings.N, settings.batch, done)
 
     def open_step(self, step: int) -> Tensor | None:
         """Charge step `step` (counted from 1) and draw it: the included units of this rank, int64.
@@ -145,8 +173,9 @@ class PrivacyPlan:
         ledger cannot be written: the step is then not drawn.
         """
         assert self.open is None, "open_step() before the step before was released"
-        error, word = None, torch.zeros(1, device=self.world.device)
-        if self.ledger is not None:
+        error: UserError | None = None
+        word = torch.zeros(1, device=self.world.device)
+        if self.world.is_main:
             try:
                 if self.permitted < 1:
                     word.fill_(1)
@@ -156,10 +185,10 @@ class PrivacyPlan:
             except UserError as failure:
                 error = failure
                 word.fill_(2)
-        word = int(self.world.broadcast(word))
-        if word == 2:
+        answer = int(self.world.broadcast(word))
+        if answer == 2:
             raise error or UserError(f"rank 0 could not write the ledger record of step {step}: the step was not drawn")
-        if word == 1:
+        if answer == 1:
             return None
         self.open = step
         return self.sampler.draw(step)
@@ -177,30 +206,15 @@ class PrivacyPlan:
         self.dropout.seed_torch()
 
     def release(self, sums: Tensor, coordinates: int) -> Tensor:
-        """Turn the ranks' clipped sums into the released gradient, and sum what else the step carries.
-
-        sums (P + extra,) float32, changed in place; its first `coordinates` = P entries are the gradient, the rest is
-        summed over the ranks and nothing more. Returns the gradient, sum/B, a view of `sums`.
-
-        Each coordinate gets its noise from one rank alone (the ranks share them out), before the one all-reduce: every
-        coordinate of the sum carries N(0, sigma^2 S^2) once, whatever the world size, and every rank holds the same
-        bits.
-        """
+        """Turn the ranks' clipped sums of the open step into the released gradient, by the mechanism (see there)."""
         assert self.open is not None, "release() without open_step()"
-        assert sums.dtype == torch.float32
-        if self.settings.private:
-            self.noise.begin_step(self.open)
-            size, rank = self.world.size, self.world.rank
-            own = sums[coordinates * rank // size : coordinates * (rank + 1) // size]
-            self.noise.add_normal_(own, self.settings.sigma * self.settings.sensitivity)
-        self.world.all_reduce(sums)
+        grad = self.mechanism.release(self.open, sums, coordinates)
         self.open = None
-        return sums[:coordinates].div_(self.settings.batch)
+        return grad
 
     def noise_norm(self, coordinates: int) -> float:
-        """Root mean square norm of the noise alone in a released gradient: sigma S sqrt(P)/B; 0 without privacy."""
-        settings = self.settings
-        return settings.sigma * settings.sensitivity * math.sqrt(coordinates) / settings.batch
+        """Root mean square norm of the noise alone in a released gradient; 0 without privacy."""
+        return self.mechanism.noise_norm(coordinates)
 
     # ---------------------------------------------------------------- what was spent
 
@@ -208,12 +222,12 @@ class PrivacyPlan:
         """(PRV upper bound, RDP) spent so far, at `delta` (by default the plan's). Rank 0 alone knows."""
         if not self.settings.private:
             return math.inf, math.inf
-        return epsilons(self.ledger.state, delta or self.settings.delta)
+        return epsilons(self.state, delta or self.settings.delta)
 
     def report(self, disclosed: list[str]) -> dict:
         """The content of privacy.json. Rank 0 alone knows."""
-        settings, records = self.settings, self.ledger.state.records
-        sources = noise_sources(self.ledger.state) or {settings.noise_source}
+        settings, records = self.settings, self.state.records
+        sources = noise_sources(self.state) or {settings.noise_source}
         samplings = {record["sampling"] for record in records} or {settings.sampling}
         prv, rdp = self.epsilon()
         strict_prv, strict_rdp = self.epsilon(settings.strict_delta)
@@ -227,9 +241,9 @@ class PrivacyPlan:
             "clip": settings.clip,
             "clipping": settings.clipping,
             "rounding": settings.rounding,
-            "steps_charged": self.ledger.state.charged,
-            "ledger_checksum": self.ledger.state.last_checksum,
-            "attempts": self.ledger.state.attempts,
+            "steps_charged": self.state.charged,
+            "ledger_checksum": self.state.last_checksum,
+            "attempts": self.state.attempts,
             "delta": settings.delta,
             "epsilon_prv": finite_or_text(prv),
             "epsilon_rdp": finite_or_text(rdp),

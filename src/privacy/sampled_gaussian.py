@@ -7,7 +7,7 @@ PRV bound is the larger of the two.
 
 PRV is the privacy random variable accountant of Gopi, Lee and Wutschitz (2021), "Numerical composition of differential
 privacy", with the grid and the error terms of Opacus's PRVAccountant. The code is our own: Opacus's is several times
-slower, too slow for every log line and for calibration (the measured ratio is printed by tests/test_accounting.py),
+slower, too slow for every log line and for calibration (tests/privacy/test_accounting.py prints the measured ratio),
 takes differences of 1 - tail, which loses the tail that a small delta is made of, does not count the rounding of many
 steps, and knows one of the two directions.
 
@@ -189,7 +189,8 @@ def _on_a_grid(
     points = (np.arange(-half, half)) * width  # (2 half,): 0 is a point, so a circular convolution keeps its place
 
     edges = np.append(points, half * width) - width / 2
-    log_size, angle, shift, rounding = 0.0, 0.0, 0.0, 0.0
+    log_size, angle = np.zeros(half + 1), np.zeros(half + 1)
+    shift, rounding = 0.0, 0.0
     for phase in phases:
         outside = _outside(phase, edges, removed)
         mass = np.abs(np.diff(outside)) / (1 - outside[0] - outside[-1])

@@ -1,45 +1,76 @@
-"""Which units take part in a step.
+"""Which units take part in a step, and how often that lets one unit take part in a run.
 
 Every unit belongs to one rank alone (unit u to rank u mod world size), so no unit can enter a step twice.
+
+A sampler is one class, with the methods of PoissonSampler, and its line in SAMPLERS; the ledger knows its name, too
+(privacy.ledger.NAMES). The class that draws also counts the uses of a unit, which the mechanism prices, so that the two
+cannot differ. A use is a step in which a unit takes part with probability q, independently of all other uses.
 """
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from base.distributed import World
-from privacy.noise import NoiseSource
+from privacy.randomness import NoiseSource
+
+Uses = Counter[tuple[float, float]]  # (sigma, q) -> uses
 
 
 class PoissonSampler:
     """Includes every unit independently with probability q: what the accountants price.
 
-    Each rank draws for its own units with its own key. An empty draw is a draw like any other.
+    Each rank draws for its own units with its own key. An empty draw is a draw like any other. Each step is a use.
     """
 
-    def __init__(self, N: int, q: float, world: World, source: NoiseSource):
+    relation = "add or remove one {unit}"  # when two data sets are neighbours
+    amplified = True  # q of a use may be below 1
+
+    def __init__(self, N: int, batch: int, world: World, source: NoiseSource):
+        """N units, of which `batch` are expected in a step; source: this rank's, of masks."""
         self.own = torch.arange(N)[world.rank :: world.size]
-        self.q, self.source = q, source
+        self.q, self.source = batch / N, source
 
     def draw(self, step: int) -> Tensor:
-        """The included units of this rank, int64, ascending."""
+        """The units of this rank in `step` (counted from 1), int64."""
         self.source.begin_step(step)
         return self.own[self.source.uniform(len(self.own)) < self.q]
+
+    @staticmethod
+    def planned(N: int, batch: int, steps: int) -> tuple[float, int]:
+        """(q, uses) of a run of `steps` steps."""
+        return batch / N, steps
+
+    @staticmethod
+    def permitted(uses: int, N: int, batch: int, done: int) -> int:
+        """How many steps `uses` more uses permit where the model has `done` steps behind it."""
+        return uses
+
+    @staticmethod
+    def charged(records: Iterable[Mapping]) -> Uses:
+        """The uses in a ledger's records, all of this sampler."""
+        return Counter((record["sigma"], record["q"]) for record in records)
 
 
 class ShuffleSampler:
     """Every unit once an epoch, in a fresh order; the last batch of an epoch is what remains. No amplification is
-    claimed.
+    claimed: each epoch is a use with q = 1.
 
     Rank 0 draws the order and hands it to the others; each takes its share of the step's batch.
     """
 
+    relation = "add or remove one {unit}, its place in the order left empty (zero-out)"
+    amplified = False
+
     def __init__(self, N: int, batch: int, world: World, source: NoiseSource):
         self.N, self.batch, self.world, self.source = N, batch, world, source
-        self.steps_per_epoch = -(-N // batch)
+        self.steps_per_epoch = steps_per_epoch(N, batch)
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64)
 
     def draw(self, step: int) -> Tensor:
-        """This rank's share of the units of `step` (counted from 1), int64."""
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         if epoch != self.epoch:
             self.source.begin_step(epoch + 1)
@@ -47,3 +78,36 @@ class ShuffleSampler:
             self.epoch, self.order = epoch, self.world.broadcast(order)
         batch = self.order[position * self.batch : (position + 1) * self.batch]
         return batch[self.world.rank :: self.world.size]
+
+    @staticmethod
+    def planned(N: int, batch: int, steps: int) -> tuple[float, int]:
+        return 1.0, math.ceil(steps / steps_per_epoch(N, batch))
+
+    @staticmethod
+    def permitted(uses: int, N: int, batch: int, done: int) -> int:
+        """Whole epochs; a resumed attempt pays for the one that it begins in anew, and has less of it left."""
+        per_epoch = steps_per_epoch(N, batch)
+        return max(0, uses * per_epoch - done % per_epoch)
+
+    @staticmethod
+    def charged(records: Iterable[Mapping]) -> Uses:
+        """One use for every epoch of every attempt.
+
+        A resumed attempt shuffles afresh, so an epoch that it shares with the attempt before counts twice.
+        """
+        epochs = {
+            (record["attempt"], (record["step"] - 1) // record["steps_per_epoch"], record["sigma"])
+            for record in records
+        }
+        return Counter((sigma, 1.0) for _, _, sigma in epochs)
+
+
+def steps_per_epoch(N: int, batch: int) -> int:
+    """Steps until every unit was in a batch once, on average or in fact."""
+    return math.ceil(N / batch)
+
+
+SAMPLERS: dict[str, type[PoissonSampler] | type[ShuffleSampler]] = {
+    "poisson": PoissonSampler,
+    "shuffle": ShuffleSampler,
+}

@@ -112,7 +112,7 @@ class Trainer:
         learner: Learner,
         plan: PrivacyPlan,
         work: WorkDir,
-        at: Position = Position(),
+        at: Position,
     ):
         self.world, self.settings, self.task, self.learner, self.plan = world, settings, task, learner, plan
         self.model, self.work, self.done = learner.loaded.model, work, at.done

@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from typing import Any
 
 from base.errors import fail
 from base.files import read_object
-from privacy.ledger import FILE_NAME, LedgerState, check_none_was_kept, epsilons, noise_sources, read_ledger
-from privacy.plan import finite_or_text, relation
+from privacy.ledger import FILE_NAME, LedgerState, check_none_was_kept, noise_sources, read_ledger
+from privacy.plan import epsilons, finite_or_text, relation
 from weights.checkpoint import Loaded
 
 REPORT_NAME = "privacy.json"
@@ -41,7 +42,7 @@ def excerpt(report: dict) -> dict:
     }
 
 
-def checked(report: object, where: str) -> dict:
+def checked(report: Any, where: str) -> dict:
     """excerpt(report); a UserError that begins with `where` if it is none."""
     before = report.get("initial_weights", []) if isinstance(report, dict) else None
     for account in [report, *before] if isinstance(before, list) else [None]:
@@ -133,8 +134,8 @@ def spent_before(loaded: Loaded) -> list[dict]:
 
 def spent_report(loaded: Loaded) -> dict | None:
     """The report of weights that are let out: of the last run behind them; None where no run with a ledger is."""
-    *before, last = spent_before(loaded) or [None]
-    return None if last is None else {**last, "initial_weights": before}
+    found = spent_before(loaded)
+    return {**found[-1], "initial_weights": found[:-1]} if found else None
 
 
 def begin(spent: list[dict], report: dict | None, work_dir: str, resume: bool, seed: int | None) -> dict:

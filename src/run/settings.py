@@ -39,7 +39,7 @@ class TokenData:
     """The token files of gpt2_ft.py."""
 
     train_data: str = flag(REQUIRED, "token file of the training examples", may_change=True)
-    valid_data: str | None = flag(
+    valid_data: str = flag(
         REQUIRED, "token file of the validation examples, which are not protected at all", may_change=True
     )
     seq_len: int = flag(512, "longest example in tokens; longer ones are cut", least=2)
@@ -68,8 +68,8 @@ class Model:
     )
 
     def lora_config(self) -> LoRAConfig:
-        enabled = tuple(slot in self.lora_target for slot in SLOTS)
-        return LoRAConfig(self.lora_dim, self.lora_alpha, self.lora_dropout, enabled)
+        query, key, value = (slot in self.lora_target for slot in SLOTS)
+        return LoRAConfig(self.lora_dim, self.lora_alpha, self.lora_dropout, (query, key, value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +170,9 @@ class Loop:
     )
     show_bar: bool = True  # on a terminal
     show_progress: bool = True  # and not warnings and results alone
+
+
+SHARED = {"model": Model, "optimizer": Optimizer, "privacy": Privacy, "loop": Loop}  # sections of every script
 
 
 @dataclass(frozen=True)

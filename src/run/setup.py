@@ -15,7 +15,7 @@ from model import GPT2Config
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, Ordinary, rounding_share
 from privacy.company import check_company, check_ranks_compute_alike
-from privacy.ledger import Ledger
+from privacy.ledger import Ledger, NoLedger
 from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
 from run import loop, provenance
 from run.log import NoWorkDir, WorkDir
@@ -72,13 +72,14 @@ def logical_batch(settings: Settings, world: World) -> int:
     return settings.loop.train_batch_size * settings.loop.grad_acc * world.size
 
 
-def count_steps(settings: Settings, N: int, world: World) -> int | None:
-    """Logical steps of the run: the lesser of max_step and of max_epoch passes over N units; None without either."""
+def count_steps(settings: Settings, N: int, world: World, otherwise: int = 0) -> int:
+    """Logical steps of the run: the lesser of max_step and of max_epoch passes over N units; `otherwise` without
+    either."""
     loop = settings.loop
     limits = [] if loop.max_step is None else [loop.max_step]
     if loop.max_epoch is not None:
         limits.append(epochs_to_steps(loop.max_epoch, N, logical_batch(settings, world)))
-    return min(limits, default=None)
+    return min(limits, default=otherwise)
 
 
 def check_task(settings: Settings, task: Task, world: World) -> None:
@@ -168,7 +169,7 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
     resumes, own_cut = settings.loop.resume, cut if promised.private else TightCut(cut.token_budget)
 
     work: WorkDir = NoWorkDir(folder)
-    ledger: Ledger | None = None
+    ledger: Ledger = NoLedger()
     at = Position()
     origin: dict = {"initial_weights": []}
     with world.raise_if_any_failed():
@@ -190,7 +191,7 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
             ledger = open_ledger(work, settings, promised, recorded, world.size)
         if resumes:
             at = loop.resume(folder, loaded.model, optimizer)
-        if ledger is not None:
+        if world.is_main:
             if resumes:
                 check_ledger_is_whole(work, ledger, at.done, at.report)
             origin = provenance.begin(spent, at.report, folder, resumes, settings.privacy.noise_seed)
@@ -266,10 +267,10 @@ def announce(trainer: loop.Trainer) -> None:
         f"{settings.steps} steps, {trainer.learner.flat.size} trained parameters, {trainer.world.size} process(es) on "
         f"{trainer.world.device.type}"
     )
-    charged = plan.ledger.state.charged if plan.ledger else 0
+    charged = plan.ledger.state.charged
     if trainer.done or charged:
         say(f"resumed after step {trainer.done}; {charged} steps charged so far")
-    if plan.ledger is not None and not plan.ledger.locked:
+    if not plan.ledger.locked:
         say(
             f"WARNING: the file system of {plan.ledger.path} has no locks: nothing keeps a second run out of this "
             "folder, but the length of that file; start none",
@@ -282,7 +283,7 @@ def announce(trainer: loop.Trainer) -> None:
         f"noise multiplier {settings.sigma:.6g}, clipping {settings.clipping} to {settings.clip:g}, "
         f"{settings.sampling} sampling, noise from {settings.noise_source}, delta {settings.delta:.3g}"
     )
-    if plan.ledger and (count := steps_without_noise(plan.ledger)):
+    if count := steps_without_noise(plan.ledger):
         say(
             f"WARNING: {count} of the steps charged so far had no noise: epsilon is infinite, whatever noise follows",
             important=True,

@@ -17,10 +17,12 @@ from weights.checkpoint import Loaded
 class Data(Protocol):
     def __len__(self) -> int: ...
 
-    @property
-    def inputs(self) -> np.ndarray: ...
+    def micro_batches(self, units: Tensor, cut: Cut, step: int = 0) -> Iterator[Any]: ...
 
-    def micro_batches(self, units: Tensor, cut: Cut, step: int = 0) -> Iterator[MicroBatch]: ...
+
+class ValidationData(Data, Protocol):
+    @property
+    def inputs(self) -> np.ndarray: ...  # (texts,), inputs of each
 
 
 class Engine(Protocol):
@@ -28,7 +30,7 @@ class Engine(Protocol):
 
 
 Observer = Callable[[Tensor], None]  # is shown the released gradient (P,) of every step
-WrapEngine = Callable[[Engine, FlatParameters, PrivacyPlan, Cut], Engine]
+WrapEngine = Callable[[Any, FlatParameters, PrivacyPlan, Cut], Engine]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Task:
 
     unit: str  # "example" or "author"
     data: Data  # of N units
-    valid: Data | None
+    valid: ValidationData | None
     longest: int  # tokens of the longest text that may come
     steps: int  # logical steps, for which noise and learning rates are made
     lr: Callable[[int], float]  # of a step, from 0

@@ -137,7 +137,7 @@ def to_ours(
         and least <= wanted.dim <= adapter.r
         and wanted.alpha == adapter.alpha(wanted.dim)
         and any(wanted.enable)
-        and all(on or not needed for on, needed in zip(wanted.enable, parts))
+        and all(on or not needed for on, needed in zip(wanted.enable, parts, strict=True))
     ):
         rank, enable = wanted.dim, wanted.enable
     elif least:

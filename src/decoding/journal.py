@@ -1,0 +1,102 @@
+"""The contexts that a search has finished, on disk, so that a search that was killed can go on.
+
+OUTPUT.journal.RANK, one file a rank, holds a line of JSON a record. The first says which search it is:
+{"format": FORMAT, ...its identity}; the files of format 1 that earlier versions wrote lack the number. The others are
+{"context": index of a context, "predict": [its tokens]}. A line that a kill tore is ignored, and its context searched
+again.
+"""
+
+import glob
+import json
+import os
+from typing import IO
+
+from base.errors import fail
+from base.files import check_format, lock, read_lines
+
+FORMAT = 1  # the newest that this version reads, and the one that it writes
+
+
+class Journal:
+    """The journal of the search that writes the file `output`.
+
+    Rank 0 holds the lock of its own file. Without it, a second search would drop these files, and each of the two
+    would replace the other's output.
+    """
+
+    def __init__(self, output: str):
+        self.output = output
+        self.locked: IO[str] | None = None
+        self.left_over = False  # whether take_lock() found files of a search that did not end
+
+    def files(self) -> list[str]:
+        """Those of every rank of this search, or of one that did not end."""
+        return sorted(glob.glob(glob.escape(self.output) + ".journal.*"))
+
+    def path(self, rank: int) -> str:
+        return f"{self.output}.journal.{rank}"
+
+    def take_lock(self) -> None:
+        """On rank 0. UserError where another search has it."""
+        path, self.left_over = self.path(0), bool(self.files())
+        while True:
+            self.locked = open(path, "a")
+            try:
+                lock(self.locked.fileno())
+            except BlockingIOError:
+                fail(f"--output_file {self.output}: another search is writing it; wait for its end, or name another")
+            if os.path.exists(path) and os.path.samestat(os.fstat(self.locked.fileno()), os.stat(path)):
+                return  # else a search has just ended, and removed what was opened
+
+    def read(self, identity: dict) -> dict[int, list[int]]:
+        """Index of a context -> its tokens, from every rank's file.
+
+        UserError where there is no file, or one of another search or of a format that is not known.
+        """
+        if not self.files():
+            fail(f"--resume: nothing to resume, there is no {self.output}.journal.*; leave --resume out")
+        found: dict[int, list[int]] = {}
+        for file in self.files():
+            for number, line in read_lines(file, "--resume"):
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if not isinstance(record, dict):  # what a kill left of a line can be a number
+                    continue
+                if number == 1:
+                    check_format(record.get("format"), FORMAT, f"--resume {file}:1")
+                    changed = [key for key, value in identity.items() if record.get(key) != value]
+                    if changed:
+                        fail(
+                            f"--resume: {file} is of a search with other {' and '.join(changed)}; "
+                            "give the same, or leave --resume out"
+                        )
+                elif "context" in record:
+                    found[record["context"]] = record["predict"]
+        return found
+
+    def open(self, rank: int, identity: dict, fresh: bool) -> IO[str]:
+        """A rank's file, to be added to; begun anew where it is `fresh` or a kill left not even its first line."""
+        path = self.path(rank)
+        keep = not fresh and os.path.exists(path) and b"\n" in open(path, "rb").read(4096)
+        handle = open(path, "a" if keep else "w", encoding="utf-8")
+        if keep:
+            handle.write("\n")  # ends a torn line; an empty one is ignored like it
+        else:
+            self.add(handle, {"format": FORMAT, **identity})
+        return handle
+
+    @staticmethod
+    def add(handle: IO[str], record: dict) -> None:
+        handle.write(json.dumps(record) + "\n")
+        handle.flush()
+
+    def remove(self) -> None:
+        for file in self.files():
+            os.unlink(file)
+
+    def empty(self) -> None:
+        """Drop what the files hold. They are not removed: the lock is that of a file."""
+        for file in self.files():
+            os.truncate(file, 0)

@@ -1,0 +1,77 @@
+"""What is released of a step's clipped sum, and what the accountant is to price for it.
+
+A mechanism is one class, with the methods of GaussianMechanism, and its line in MECHANISMS; the ledger knows its name,
+too (privacy.ledger.NAMES). The class that adds the noise also says what the noise is worth, so that the two cannot
+differ. How often a unit takes part is the sampler's to say (privacy.sampling).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from base.distributed import World
+from privacy import accounting
+from privacy.accounting import Phase
+from privacy.randomness import NoiseSource
+from privacy.sampling import Uses
+
+
+class GaussianMechanism:
+    """Adds N(0, sigma^2 S^2) to every coordinate of the sum and divides by the expected batch B, a public constant.
+
+    S, the sensitivity: the most by which one unit moves the sum.
+    """
+
+    def __init__(self, sigma: float, sensitivity: float, batch: float, world: World, source: NoiseSource):
+        """source: this rank's, for buffers on the world's device. sigma 0 adds no noise."""
+        self.std, self.batch, self.world, self.source = sigma * sensitivity, batch, world, source
+
+    def release(self, step: int, sums: Tensor, coordinates: int) -> Tensor:
+        """Turn the ranks' clipped sums of `step` into the released gradient, and sum what else the step carries.
+
+        sums (P + extra,) float32, changed in place; its first `coordinates` = P entries are the gradient, the rest is
+        summed over the ranks and nothing more. Returns the gradient, sum/B, a view of `sums`.
+
+        Each coordinate gets its noise from one rank alone (the ranks share them out), before the one all-reduce: every
+        coordinate of the sum carries N(0, sigma^2 S^2) once, whatever the world size, and every rank holds the same
+        bits.
+        """
+        assert sums.dtype == torch.float32
+        if self.std > 0:
+            self.source.begin_step(step)
+            size, rank = self.world.size, self.world.rank
+            own = sums[coordinates * rank // size : coordinates * (rank + 1) // size]
+            self.source.add_normal_(own, self.std)
+        self.world.all_reduce(sums)
+        return sums[:coordinates].div_(self.batch)
+
+    def noise_norm(self, coordinates: int) -> float:
+        """Root mean square norm of the noise alone in a released gradient: sigma S sqrt(P)/B; 0 without noise."""
+        return self.std * math.sqrt(coordinates) / self.batch
+
+    @staticmethod
+    def phases(uses: Uses) -> list[Phase]:
+        """What the accountant is to price for the uses that a sampler counted: sampled Gaussians, which compose."""
+        return [Phase(sigma, q, count) for (sigma, q), count in uses.items()]
+
+    @staticmethod
+    def smallest_sigma(target_epsilon: float, delta: float, q: float, uses: int, amplified: bool) -> float:
+        """The smallest noise multiplier whose epsilon after `uses` uses stays within the target.
+
+        q, uses: as the sampler plans them, and amplified as it says: where not, q is 1 and the answer exact.
+        """
+        if amplified:
+            return accounting.calibrate_sigma(target_epsilon, delta, q, uses)
+        return accounting.calibrate_sigma_shuffle(target_epsilon, delta, uses)
+
+    @staticmethod
+    def permitted_uses(
+        target_epsilon: float, delta: float, spent: Sequence[Phase], sigma: float, q: float, wanted: int
+    ) -> int:
+        """The largest n <= wanted for which n more uses after `spent` stay within the target."""
+        return accounting.permitted_steps(target_epsilon, delta, spent, q, sigma, wanted)
+
+
+MECHANISMS = {"gaussian": GaussianMechanism}

@@ -1,0 +1,57 @@
+"""Files are read by lines as they are, and written whole or not at all."""
+
+import errno
+import os
+import signal
+
+import pytest
+
+from base import errors, files
+from helpers.processes import assert_user_error, run_script, write_script
+
+
+def test_read_lines_ends_lines_at_line_feeds_alone(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes("a\u2028b\x0bc\r\nd\n\ne".encode())
+    assert list(files.read_lines(str(path))) == [(1, "a\u2028b\x0bc"), (2, "d"), (3, ""), (4, "e")]
+    path.write_bytes(b"fine\n\xff\n")
+    with pytest.raises(errors.UserError, match="not UTF-8"):
+        list(files.read_lines(str(path)))
+    with pytest.raises(errors.UserError, match="--data .*missing: .*No such file"):
+        list(files.read_lines(str(tmp_path / "missing"), "--data"))
+    with pytest.raises(errors.UserError, match="Is a directory"):
+        list(files.read_lines(str(tmp_path), "--data"))
+
+
+def test_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "file"
+    with files.atomic_write(str(path)) as handle:
+        handle.write("old\r\n")
+        assert not path.exists()
+    assert path.read_bytes() == b"old\r\n"
+    with pytest.raises(ZeroDivisionError), files.atomic_write(str(path), "wb") as handle:
+        handle.write(b"half")
+        _ = 1 // 0
+    assert path.read_bytes() == b"old\r\n" and os.listdir(tmp_path) == ["file"]
+
+
+def test_atomic_write_survives_a_kill_and_a_full_disk(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    script = write_script(tmp_path / "script.py", """
+        import resource, signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        if sys.argv[2] == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with files.atomic_write(sys.argv[1], "wb") as handle:
+            handle.write(b"x" * 100000)
+            handle.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        """)
+    assert run_script(script, path, "kill").returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+    partial = [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
+    assert len(partial) == 1
+    os.unlink(tmp_path / partial[0])
+    assert_user_error(run_script(script, path, "full"), os.strerror(errno.EFBIG))
+    assert path.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["file", "script.py"]

@@ -1,0 +1,1 @@
+"""What tests share: whole runs, oracles, and processes to break."""

@@ -1,0 +1,257 @@
+"""A unit's clipped gradient is the same bits whoever else is drawn: any companions, order and rank, in every dtype.
+
+What a unit adds to the sum is its notes (the factors of its gradient, or the gradient itself) times its clip factor.
+Both are taken from the engine as it works on real micro-batches, and compared as bytes.
+"""
+
+import copy
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from base.products import by_rows
+from corpus.authors import AuthorTexts
+from corpus.batching import PublicLengths, TightCut, choose_lengths
+from helpers.clipping_oracle import as_examples, demo_model, make_model
+from losses import MicroBatch
+from model import GPT2Config, LoRAConfig
+from optimizer import FlatParameters
+from privacy import clipping, opacus_engine
+from privacy.clipping import BookKeeping, ClippingRule, Lookup, Outer, Ragged, Rows
+from privacy.opacus_engine import OpacusEngine
+from run.loop import autocast
+
+SMALL = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=515, n_positions=72)
+LENGTHS = (8, 16, 24, 40, 64)
+CPU = torch.device("cpu")
+
+
+def model_of(lora: bool):
+    return make_model(LoRAConfig(4 if lora else 0, 32.0), SMALL, torch.float32, spread=0.1)
+
+
+def texts(lengths, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, SMALL.vocab_size, length) for length in lengths]
+
+
+def as_authors(units: list[list[np.ndarray]], samples: int) -> AuthorTexts:
+    """units: the texts of each author."""
+    rows = [text for unit in units for text in unit]
+    lengths = np.array([len(row) for row in rows])
+    first = np.concatenate([[0], np.cumsum([len(unit) for unit in units])])
+    keys = np.array([int.from_bytes(hashlib.sha256(unit[0].tobytes()).digest()[:8], "little") for unit in units],
+                    dtype=np.uint64)
+    return AuthorTexts(np.concatenate(rows).astype(np.int32), np.cumsum(lengths) - lengths, lengths, first, keys,
+                       samples, 0)
+
+
+def key_of(batch: MicroBatch, unit: int) -> bytes:
+    return batch.ids[unit * batch.rows_per_unit:(unit + 1) * batch.rows_per_unit].numpy().tobytes()
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def notes_of(contribution, unit: int, counts: list[int]) -> list[torch.Tensor]:
+    if isinstance(contribution, Outer):
+        parts = (contribution.grads,) if contribution.grads is not None else (contribution.p, contribution.q)
+    elif isinstance(contribution, Rows):
+        parts = (contribution.grads,)
+    elif isinstance(contribution, Lookup):
+        parts = contribution.ids, contribution.rows
+    else:
+        assert isinstance(contribution, Ragged)
+        begin = sum(counts[:unit])
+        return [contribution.b[begin:begin + counts[unit]], contribution.h[begin:begin + counts[unit]]]
+    return [part[unit] for part in parts]
+
+
+class Spy(ClippingRule):
+    """A clipping rule that keeps a digest of what every unit contributes."""
+
+    def attach(self, engine) -> "Spy":
+        object.__setattr__(self, "engine", engine)
+        object.__setattr__(self, "seen", {})
+        engine.rule = self
+        return self
+
+    def factors(self, norms_sq):
+        factors, finite = super().factors(norms_sq)
+        batch, engine = self.engine.batch, self.engine
+        for unit in range(batch.units):
+            digest = hashlib.sha256(bytes_of(factors[unit]))
+            for _, contribution in engine.noted:
+                for part in notes_of(contribution, unit, batch.counts):
+                    digest.update(bytes_of(part))
+            self.seen.setdefault(key_of(batch, unit), set()).add(digest.hexdigest())
+        return factors, finite
+
+
+class OpacusSpy(ClippingRule):
+    """The same of Opacus's engine, whose per-unit gradients pass through sum_of_squares()."""
+
+    def attach(self, engine, monkeypatch) -> "OpacusSpy":
+        object.__setattr__(self, "seen", {})
+        object.__setattr__(self, "grads", [])
+        engine.rule = self
+        run_part, squares = engine.accumulate_part, clipping.sum_of_squares
+
+        def keep(grads):
+            self.grads.append(grads)
+            return squares(grads)
+
+        def part(batch):
+            object.__setattr__(self, "batch", batch)
+            self.grads.clear()
+            return run_part(batch)
+
+        monkeypatch.setattr(opacus_engine, "sum_of_squares", keep)
+        monkeypatch.setattr(engine, "accumulate_part", part)
+        return self
+
+    def factors(self, norms_sq):
+        factors, finite = super().factors(norms_sq)
+        for unit in range(self.batch.units):
+            if self.batch.counts[unit]:
+                digest = hashlib.sha256(bytes_of(factors[unit]))
+                for grad in self.grads:
+                    digest.update(bytes_of(grad[unit]))
+                self.seen.setdefault(key_of(self.batch, unit), set()).add(digest.hexdigest())
+        return factors, finite
+
+
+def contributions(engine: str, model, data, draws, cut, rule: str, bf16: bool, monkeypatch) -> dict[bytes, set[str]]:
+    """unit -> digests of what it contributed in each of `draws`."""
+    model = copy.deepcopy(model)
+    flat = FlatParameters(model)
+    if engine == "opacus":
+        runner = OpacusEngine(model, flat, ClippingRule(rule, 0.5), 0.1)
+        spy = OpacusSpy(rule, 0.5).attach(runner, monkeypatch)
+    else:
+        runner = BookKeeping(model, flat, ClippingRule(rule, 0.5), 0.1)
+        spy = Spy(rule, 0.5).attach(runner)
+    with autocast(CPU, bf16):
+        for draw in draws:
+            for batch in data.micro_batches(torch.tensor(draw), cut):
+                runner.accumulate(batch)
+    return spy.seen
+
+
+# The first 12 units are watched: of several lengths, one of them in each class and two in some.
+WATCHED = [2, 9, 12, 17, 24, 25, 33, 40, 41, 50, 57, 65]
+COMPANY = [9] * 40 + [8, 10, 16, 18, 25, 26, 41, 42, 65] + [57] * 12 + [30] * 13
+
+
+def companies(rng: np.random.Generator) -> list[list[int]]:
+    """Draws of units 0 .. 11 alone, in pairs, with few and with many others, in other orders."""
+    watched, others = list(range(12)), list(range(12, 12 + len(COMPANY)))
+    draws = [[unit] for unit in watched] + [watched, others + watched]
+    for share in (0.02, 0.1, 0.5):
+        draws.append(list(rng.permutation(watched + [unit for unit in others if rng.random() < share])))
+    return draws
+
+
+def assert_one_contribution_each(seen: dict[bytes, set[str]], watched: int) -> None:
+    assert len(seen) >= watched
+    assert [len(digests) for digests in seen.values()] == [1] * len(seen)
+
+
+CASES = [("book_keeping", 75, "flat", lora, bf16) for lora in (True, False) for bf16 in (False, True)]
+CASES += [("opacus", 75, "flat", True, False), ("opacus", 75, "flat", False, True)]
+CASES += [("book_keeping", 0, "per_layer", False, True), ("book_keeping", 1e9, "automatic", True, True)]
+
+
+@pytest.mark.parametrize("engine, cost, rule, lora, bf16", CASES)
+def test_the_same_bits_in_any_company(engine, cost, rule, lora, bf16, monkeypatch):
+    monkeypatch.setattr(clipping, "TRAFFIC_COST", cost)
+    data = as_examples(texts(WATCHED + COMPANY))
+    seen = contributions(engine, model_of(lora), data, companies(np.random.default_rng(5)),
+                         PublicLengths(LENGTHS, 512), rule, bf16, monkeypatch)
+    assert_one_contribution_each(seen, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("engine", ["book_keeping", "opacus"])
+def test_the_same_bits_of_the_demo_checkpoint(engine, lora, bf16, monkeypatch):
+    data = as_examples(texts(WATCHED + COMPANY))
+    seen = contributions(engine, demo_model(lora), data, companies(np.random.default_rng(6)),
+                         PublicLengths(LENGTHS, 2048), "flat", bf16, monkeypatch)
+    assert_one_contribution_each(seen, 12)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_authors_with_several_texts(bf16, monkeypatch):
+    rng = np.random.default_rng(3)
+    units = [texts(rng.integers(5, 60, rng.integers(1, 6)), seed=k) for k in range(60)]
+    draws = [list(rng.permutation([unit for unit in range(60) if rng.random() < share])) for share in
+             (0.05, 0.2, 0.5, 0.9, 1.0, 1.0)]
+    seen = contributions("book_keeping", model_of(True), as_authors(units, 3), draws, PublicLengths(LENGTHS, 512),
+                         "flat", bf16, monkeypatch)
+    assert_one_contribution_each(seen, 60)
+
+
+def test_what_was_drawn_decides_the_bits_where_it_decides_the_shapes(monkeypatch):
+    """The controls: padding to what was drawn, products of all rows at once, matrices that begin anywhere."""
+    data, draws = as_examples(texts(WATCHED + COMPANY)), companies(np.random.default_rng(5))
+
+    def most_different(cut, bf16: bool) -> int:
+        seen = contributions("book_keeping", model_of(False), data, draws, cut, "flat", bf16, monkeypatch)
+        digests: dict[bytes, set[str]] = {}
+        for ids, found in seen.items():  # another padding is another key: compare by the text without it
+            digests.setdefault(np.trim_zeros(np.frombuffer(ids, np.int64), "b").tobytes(), set()).update(found)
+        return max(map(len, digests.values()))
+
+    assert most_different(TightCut(512), True) > 1
+    with monkeypatch.context() as changed:
+        changed.setitem(clipping.BLOCK_ROWS, "cpu", 0)
+        assert most_different(PublicLengths(LENGTHS, 512), False) > 1
+
+
+def test_kernels_see_one_shape():
+    """by_rows() calls with `rows` rows and nothing else, and keeps every row."""
+    shapes = []
+
+    def double(block: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(block.shape))
+        return 2 * block
+
+    for n in (1, 7, 8, 9, 20):
+        values = torch.randn(n, 3)
+        assert torch.equal(by_rows(double, values, rows=8), 2 * values)
+    assert set(shapes) == {(8, 3)} and len(shapes) == 1 + 1 + 1 + 2 + 3
+
+
+# ------------------------------------------------------------------ the lengths
+
+
+def test_lengths_follow_from_public_figures_alone():
+    rng = np.random.default_rng(0)
+    public = np.clip(rng.normal(58, 14, 4000).astype(int), 10, 120)
+    lengths = choose_lengths(public, 511, 128, 2048, 64)
+    assert lengths == tuple(sorted(set(lengths))) and lengths[-1] == 511
+    assert all(length % 8 == 0 for length in lengths[:-1])
+    assert choose_lengths(None, 511, 128, 2048, 64)[-1] == 511 and choose_lengths(public, 5, 8, 64, 8) == (5,)
+
+
+@pytest.mark.parametrize("units, most", [(8, 1.45), (128, 1.12), (1024, 1.09)])
+def test_little_is_padded(units, most):
+    """Padded over real tokens where training texts are distributed like the public ones."""
+    rng = np.random.default_rng(units)
+    private, public = (np.clip(rng.normal(54, 13, n).astype(int), 16, 115) for n in (42_000, 4_600))
+    cut = PublicLengths(choose_lengths(public, 511, units, 2048, 64), 2048)
+    padded = real = 0
+    for _ in range(20):
+        drawn = np.sort(rng.choice(private, rng.poisson(units)))
+        groups = list(cut.groups(drawn))
+        assert [i for group, _ in groups for i in range(group.start, group.stop)] == list(range(len(drawn)))
+        for group, T in groups:
+            assert drawn[group].max() <= T and (group.stop - group.start) * T <= max(2048, T)
+            padded += (group.stop - group.start) * T
+        real += drawn.sum()
+    assert 1 < padded / real < most
