@@ -4,15 +4,15 @@
         --output results/audit/faults
     python scripts/audit_faults.py ... --only "noise off" "sigma at two thirds"    those, and the sound rows beside
 
-A fault is put in from outside, in the process of the run, by replacing one method of the product; the audit knows
-nothing of it and goes on claiming what it would without. Each row's setting is one in which its fault can show: a
+A fault replaces one method of the product in the process of the run. The audit does not know of it, and claims the
+epsilon of the sound code. Each row's setting is one in which its fault can show: a
 lower bound from a single run stays well below epsilon even where the adversary sees all. Writes table.md, faults.json
 and the runs' audit.json and plots into --output. The status is 1 where a sound row is refuted or a fault is not.
 
 Settings (canaries; q = expected batch / N):
   participation  100,000 gradient canaries, q = 1/32, sigma 2, 30 steps, delta 1e-6
   noise          2,000,000 gradient canaries, q = 1, sigma 3, one step, delta 1e-6, 3,200 guesses: two thirds of the
-                 noise are so near to all of it that only the far tails of very many canaries tell them apart
+                 noise differ from all of it only in the far tails of very many canaries
   text           1,000 text canaries, q = 1/8, sigma 4, 32 steps, delta 1e-5
   published      1,000 gradient canaries, LoRA of rank 4, sigma 0.6, batch 128, 50 steps, delta 1e-5, 40 guesses, and
                  all of --train_data in place of its first --examples
@@ -53,7 +53,7 @@ def sigma_at_two_thirds() -> None:
 
 
 def participation_fixed() -> None:
-    """The mask of the first step is used again in every later one, as after a generator that starts anew each step."""
+    """Every step uses the mask of the first step, as if the generator were seeded anew in each step."""
     draw, masks = PoissonSampler.draw, list[torch.Tensor]()
 
     def draw_once(self: PoissonSampler, step: int) -> torch.Tensor:
@@ -65,7 +65,7 @@ def participation_fixed() -> None:
 
 
 def q_wrong_by_16() -> None:
-    """As where each of 16 ranks draws from a shard of N / 16 units with the whole job's batch."""
+    """q is 16 times too large, as if each of 16 ranks drew the whole job's batch from its N / 16 units."""
     init = PoissonSampler.__init__
     PoissonSampler.__init__ = lambda self, N, batch, world, source: init(self, N, min(N, 16 * batch), world, source)
 
@@ -161,7 +161,7 @@ def run(fault: Callable[[], None], flags: Flags, folder: str) -> dict:
         with open(os.path.join(folder, "output.txt"), encoding="utf-8", errors="replace") as handle:
             fail(f"the audit in {folder} ended with status {status}: {handle.read()[-400:]}")
     shutil.move(os.path.join(work, "audit.json"), os.path.join(folder, "audit.json"))
-    shutil.rmtree(work)  # the weights and scores of 2,000,000 canaries are large, and nobody needs them
+    shutil.rmtree(work)  # the weights and scores of 2,000,000 canaries are large
     with open(os.path.join(folder, "audit.json"), encoding="utf-8") as handle:
         return {**json.load(handle), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
 

@@ -2,9 +2,9 @@
 
     python scripts/plot_run.py trained_models/a trained_models/b --out runs.png
 
-The gradient's norm is that of the released, noisy gradient (what may be shown at no cost in privacy); the dashed line
-beside it is what the noise alone would give. Where the two run together, a step carries hardly any signal.
-A run that is still going can be drawn. Of steps that a resumed run did again, those count that its model came from.
+The gradient norm is that of the released, noisy gradient, which costs no privacy. The dashed line is the norm of the
+noise alone. Where the two are close, a step carries little signal. An unfinished run can be drawn. Of a step that a
+resumed run repeated, the last record counts.
 """
 
 import json
@@ -33,7 +33,7 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 def read_metrics(folder: str) -> list[dict]:
-    """What a run knows of each step that it logged: the records of its metrics.jsonl, merged by step."""
+    """The records of a run's metrics.jsonl, merged by step."""
     path = os.path.join(folder, "metrics.jsonl")
     lines, points = list(read_lines(path)), dict[int, dict]()
     for number, line in lines:
@@ -41,7 +41,7 @@ def read_metrics(folder: str) -> list[dict]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             if number == len(lines) > 1:
-                break  # a line that is being written, or that a kill cut short
+                break  # an incomplete last line
             fail(f"{path}:{number}: not a line of JSON; is this a run's metrics.jsonl?")
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             fail(f"{path}:{number}: has no whole number as step; is this a run's metrics.jsonl?")
@@ -69,7 +69,7 @@ def series(points: list[dict], name: str, against: str) -> tuple[list[float], li
 
 
 def label_runs(folders: list[str]) -> list[str]:
-    """The names of folders, different absolute paths: their last parts, as many as tell all of them apart."""
+    """A name for each of several different absolute paths: as many last parts as make all names different."""
     parts = [folder.split(os.sep) for folder in folders]
     depth = 1
     while len({tuple(part[-depth:]) for part in parts}) < len(parts):
@@ -94,7 +94,7 @@ def draw(runs: dict[str, list[dict]], deltas: set[float | None], against: str) -
             if name == "grad_norm":
                 places, noise = series(points, "noise_norm", against)
                 if any(noise):
-                    darker = [0.6 * part for part in colour[:3]]  # and above: it shows where the two run together
+                    darker = [0.6 * part for part in colour[:3]]  # and on top, so that it shows where the two are close
                     axes.plot(places, noise, color=darker, linewidth=1.2, linestyle="--", zorder=3)
         axes.set_title(PANELS[name], fontsize=10)
         axes.grid(alpha=0.25)

@@ -2,7 +2,7 @@
 
     python scripts/results_tables.py results/2026-01-31_e2e          # print its table, and write it to table.md there
     python scripts/results_tables.py --readme README.md docs/*.md            # rewrite the tables of these files
-    python scripts/results_tables.py --readme README.md docs/*.md --check    # status 1 where one does not hold them
+    python scripts/results_tables.py --readme README.md docs/*.md --check    # status 1 where a table is out of date
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`: NAME is the folder results/DATE_NAME (the newest of
 that name), whose rows/*.json are written by the scripts *_table.sh; or a folder of scripts/measured_tables.py. The key
@@ -25,7 +25,7 @@ from measured_tables import measured_table
 from row import E2E_SHA256
 
 E2E_SCORES, TRIPLES_SCORES = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"), ("BLEU", "METEOR", "TER", "chrF++")
-SETS = ("all", "seen", "unseen")  # of categories, where a task parts them
+SETS = ("all", "seen", "unseen")  # of test categories: all, those of the training data, the others
 SCORES = {
     "e2e": E2E_SCORES,
     "webnlg": [f"{name} {part}" for name in TRIPLES_SCORES for part in SETS],
@@ -39,16 +39,15 @@ PARTS = {
 }
 METHODS = {"lora": "LoRA", "full": "full", "none": "untrained"}
 # BLEU without privacy on E2E's test set, as LoRA's authors report it (Hu et al., 2021, table 3). Other published
-# figures are of private runs whose epsilon is not what they say, or of other held-out data: nothing stands beside
-# those rows.
+# figures are left out: their epsilon is not the one they state, or their held-out data are different.
 PUBLISHED = {
     ("gpt2.md", "lora"): 0.704,
     ("gpt2.lg", "lora"): 0.704,
     ("gpt2.md", "full"): 0.682,
     ("gpt2.lg", "full"): 0.685,
 }
-# What seeds of one line may differ in: where and by how many processes a run was done, what is shown of it, and what
-# follows from the seed (whose authors are held out). Whatever else differs makes it another line.
+# Settings in which the seeds of one line may differ: folders, processes, logging, and what follows from the seed (the
+# held-out authors). Rows that differ in any other setting are refused.
 OF_ONE_RUN = set(
     """random_seed seed work_dir output_dir platform local_rank world_size train_batch_size grad_acc
     per_device_train_batch_size gradient_accumulation_steps micro_batch_tokens valid_batch_size
@@ -63,10 +62,9 @@ Cell = Callable[[Rows], str]
 
 
 def is_row(row: dict) -> bool:
-    """Whether a row has what its table shows: scores but of authors; privacy where anything was trained, and of
-    authors."""
+    """Whether a row has what its table shows: scores, except for authors; privacy, if anything was trained."""
     parts = {"hardware"} | ({"privacy"} if row["epsilon"] != "0" or row["task"] == "author" else set())
-    scored = {name for name in SCORES[row["task"]] if not name.endswith("seen")}  # a test set may lack them
+    scored = {name for name in SCORES[row["task"]] if not name.endswith("seen")}  # a test set may lack one of the two
     return (
         KEYS <= row.keys()
         and row["method"] in METHODS
@@ -77,7 +75,7 @@ def is_row(row: dict) -> bool:
 
 
 def flat(row: dict) -> dict:
-    """The row with the scores of several sets under "BLEU seen" and the like, of one set alone under "BLEU"."""
+    """The row with one dictionary of scores: "BLEU seen" for those of several sets, "BLEU" for those of one."""
     scores = row.get("scores", {})
     if not any(isinstance(found, dict) for found in scores.values()):
         return row
@@ -107,7 +105,9 @@ def read_rows(folder: str) -> Rows:
         fail(f"{folder}: holds no rows/*.json; wanted a folder that one of the scripts *_table.sh has made")
     tasks = sorted({row["task"] for row in rows})
     if len(tasks) > 1:
-        fail(f"{folder}: holds rows of {' and '.join(tasks)}, which are different tables; part them")
+        fail(
+            f"{folder}: holds rows of {' and '.join(tasks)}, which are different tables; give each a folder of its own"
+        )
     rows = sorted(rows, key=lambda row: row["order"])
     for first, *others in groups(rows):
         for other in others:
@@ -128,7 +128,7 @@ def check_same(first: dict, other: dict, folder: str) -> None:
 
 
 def budget_order(row: dict) -> float:
-    """Rows stand in the order of the epsilon that was asked for."""
+    """The epsilon that was asked for, by which rows are sorted."""
     return 5.43 if row["epsilon"] == "published" else float(row["epsilon"])
 
 
@@ -143,7 +143,7 @@ def spread(rows: Rows, value: Callable[[dict], float | None], form: str) -> str:
 
 
 def report(name: str, scale: float = 1.0) -> Callable[[dict], float | None]:
-    """privacy.json's number `name`; None where there is none."""
+    """A function of a row: the number `name` of its privacy.json times `scale`, or None."""
 
     def value(row: dict) -> float | None:
         number = row.get("privacy", {}).get(name)
@@ -153,7 +153,7 @@ def report(name: str, scale: float = 1.0) -> Callable[[dict], float | None]:
 
 
 def epsilon(rows: Rows) -> str:
-    """The largest of the seeds' epsilons: they differ where a run was killed, and its repeated steps were charged."""
+    """The largest epsilon over the seeds. A run that was killed has a larger one: its repeated steps were charged."""
     if rows[0]["epsilon"] == "0":
         return "0"
     spent = [row["privacy"]["epsilon_prv"] for row in rows]
@@ -168,7 +168,7 @@ def published(rows: Rows) -> str:
 
 
 def columns(task: str) -> list[tuple[str, Cell]]:
-    """(head, cell of a line's rows) of a task's table."""
+    """The columns of a task's table: (head, function from the rows of a line to the cell)."""
 
     def trained(cell: Cell) -> Cell:
         return lambda rows: "-" if rows[0]["epsilon"] == "0" else cell(rows)
@@ -212,7 +212,7 @@ def place_of(folder: str) -> str:
 
 
 def provenance(folder: str, rows: Rows) -> str:
-    """One line: what epsilon is of, on what, at which commit, and where everything else stands."""
+    """One line: the meaning of epsilon, the hardware, the commit, the versions, and the folder with the rest."""
 
     def all_of(value: Callable[[dict], str], of: Rows = rows) -> str:
         return ", ".join(dict.fromkeys(map(value, of)))
@@ -237,7 +237,7 @@ def provenance(folder: str, rows: Rows) -> str:
 
 
 def groups(rows: Rows) -> list[Rows]:
-    """The rows that differ in their seeds alone."""
+    """Lists of rows that differ only in their seeds."""
     found: dict[tuple, Rows] = {}
     for row in rows:
         found.setdefault((row["model"], row["epsilon"], row["method"]), []).append(row)
@@ -252,7 +252,9 @@ def table(folder: str) -> str:
     rows = read_rows(folder)
     lines = [{head: cell(group) for head, cell in columns(group[0]["task"])} for group in groups(rows)]
     lacking = {head for head in lines[0] if head.endswith("seen") and {line[head] for line in lines} == {"-"}}
-    lines = [{head: line[head] for head in line if head not in lacking} for line in lines]  # sets of no such category
+    lines = [
+        {head: line[head] for head in line if head not in lacking} for line in lines
+    ]  # without sets that no row has
     return dict_table(lines) + "\n" + provenance(folder, rows)
 
 

@@ -14,16 +14,16 @@ import numpy as np
 class Metric:
     """A metric of a system.
 
-    addends: (N, K) float64, what each of N segments contributes. score: from sums over segments (..., K) to (...).
+    statistics: (N, K) float64, what each of N segments contributes. score: from sums over segments (..., K) to (...).
     """
 
     name: str
-    addends: np.ndarray
+    statistics: np.ndarray
     score: Callable[[np.ndarray], np.ndarray]
 
     def total(self) -> float:
         """The score of all segments."""
-        return float(self.score(self.addends.sum(axis=0)))
+        return float(self.score(self.statistics.sum(axis=0)))
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,10 @@ def compare(first: Sequence[Metric], second: Sequence[Metric], samples: int, see
     """
     pairs = list(zip(first, second, strict=True))
     blocks = []
-    for counts in draw_test_sets(len(first[0].addends), samples, seed):
-        blocks.append([one.score(counts @ one.addends) - other.score(counts @ other.addends) for one, other in pairs])
+    for counts in draw_test_sets(len(first[0].statistics), samples, seed):
+        blocks.append(
+            [one.score(counts @ one.statistics) - other.score(counts @ other.statistics) for one, other in pairs]
+        )
     comparisons = []
     for row, (one, other) in zip(np.concatenate(blocks, axis=1), pairs, strict=True):  # row: (samples,)
         observed = one.total() - other.total()

@@ -31,15 +31,15 @@ def is_perfect(sums: np.ndarray) -> np.ndarray:
     return whole & (sums[..., CHUNKS] == 1)
 
 
-def meteor_addends(statistics: np.ndarray) -> np.ndarray:
-    """Make METEOR's statistics of segments ready to be summed: the one chunk of a perfect segment is not a break."""
-    addends = statistics.copy()
-    addends[is_perfect(statistics), CHUNKS] = 0.0
-    return addends
+def summable_statistics(statistics: np.ndarray) -> np.ndarray:
+    """METEOR's statistics, ready to be summed over segments: the one chunk of a perfect segment counts as no break."""
+    summable = statistics.copy()
+    summable[is_perfect(statistics), CHUNKS] = 0.0
+    return summable
 
 
 def meteor_score(sums: np.ndarray) -> np.ndarray:
-    """METEOR of sums of `meteor_addends`: (..., 23) -> (...).
+    """METEOR of sums of `summable_statistics`: (..., 23) -> (...).
 
     With P, R the weighted precision and recall: F = 1 / ((1-alpha)/P + alpha/R), times 1 - gamma * frag^beta, where
     frag is chunks over matched words (Denkowski and Lavie 2014, section 2). No match at all scores 0.
@@ -84,11 +84,11 @@ def as_captions(references: Sequence[Sequence[str]], outputs: Sequence[str]) -> 
     return {i: list(group) for i, group in enumerate(references)}, {i: [output] for i, output in enumerate(outputs)}
 
 
-def mean_addends(scores: np.ndarray) -> np.ndarray:
-    """Make segment scores ready to be summed for their mean: (N,) -> (N, 2) of score and count."""
+def mean_statistics(scores: np.ndarray) -> np.ndarray:
+    """Segment scores with their count, to be summed for a mean: (N,) -> (N, 2)."""
     return np.stack([scores, np.ones_like(scores)], axis=-1)
 
 
 def mean_score(sums: np.ndarray) -> np.ndarray:
-    """Mean of sums of `mean_addends`: (..., 2) -> (...)."""
+    """Mean of sums of `mean_statistics`: (..., 2) -> (...)."""
     return sums[..., 0] / sums[..., 1]

@@ -1,4 +1,4 @@
-"""What the scoring scripts do alike: one-line errors with status 2, and files that appear whole or not at all."""
+"""What the scoring scripts share: one-line errors with status 2, and files that are written aside and renamed."""
 
 import argparse
 import contextlib
@@ -65,7 +65,9 @@ def whole_file(path: str) -> Iterator[IO[str]]:
 
 def run(main: Callable[[], None]) -> int:
     """main() as a process status: a user's mistake is one line on standard error and 2."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no Java behind
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # unwinds the with blocks, which end Java
     try:
         main()
         sys.stdout.flush()

@@ -1,8 +1,8 @@
 """The two Java programs that the E2E challenge scores with: Stanford's PTB tokenizer and METEOR 1.5.
 
-Both jars come with pycocoevalcap. Its own wrappers are not used: they write into the package's folder, ask whatever
-`java` is on PATH and wait for ever or fail in silence when it dies. Here a program works in a folder of its own under
-the system's temporary folder, and one that is absent, dies, answers something else or stays silent is a UserError.
+Both jars come with pycocoevalcap. Its own wrappers are not used: they write into the package's folder, and
+hang or fail silently when Java dies. Here a program works in its own temporary folder. A program that is missing, dies,
+gives a malformed answer or stays silent is a UserError.
 """
 
 import contextlib
@@ -213,7 +213,7 @@ class Meteor:
 
 
 def versions() -> dict[str, str]:
-    """What the Java scores rest on, for a score's signature."""
+    """The versions of the Java programs, for a score's signature."""
     return {
         "pycocoevalcap": version("pycocoevalcap"),
         "meteor": os.path.basename(METEOR_JAR).removesuffix(".jar"),

@@ -4,7 +4,7 @@
     python eval/e2e/measure_scores.py e2e_ref.txt dp_pred.txt -p --compare baseline_pred.txt --json scores.json
 
 The scores agree with the challenge's own script to all four decimals. With --compare, a paired bootstrap over segments
-says how sure the difference to another system's outputs for the same references is.
+says how certain the difference to another system's outputs for the same references is.
 """
 
 import argparse
@@ -50,11 +50,11 @@ def parse_arguments() -> argparse.Namespace:
         "-p",
         "--python",
         action="store_true",
-        help="BLEU and NIST in Python; there is no other way here, so it changes nothing",
+        help="BLEU and NIST in Python, which they always are; accepted for the published command",
     )
     parser.add_argument("-t", "--table", action="store_true", help="print a TSV line in place of the list")
     parser.add_argument("-H", "--header", action="store_true", help="with -t: print the TSV's header first")
-    parser.add_argument("--compare", metavar="OTHER", help="outputs of another system, to be told apart by bootstrap")
+    parser.add_argument("--compare", metavar="OTHER", help="outputs of another system, to compare with by bootstrap")
     parser.add_argument("--bootstrap_samples", type=int, metavar="B", help="with --compare: resamples (default 1000)")
     parser.add_argument("--bootstrap_seed", type=int, metavar="S", help="with --compare: their seed (default 0)")
     args = parser.parse_args()
@@ -89,14 +89,14 @@ def score_systems(references: list[list[str]], systems: Sequence[list[str]], pat
         counted = ngrams.References(references)
         bleu = [ngrams.bleu_statistics(counted, texts) for texts in systems]
         nist = [ngrams.nist_statistics(counted, texts) for texts in systems]
-        rows = np.split(caption_metrics.meteor_addends(asked.result()), len(systems))
+        rows = np.split(caption_metrics.summable_statistics(asked.result()), len(systems))
     return [
         [
             Metric("BLEU", bleu[i], ngrams.bleu_score),
             Metric("NIST", nist[i], ngrams.nist_score),
             Metric("METEOR", rows[i], caption_metrics.meteor_score),
-            Metric("ROUGE_L", caption_metrics.mean_addends(rouge[i]), caption_metrics.mean_score),
-            Metric("CIDEr", caption_metrics.mean_addends(cider[i]), caption_metrics.mean_score),
+            Metric("ROUGE_L", caption_metrics.mean_statistics(rouge[i]), caption_metrics.mean_score),
+            Metric("CIDEr", caption_metrics.mean_statistics(cider[i]), caption_metrics.mean_score),
         ]
         for i in range(len(systems))
     ]
@@ -124,10 +124,10 @@ def write_segment_scores(path: str, segments: Segments, metrics: Sequence[Metric
     bleu, nist, *captions = metrics
     counted = ngrams.References(segments.references)
     columns = {
-        "BLEU": bleu.score(bleu.addends),
-        "sentBLEU": ngrams.bleu_score(bleu.addends, smoothing=1.0),
+        "BLEU": bleu.score(bleu.statistics),
+        "sentBLEU": ngrams.bleu_score(bleu.statistics, smoothing=1.0),
         "NIST": nist.score(ngrams.nist_statistics(counted, segments.outputs, each_alone=True)),
-        **{metric.name: metric.score(metric.addends) for metric in captions},
+        **{metric.name: metric.score(metric.statistics) for metric in captions},
     }
     with whole_file(path) as handle:
         handle.write("\t".join(["src", "sys_out", *columns]) + "\n")

@@ -21,7 +21,7 @@ BROKEN_ENCODINGS = (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é")
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The text is one line: what was found where, what was expected, the cure."""
+    """A mistake of the user. The text is one line: where, what was found, what was expected, the cure."""
 
 
 @dataclass(frozen=True)

@@ -62,13 +62,13 @@ def score(segments: Segments, statistics: np.ndarray) -> tuple[dict[str, float],
         "chrF++": CHRF(word_order=2, eps_smoothing=True),
     }
     scores = {name: metric.corpus_score(segments.outputs, streams).score / 100 for name, metric in metrics.items()}
-    scores["METEOR"] = float(caption_metrics.meteor_score(caption_metrics.meteor_addends(statistics).sum(axis=0)))
+    scores["METEOR"] = float(caption_metrics.meteor_score(caption_metrics.summable_statistics(statistics).sum(axis=0)))
     signatures = {name: str(metric.get_signature()) for name, metric in metrics.items()}
     return {name: scores[name] for name in NAMES}, {**signatures, "METEOR": f"{java.versions()['meteor']} -l en -norm"}
 
 
 def note_untokenized(name: str, segments: Segments) -> None:
-    """Say where a reference has a word and a sign in one token, for which every score is lower than the challenge's."""
+    """Print a note where a reference was not tokenized: every score is then lower than the challenge's."""
     for number, reference in enumerate(chain.from_iterable(segments.references), start=1):
         if found := re.search(r"\S*(\w[^\w\s]|[^\w\s]\w)\S*", reference):
             print(

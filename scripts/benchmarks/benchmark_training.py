@@ -1,24 +1,24 @@
-"""How fast private training is, against ordinary training and the other ways to clip, in one run.
+"""The speed of private training against non-private training and against other ways to clip.
 
     python scripts/start.py benchmark_training            # every task, every variant, on this machine
     python scripts/start.py benchmark_training --tasks e2e_lora --variants ordinary published --repeats 5
     python scripts/start.py benchmark_training --scaling  # ours: seconds a step against batch and length
     python scripts/start.py benchmark_training --show results/2026-11-25_benchmark_training/*.json
 
-Every variant lives in a process of its own, so that its peak memory is its own; a variant and ours then take turns,
-one logical step each (A B A B ...), and what is printed are medians of the pairwise ratios. A step is all of a step:
-gradients, clipping, noise, AdamW. The slow variants compute the gradients of a part of the logical batch alone, whose
-time is scaled up to the whole; noise and AdamW are counted once, as for the others. Beside it stands the arithmetic
-floor: the multiply-adds that the real tokens need (forward, backward for the states, weight gradients of what trains),
-over the matrix-product rate measured here.
+Every variant runs in its own process, so that its peak memory can be measured. A variant and our code take turns, one
+logical step each (A B A B ...). The printed ratios are medians of the pairwise ratios. A step has all parts: gradients,
+clipping, noise and AdamW. Slow variants compute the gradients of a part of the logical batch; that time is scaled up to
+the whole batch, and noise and AdamW are counted once. The arithmetic floor is the time of the multiply-adds that the
+real tokens need (forward, gradients of the states, gradients of the trained weights) at the measured rate of matrix
+products.
 
 Variants: ordinary     the same model and loss without clipping or noise
           book_keeping ours
           opacus       Opacus's hooks on our model: every per-example gradient is held
-          ghost        Opacus's ghost clipping: two backward passes, head and embedding untied, since it must
+          ghost        Opacus's ghost clipping: two backward passes, with head and embedding untied
           padded       opacus, with every row padded to --seq_len and logits at every position
-          published    padded, in the arithmetic of the published code: attention with its matrix of scores and a mask,
-                       GELU and layer norm as formulas, a log-softmax of all logits, PyTorch's own matrix products
+          published    padded, with the arithmetic of Yu et al. (2022): attention with a matrix of scores and a
+                       mask, GELU and layer norm as formulas, a log-softmax of all logits, PyTorch's matrix products
           plain        a plain PyTorch loop over Hugging Face's GPT-2 without privacy (needs transformers and peft)
 Writes JSON to results/.
 """
@@ -44,7 +44,7 @@ from base.errors import fail
 from base.files import atomic_write
 from base.flags import Parser
 from base.memory import keep_memory
-from benchmark_variants import GhostClipping, PlainLoop, PublishedWay, pad_to, untie
+from benchmark_variants import GhostClipping, PlainLoop, YuArithmetic, pad_to, untie
 from corpus.batching import Cut, PublicLengths, TightCut, choose_lengths
 from corpus.examples import Examples
 from losses import MicroBatch
@@ -146,7 +146,7 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
     else:
         if variant == "published":
             products.AVAILABLE = False  # in this process, which is its own
-        kind = {"book_keeping": BookKeeping, "published": PublishedWay}.get(variant, OpacusEngine)
+        kind = {"book_keeping": BookKeeping, "published": YuArithmetic}.get(variant, OpacusEngine)
         engine = kind(model, flat, rule, smoothing)
     optimizer = AdamW(flat, (0.9, 0.999), 1e-6, 0.01, True)
     examples = make_examples(task, logical, options.length, 50257)
@@ -240,7 +240,7 @@ class Worker:
 
 
 def compare(task: str, variant: str, options: argparse.Namespace, rate: float) -> dict:
-    """Ours and `variant` in turn."""
+    """Time our code and `variant` in turn."""
     ours, other = Worker("book_keeping", task, options), Worker(variant, task, options)
     for _ in range(options.repeats):
         other.step()
@@ -315,7 +315,7 @@ def show(paths: list[str]) -> None:
 
 
 def comparisons(options: argparse.Namespace, rate: float) -> list[dict]:
-    """Ours against every asked variant in every asked task; prints a row each."""
+    """Compare our code with each chosen variant in each chosen task; print a row for each."""
     print(markdown(HEAD), end="")
     rows = []
     for task in options.tasks:
@@ -351,7 +351,7 @@ def scaling(options: argparse.Namespace) -> list[dict]:
 
 
 def draw_scaling(rows: list[dict], path: str) -> None:
-    """Seconds a step against the real tokens of the logical batch: in proportion, or not."""
+    """Plot the seconds of a step against the real tokens of the logical batch and against the length."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -387,7 +387,7 @@ def main() -> None:
     parser.add_argument("--model_card", choices=MODEL_CARDS, default="gpt2.sm")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--seq_len", type=int, default=512, help="what the published way pads to")
+    parser.add_argument("--seq_len", type=int, default=512, help="what Yu et al.'s code pads to")
     parser.add_argument("--length", type=int, default=128, help="tokens of an author's text")
     parser.add_argument("--micro_batch_tokens", type=int, help="padded tokens of a micro-batch (default: the scripts')")
     parser.add_argument("--units", type=int, help="logical batch, in place of the task's own")

@@ -1,4 +1,4 @@
-"""The other ways to train that benchmark_training.py times: Opacus's ghost clipping, the published way, a plain loop.
+"""Other ways to train, for benchmark_training.py: Opacus's ghost clipping, Yu et al.'s arithmetic, a plain loop.
 
 Each is an engine as privacy.clipping.BookKeeping is: accumulate(batch) adds the units' gradients to the flat buffer.
 
@@ -54,8 +54,8 @@ def dense_losses(logits: torch.Tensor, batch: MicroBatch, smoothing: float) -> t
     return (losses * weights).view(batch.units, -1).sum(1)
 
 
-class PublishedAttention(Attention):
-    """Attention as the published code writes it: all scores, a mask, a softmax."""
+class YuAttention(Attention):
+    """Attention as Yu et al.'s code computes it: all scores, a mask, a softmax."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, D = x.shape
@@ -67,7 +67,7 @@ class PublishedAttention(Attention):
         return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
-class PublishedMLP(MLP):
+class YuMLP(MLP):
     """The tanh GELU as a formula of elementwise operations."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ class PublishedMLP(MLP):
         return self.c_proj(0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3)))))
 
 
-class PublishedLayerNorm(nn.LayerNorm):
+class YuLayerNorm(nn.LayerNorm):
     """The layer norm as a formula too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ class PublishedLayerNorm(nn.LayerNorm):
         return self.weight * (centred / torch.sqrt(variance + self.eps)) + self.bias
 
 
-class PublishedLosses(UnitLosses):
+class YuLosses(UnitLosses):
     """A log-softmax of the logits of every position."""
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
@@ -95,20 +95,20 @@ class PublishedLosses(UnitLosses):
         return (losses * weights).view(batch.units, -1).sum(1)
 
 
-class PublishedWay(OpacusEngine):
-    """Opacus's hooks under the published code's arithmetic: that of LoRA's NLG example, on which Yu et al. build.
+class YuArithmetic(OpacusEngine):
+    """Opacus's hooks with the arithmetic of Yu et al. (2022), which is that of LoRA's NLG example.
 
     A layer norm that trains stays PyTorch's, as in dp-transformers: Opacus has no rule for another.
     """
 
-    losses = PublishedLosses
+    losses = YuLosses
 
     def __init__(self, model: GPT2LMModel, flat: FlatParameters, rule: ClippingRule, smoothing: float):
         for block in model.transformer.h:
-            block.attn.__class__, block.mlp.__class__ = PublishedAttention, PublishedMLP
+            block.attn.__class__, block.mlp.__class__ = YuAttention, YuMLP
         for module in model.modules():
             if type(module) is nn.LayerNorm and not module.weight.requires_grad:
-                module.__class__ = PublishedLayerNorm
+                module.__class__ = YuLayerNorm
         super().__init__(model, flat, rule, smoothing)
 
 

@@ -1,11 +1,10 @@
 """The words of make_demo_data.py: restaurants (private), and hotels, museums, cinemas, trains, parks, shops, concerts
 and libraries (public). All of it was written for this repository.
 
-The public domain never speaks of eating or drinking, and shares no name and no phrase of a few words with the private
-one (tests/scripts/test_demo_data.py holds it): what a model knows of restaurants, it learnt under privacy. What they
-share is everyday words, as any two texts do, and the task: fields in, every one of them said once, names copied that
-were never seen before. So the public names are many and made of syllables, and now and then a made-up word is the type
-or a value.
+The public domain never mentions eating or drinking. It shares no name and no phrase of a few words with the private one
+(test_demo_data.py checks this), so a model learns about restaurants only under privacy. The two share everyday words,
+and the task: say each field once, and copy names that were never seen before. For copying, the public names are many
+and made of syllables, and a made-up word is sometimes the type or a value.
 
 Notation. A field's phrases are in roles: pre (before the noun), post (behind it), front (first in the sentence), verb
 (after a subject). `@` is the value. A key `field=value` is for that value alone. In openers <pre>, <post>, <front>,
@@ -49,7 +48,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Kind:
-    """What is said of one kind of thing, and how."""
+    """A kind of thing: its fields, and the phrases for them."""
 
     type: Callable[[Draw], str]
     name: Callable[[Draw], str]
@@ -177,7 +176,7 @@ ONSETS = [*LETTERS.split(), "", ""]
 VOWELS = "a e i o u a e i o u ai ea ee oo ou ie ar er or".split()
 CODAS = ["", "", "", "", *"n l r s t m d ck nd rt st x b p g ng ll lk mp rn sh ss tch ve ne le ty".split()]
 FEWEST, MOST = 3, 8  # letters of a made-up word
-# What chance would spell now and then.
+# Offensive words that chance would spell now and then.
 UNFIT = """
     tit shit fag twat pis jew nig poo peni kike rape slut nazi porn fuc fuk cun cock dick sex cum ass arse whor
     spic coon wank crap anus kill die pric boob tard hore

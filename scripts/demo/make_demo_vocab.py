@@ -2,9 +2,9 @@
 
     python scripts/start.py make_demo_vocab --train data/demo/public_train.txt --out vocab/demo
 
-It reads the *public* domain's text alone. A vocabulary is a function of its training text and is published with the
-model, and no noise protects it: had the private text shaped it, a merge could give away a word of a single record, and
-the reported epsilon would not cover that. So a private word costs a few more tokens than it could.
+It reads only the *public* domain's text. A vocabulary is published with the model, and no noise protects it: if it came
+from the private text, a merge could reveal a word of a single record, which the reported epsilon does not cover. The
+price is a few more tokens for a private word.
 
 As in GPT-2, ids 0..255 are the bytes, then come the merges in the order in which they were learnt, and <|endoftext|> is
 the last id.

@@ -27,8 +27,8 @@ VARIANTS = {
 
 
 def comparison(result: dict, row: dict) -> Line:
-    """Ours against a variant. A share of the floor above 1 is left out: other jobs slowed the matrix products that the
-    floor was measured with."""
+    """A line: our code against a variant. A share of the floor above 1 is left out, since other jobs slowed the matrix
+    products by which the floor was measured."""
     ours, other = row["ours"], row["other"]
     share = ours["share_of_matmul_rate"]
     return {
@@ -48,7 +48,7 @@ def comparison(result: dict, row: dict) -> Line:
 
 
 def scaled(row: dict) -> Line:
-    """Ours alone, at one logical batch and length."""
+    """A line: our code alone, at one logical batch and length."""
     seconds = statistics.median(row["seconds"])
     return {
         "task": TASKS[row["task"]],
@@ -78,7 +78,7 @@ def speed(results: list[dict]) -> str:
 
 
 def audit(rows: list[dict]) -> str:
-    """What scripts/audit_faults.py found, a line for each fault; "none" is the code as it is."""
+    """The table of scripts/audit_faults.py: a line for each fault; "none" is the unchanged code."""
 
     def line(row: dict) -> Line:
         verdict = "refuted" if row["refuted"] else "NOT SEEN"
@@ -100,8 +100,8 @@ def audit(rows: list[dict]) -> str:
 
 
 def measured_table(folder: str, place: str) -> str | None:
-    """The table of a folder of either script, with a line on the machine and on `place`; None where it is of neither.
-    UserError where its JSON is not what the script writes."""
+    """The table of a folder that one of the two scripts wrote, and a line on the machine and on `place`. None for any
+    other folder. UserError for JSON that the script does not write."""
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.json")))
     found, said = [], {}
     where = folder
@@ -123,7 +123,7 @@ def measured_table(folder: str, place: str) -> str | None:
         commit = said["commit"][:8] if "commit" in said else None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         fail(
-            f"{where}: scripts/benchmarks/benchmark_training.py or audit_faults.py did not write it so "
+            f"{where}: scripts/benchmarks/benchmark_training.py or audit_faults.py did not write this "
             f"({error!r}); remove it"
         )
     named = {"": said.get("device"), " ": said.get("note"), "commit ": commit, "torch ": said.get("torch")}

@@ -17,7 +17,7 @@ WANTED = "what the run wrote; do the run again under another name"
 
 
 def output_of(*command: str) -> str | None:
-    """The standard output of a command; None where there is no such command, or it failed."""
+    """The standard output of a command; None where the command is missing or fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except OSError:
@@ -34,7 +34,7 @@ def commit() -> dict:
 
 
 def hardware() -> dict:
-    """Each machine's GPUs, where processes use them, or the processor's name and cores; memory in bytes."""
+    """The machines, and of this one: GPUs where processes use them, processor, cores, memory in bytes, load."""
     gpus = None
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all"):
         gpus = output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
@@ -54,8 +54,8 @@ def hardware() -> dict:
 
 
 def write_row(path: str, folder: str, facts: dict, trained: bool, scored: bool) -> None:
-    """Write the row of the run in `folder`: `facts`; of a training privacy.json and args.json, of scores scores.json;
-    commands.txt; the commit, the hardware and the versions."""
+    """Write the row of the run in `folder`: `facts`, commands.txt, commit, hardware and versions; privacy.json and
+    args.json where it was `trained`; scores.json where it was `scored`."""
     row = dict(facts)
     if trained:
         report, settings = (read_object(os.path.join(folder, name), WANTED) for name in ("privacy.json", "args.json"))
@@ -64,7 +64,9 @@ def write_row(path: str, folder: str, facts: dict, trained: bool, scored: bool) 
         row["privacy"] = report
         left_out = {"versions", "without_effect", "job"}
         if report.get("epsilon_prv") != "inf" and settings.get("train_sha256") != E2E_SHA256:
-            left_out.add("train_sha256")  # rows are published, and a private file's digest tells a right guess of it
+            left_out.add(
+                "train_sha256"
+            )  # with the digest of a private file, anyone could verify a guess of its content
         row["settings"] = {name: settings[name] for name in settings if name not in left_out}
     if scored:
         found = read_object(os.path.join(folder, "scores.json"), WANTED)

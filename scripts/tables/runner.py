@@ -2,9 +2,9 @@
 
     bash scripts/e2e_table.sh --help         (or webnlg_table.sh, dart_table.sh, author_table.sh)
 
-What a task runs is in tasks.py. A run works in RUNS/RUN, where commands.txt says what it is made of, and ends in
-RESULTS/DATE_NAME/rows/RUN.json. The same command goes on where it stopped: what is done is left out, a training goes on
-from its last checkpoint, and a folder that was begun with other commands or data is refused.
+What a task runs is in tasks.py. A run works in the folder RUNS/RUN, keeps its commands there in commands.txt, and ends
+with the file RESULTS/DATE_NAME/rows/RUN.json. The same command continues a table that was stopped: finished steps are
+skipped, a training continues from its last checkpoint, and a folder with other commands or data is refused.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from row import ROOT, output_of, write_row
 from tasks import TASKS, AnyTask, Run
 
 EPILOG = """\
-Several values stand in one word: --epsilon "3 8 inf". Flags behind -- are the last word of every training, such as
--- --lr 0.002 --max_epoch 5. The same command goes on where it stopped or was killed. Other seeds or budgets under the
-same --name add rows."""
+Several values stand in one word: --epsilon "3 8 inf". Flags after -- go to every training and override its
+defaults, such as -- --lr 0.002 --max_epoch 5. The same command continues what was stopped or killed. Other seeds or
+budgets under the same --name add rows."""
 FORMS = {  # of a word of an option: what it must match, and what is wanted
     "epsilon": (r"inf|published|\d+(\.\d+)?", "a number, inf or published"),
     "method": ("lora|full", "lora or full"),
@@ -44,7 +44,7 @@ PATHS = ("data", "test", "vocab", "train_file", "mirror", "runs", "results")
 
 
 class Stopped(BaseException):
-    """A signal that ends this command."""
+    """A signal asked this command to stop."""
 
 
 class Options(Parser):
@@ -53,7 +53,7 @@ class Options(Parser):
 
 
 def parse(task: AnyTask, words: list[str]) -> argparse.Namespace:
-    """The options, each checked by itself; paths as seen from the repository's root, into which main() changes."""
+    """The options, each checked by itself. Paths become relative to the repository's root, the later working folder."""
     own, extra = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     parser = Options(
         prog=f"bash scripts/{task.name}_table.sh",
@@ -115,13 +115,13 @@ def parse(task: AnyTask, words: list[str]) -> argparse.Namespace:
 
 
 def from_root(path: str) -> str:
-    """A path of the user's as seen from the repository's root."""
+    """A path that the user gave, relative to the repository's root where it lies below it."""
     path = os.path.realpath(path)
     return os.path.relpath(path, ROOT) if path == ROOT or path.startswith(ROOT + os.sep) else path
 
 
 def count_processes(batch: int, given: str | None) -> int:
-    """The processes asked for, or the GPUs, or the cores where there is none, as far as they divide `batch`."""
+    """`given`, or the largest divisor of `batch` up to the number of GPUs, or of cores where there is no GPU."""
     if given is not None:
         if batch % int(given):
             fail(
@@ -138,7 +138,7 @@ def count_processes(batch: int, given: str | None) -> int:
 
 
 def check(task: AnyTask, args: argparse.Namespace) -> None:
-    """UserError for a mistake that needs the file system, or the task."""
+    """UserError for a mistake that only the file system or the task shows."""
     for model in args.models:
         if model not in task.models and not os.path.isdir(model):
             fail(
@@ -161,26 +161,26 @@ class Table:
         self.folder = found[-1] if found else f"{args.results}/{datetime.date.today()}_{args.name}"
 
     def split_batch(self, largest: int) -> tuple[int, int]:
-        """(batch of a process, at most `largest`; accumulation), whose product times the processes is the batch."""
+        """(batch of a process, at most `largest`; accumulation steps); times the processes, the logical batch."""
         share = self.args.batch // self.args.nproc
         per_device = next(size for size in range(largest, 0, -1) if share % size == 0)
         return per_device, share // per_device
 
     def launch(self, script: str) -> list[str]:
-        """The words that start a script on all processes; the variable LAUNCHER names others."""
+        """The command that starts a script on all processes; the variable LAUNCHER replaces all but the script."""
         words = ["python"]
         if self.args.nproc > 1:
             words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.args.nproc}"]
         return [*(os.environ.get("LAUNCHER", "").split() or words), script]
 
     def start(self, *words: str) -> None:
-        """Say a command and, unless this is a dry run, do it; its failure is this script's. A signal is handed on: a
-        run then writes its checkpoint."""
+        """Print a command and, unless this is a dry run, run it; exit with its status where it fails. A signal to this
+        script is passed on, so that a training writes its checkpoint."""
         print(shlex.join(words), flush=True)
         if self.args.dry_run:
             return
         env = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **os.environ}
-        # a terminal sends SIGINT to all: the command hears of it from here, once
+        # a terminal sends SIGINT to both; the command gets one signal, from here
         child = subprocess.Popen(
             [env["PYTHON"] if words[0] == "python" else words[0], *words[1:]],
             env=env,
@@ -196,7 +196,7 @@ class Table:
             sys.exit(status if status > 0 else 128 - status)
 
     def keep(self, path: str, lines: list[str]) -> None:
-        """Write what the folder of `path` is made of; UserError where an earlier call made it of something else."""
+        """Write `lines`, which say what the folder of `path` is made of; UserError where `path` has other lines."""
         lines = [f"{line}\n" for line in lines]
         if os.path.exists(path):
             with open(path, encoding="utf-8") as handle:
@@ -219,7 +219,7 @@ class Table:
                 yield Run(model, method, epsilon, int(seed), f"{args.runs}/{name}")
 
     def make(self, run: Run) -> None:
-        """All steps of a run that are not done, and its row."""
+        """Do the steps of a run that are not done, and write its row."""
         said, steps = self.task.steps(self, run)
         row = f"{self.folder}/rows/{os.path.basename(run.folder)}.json"
         if not self.args.dry_run:
@@ -247,7 +247,7 @@ class Table:
         write_row(row, run.folder, facts, trained=trained, scored=self.task.is_scored)
 
     def make_all(self) -> None:
-        """Every run that is not there yet, then the table and the plot of all, those of earlier calls too."""
+        """Make every run that has no row yet, then the plot and the table of all rows, also those of earlier calls."""
         dry = self.args.dry_run
         if not dry:
             if importlib.util.find_spec("torch") is None:
@@ -288,7 +288,7 @@ def stop(number: int, frame: object) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    """words: a task and its options; those that this program was started with, where there are none."""
+    """words: a task and its options (default: this program's arguments)."""
     words = sys.argv[1:] if words is None else words
     if not words or words[0] not in TASKS:
         fail(f"{' '.join(words[:1])}: no table; wanted {', '.join(TASKS)}, as in scripts/e2e_table.sh")

@@ -1,7 +1,7 @@
 """What each table runs: its defaults, its data, and the steps of a run from the data to the scores.
 
-A new table is a Task here, named in TASKS, and a scripts/NAME_table.sh like the others; what its columns are is in
-scripts/results_tables.py. `table` is the runner's Table.
+A new table is a Task in ALL_TASKS and a scripts/NAME_table.sh like the others. Its columns are in
+scripts/results_tables.py. `table` is always the runner's Table.
 """
 
 import argparse
@@ -44,7 +44,7 @@ Option = tuple[str, str, object, str]  # name, metavar, default, help
 
 
 def fill(command: str, **values: object) -> list[str]:
-    """The words of a command: $name is a part of a word, or alone the words of a list."""
+    """The words of a command. $name stands for a value within a word; alone, it may stand for a list of words."""
     words: list[str] = []
     for word in command.split():
         value = values.get(word[1:])
@@ -54,7 +54,7 @@ def fill(command: str, **values: object) -> list[str]:
 
 @dataclass(frozen=True)
 class Run:
-    """A line of a table and one seed. model: a name, or a folder from the repository's root. folder: where it works."""
+    """One seed of a line of the table. model: a name or a folder. folder: where the run keeps its files."""
 
     model: str
     method: str
@@ -65,7 +65,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Step:
-    """A command of a run. It is left out where it is done, and gets --resume where an earlier call began it."""
+    """A command of a run. It is skipped where is_done() and gets --resume where is_begun()."""
 
     command: list[str]
     is_done: Callable[[], bool] = lambda: False
@@ -104,7 +104,7 @@ class Task:
     is_scored: bool = True
 
     def checkpoint(self, model: str) -> str:
-        """The file or folder that the training of a model starts from."""
+        """The checkpoint from which a model's training starts."""
         return f"pretrained_checkpoints/{self.models[model]}-pytorch_model.bin" if model in self.models else model
 
     def fetch_checkpoints(self, table) -> None:
@@ -115,11 +115,11 @@ class Task:
 
 @dataclass(frozen=True)
 class TextTask(Task):
-    """Examples of a context and a completion; beam search and scores. parts: the files of train, valid and test."""
+    """Contexts with completions: training, beam search, decoding and scores. parts: the files of train, valid, test."""
 
     parts: tuple[str, str, str] = ("train.txt", "valid.txt", "test.txt")
-    references: str = ""  # flags of gpt2_decode.py for parallel files; none: groups in one file, as E2E's
-    parted: bool = False  # the scores: into categories that training has seen, and others
+    references: str = ""  # flags of gpt2_decode.py for parallel files; without them, E2E's one file
+    by_seen: bool = False  # scores of seen and unseen categories too
 
     def check(self, args: argparse.Namespace) -> None:
         """UserError for a mistake in the options."""
@@ -138,12 +138,12 @@ class TextTask(Task):
                 )
 
     def sources(self, args: argparse.Namespace) -> list[str]:
-        """The files that the tokens are made of."""
+        """The files of which the tokens are made."""
         train, valid, test = (os.path.join(args.data, part) for part in self.parts)
         return [train, valid, args.test or test, *(f"{args.vocab}/{name}" for name in ("encoder.json", "vocab.bpe"))]
 
     def prepare(self, table) -> None:
-        """Data, vocabulary and checkpoints, where they are not there yet."""
+        """Make or fetch data, vocabulary and checkpoints that are missing."""
         args, dry = table.args, table.args.dry_run
         if args.data is None:
             table.start("bash", "scripts/create_datasets.sh", *table.mirror, *[self.name] * (self.name != "e2e"))
@@ -151,7 +151,7 @@ class TextTask(Task):
         else:
             args.tokens = f"{args.runs}/data"
             if not dry:
-                if not os.path.exists(f"{args.tokens}/made_of.txt"):  # nobody knows what they are made of
+                if not os.path.exists(f"{args.tokens}/made_of.txt"):  # of unknown origin
                     for path in glob.glob(f"{glob.escape(args.tokens)}/*.jsonl"):
                         os.unlink(path)
                 table.keep(f"{args.tokens}/made_of.txt", [f"{sha256(path)}  {path}" for path in self.sources(args)])
@@ -163,14 +163,14 @@ class TextTask(Task):
                     encode = ["src/gpt2_encode.py", "--vocab", args.vocab, "--add_bos", "--add_eos"]
                     table.start("python", *encode, "--input", formatted, "--output", tokens)
         self.fetch_checkpoints(table)
-        end: object = 628  # two line feeds end a text, as published: this token of GPT-2's vocabulary
+        end: object = 628  # GPT-2's token of two line feeds, which ends a text in the published command
         if args.vocab != "vocab":
             wanted = "a JSON object of tokens and their numbers; make the vocabulary anew"
             end = read_object(f"{args.vocab}/encoder.json", wanted).get("\u010a\u010a")
         args.end = [] if end is None else ["--eos_token_id", str(end)]
 
     def steps(self, table, run: Run) -> tuple[list[str], list[Step]]:
-        """(lines that say what the run is made of, its steps)."""
+        """(lines for commands.txt beside the commands, the steps of the run)."""
         args, predictions, scores = table.args, f"{run.folder}/predict.jsonl", f"{run.folder}/scores.json"
         names = {
             **vars(args),
@@ -217,11 +217,11 @@ class TextTask(Task):
         return [f"# data: {args.data}, vocabulary: {args.vocab}"], [*training, search, *decoding, score]
 
     def sets(self, tokens: str) -> list[str]:
-        """all; and where they are scored apart, seen and unseen as far as the test set has them, or both in a dry run
-        whose data are not there yet."""
+        """The sets to score: all and, where by_seen, seen and unseen as far as the test set has them (both where the
+        data are not made yet, in a dry run)."""
         formatted = f"{tokens}/test_formatted.jsonl"
-        if not self.parted or not os.path.exists(formatted):
-            return ["all", "seen", "unseen"] if self.parted else ["all"]
+        if not self.by_seen or not os.path.exists(formatted):
+            return ["all", "seen", "unseen"] if self.by_seen else ["all"]
         with open(formatted, encoding="utf-8") as handle:
             found = {json.loads(line)["cate"] for line in handle}
         return ["all", *["seen"] * (True in found), *["unseen"] * (False in found)]
@@ -229,7 +229,7 @@ class TextTask(Task):
 
 @dataclass(frozen=True)
 class AuthorTask(Task):
-    """Texts of authors: a training, which ends in an evaluation."""
+    """Texts of authors: a training that ends with an evaluation."""
 
     is_scored: bool = False
 
@@ -240,7 +240,7 @@ class AuthorTask(Task):
         args.vocab, args.train_file = args.vocab or "vocab", args.train_file or "data/reddit/train.jsonl"
 
     def prepare(self, table) -> None:
-        """Corpus, vocabulary and checkpoints, where they are not there yet."""
+        """Make or fetch corpus, vocabulary and checkpoints that are missing."""
         args = table.args
         if args.vocab == "vocab":
             table.start("bash", "scripts/download_vocab.sh", *table.mirror)
@@ -254,7 +254,7 @@ class AuthorTask(Task):
         """(no lines, the training)."""
         rate, adapter, largest = ("1e-4", [], 32) if run.method == "full" else ("3e-4", [*LORA, "--enable_lora"], 64)
         privacy = {
-            "inf": ["--disable_dp"],  # of an untrained model the rate is 0, whatever stands behind --
+            "inf": ["--disable_dp"],  # the untrained model takes one step of rate 0
             "0": ["--disable_dp", "--max_steps", "1", "--learning_rate", "0"],
         }
         private = ["--target_epsilon", run.epsilon, "--per_sample_max_grad_norm", "1.0"]
@@ -329,12 +329,12 @@ AUTHOR = """\
 The author-level experiment as a table: full fine-tuning and LoRA, one row each in results/DATE_NAME/: training and
 held-out loss, epsilon, delta, time, peak memory. A seed chooses the held-out authors too.
 
-A small corpus (Shakespeare's 299 speakers), four texts of an author a step:
+For a small corpus (Shakespeare's 299 speakers), with four texts of an author in each step:
   bash scripts/author_table.sh --train_file plays.jsonl --name plays-4 --batch 64 --method full --epsilon "0 8 inf" \\
       --seeds "1 2 3" MODEL -- --samples_per_author 4 --learning_rate 1e-3 --lr_scheduler_type linear \\
       --sequence_len 32 --eval_fraction 0.1 --num_train_epochs 10
-and --method lora --epsilon "8 inf" with --learning_rate 1e-2. Of so few authors a table compares methods and is no
-example of a private release: delta = 1/N is 4e-3, which publishing all of one author, drawn at random, would keep."""
+and --method lora --epsilon "8 inf" with --learning_rate 1e-2. With so few authors the table compares methods only. It
+is no example of a private release: delta = 1/N is 4e-3, which also allows publishing all texts of one random author."""
 AUTHOR_OPTIONS: list[Option] = [
     (
         "train_file",
@@ -354,7 +354,7 @@ ALL_TASKS: list[AnyTask] = [
         "8",
         ("train.json", "dev.json", "test.json"),
         references=SIX_REFERENCES.format("webnlg"),
-        parted=True,
+        by_seen=True,
     ),
     text_task("dart", DART, "8", DART_PARTS, references=SIX_REFERENCES.format("dart")),
     AuthorTask(

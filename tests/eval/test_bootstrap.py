@@ -116,7 +116,7 @@ def test_blocks_do_not_change_the_draws():
 
 
 def mean_metric(scores: np.ndarray) -> list[Metric]:
-    return [Metric("mean", caption_metrics.mean_addends(scores), caption_metrics.mean_score)]
+    return [Metric("mean", caption_metrics.mean_statistics(scores), caption_metrics.mean_score)]
 
 
 @pytest.mark.parametrize("shift, least, most", [(0.0, 0.01, 0.11), (0.5, 0.9, 1.0)])

@@ -219,7 +219,7 @@ def test_captions_are_pycocoevalcaps(meteor):
     assert list(gts.values()) == groups and list(res.values()) == [[text] for text in outputs]
 
     total, each = Meteor().compute_score(gts, res)
-    addends = caption_metrics.meteor_addends(meteor.statistics(groups, outputs))
+    addends = caption_metrics.summable_statistics(meteor.statistics(groups, outputs))
     assert caption_metrics.meteor_score(addends) == pytest.approx(each, abs=1e-12)
     assert caption_metrics.meteor_score(addends.sum(axis=0)) == pytest.approx(total, abs=1e-12)
     assert caption_metrics.rouge_l_segments(groups, outputs) == pytest.approx(Rouge().compute_score(gts, res)[1])
@@ -233,7 +233,7 @@ def test_meteor_of_any_sum_is_the_jars(meteor):
     references += [["the Eagle is near a pub"], ["pub"], ["pub"]]
     outputs += ["the Eagle is near a pub", "pub", ""]
     statistics = meteor.statistics(references, outputs)
-    addends = caption_metrics.meteor_addends(statistics)
+    addends = caption_metrics.summable_statistics(statistics)
     generator = np.random.default_rng(0)
     draws = [generator.integers(0, len(outputs), size=size) for size in (1, 2, 5, 33, 33, 33, 200)]
     draws += [np.array([30]), np.array([30, 31]), np.array([32]), np.array([32, 32, 30])]

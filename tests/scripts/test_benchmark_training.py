@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmark_variants import GhostClipping, PublishedWay, pad_to, untie
+from benchmark_variants import GhostClipping, YuArithmetic, pad_to, untie
 from corpus.batching import TightCut
 from corpus.examples import Examples
 from model import GPT2Config, GPT2LMModel, LoRAConfig
@@ -45,7 +45,7 @@ def test_every_way_gives_the_same_sum(lora):
     ours = clipped_sum(lambda model, flat: BookKeeping(model, flat, rule, 0.1), lora)
     others = {
         "opacus": clipped_sum(lambda model, flat: OpacusEngine(model, flat, rule, 0.1), lora),
-        "published": clipped_sum(lambda model, flat: PublishedWay(model, flat, rule, 0.1), lora, seq_len=40)}
+        "published": clipped_sum(lambda model, flat: YuArithmetic(model, flat, rule, 0.1), lora, seq_len=40)}
     if lora:  # where the whole model trains, the head of ghost clipping is untied: another model
         others["ghost"] = clipped_sum(lambda model, flat: GhostClipping(model, flat, C, 0.1), lora, prepare=untie)
     # float32: some 2,000 terms in another order, each rounded to 2^-24 of itself, over sums that cancel in part
