@@ -271,13 +271,20 @@ def run_here(tests: tuple[str, ...], folder: pathlib.Path, outcome: pathlib.Path
 
 
 def main(words: list[str]) -> int:
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
     chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
     if not chosen:
         print(f"error: no mutant's name holds {' or '.join(words)}", file=sys.stderr)
         return 2
     needed = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
-    for test in needed:
-        address(test)  # before the first of them runs
+    try:
+        for test in needed:  # before the first of them runs
+            address(test)
+    except ValueError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
     for name in PRELOADED:
         importlib.import_module(name)
     survivors = 0

@@ -296,6 +296,10 @@ def test_the_budget_is_checked_before_a_step_is_drawn(tmp_path, monkeypatch, sam
 def test_every_mutant_still_applies(mutant):
     text = (ROOT / "src" / mutant.file).read_text(encoding="utf-8")
     assert mutants.mutated(text, mutant) != text
+    for test in mutant.tests:
+        mutants.address(test)
+    with pytest.raises(ValueError, match="has no test_that_is_gone"):
+        mutants.address("test_privacy_plan.py::test_that_is_gone")
 
 
 @pytest.mark.slow
