@@ -52,8 +52,8 @@ from markdown_table import markdown, table_line
 from model import MODEL_CARDS, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, Ordinary
-from privacy.randomness import NoiseSource
 from privacy.opacus_engine import OpacusEngine
+from privacy.randomness import NoiseSource
 from project_scaling import multiply_adds
 from run.settings import DEFAULT_TOKENS
 
