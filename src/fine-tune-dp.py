@@ -164,16 +164,8 @@ SCRIPT = {
     "eval_interval": spelled("eval_steps", default=None, help="default: --logging_steps"),
     "save_interval": spelled("save_steps"),
 }
-FIXED = {
-    "model_card": None,
-    "correct_bias": True,
-    "no_decay_bias": True,
-    "torch_eps": True,
-    "i_steps": "",
-    "i_lrs": "",
-    "label_smooth": 0.0,
-    "platform": "local",
-}
+FIXED = {"model_card": None, "correct_bias": True, "no_decay_bias": True, "torch_eps": True}
+LEFT_OUT = ("i_steps", "i_lrs", "label_smooth", "platform")
 
 
 def parse(words: list[str]) -> Settings:
@@ -183,7 +175,7 @@ def parse(words: list[str]) -> Settings:
         "Hugging Face's Trainer": HuggingFace,
         "accepted, without effect": WithoutEffect,
     }
-    parser = SettingsParser(sections, SCRIPT, FIXED, unit="author", description=__doc__.splitlines()[0])
+    parser = SettingsParser(sections, SCRIPT, FIXED, LEFT_OUT, unit="author", description=__doc__.splitlines()[0])
     *found, _ = parser.parse_settings(words)  # what has no effect is named, and nothing more
     return Settings(*found)
 

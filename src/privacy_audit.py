@@ -67,21 +67,16 @@ SCRIPT = {
 }
 FIXED = {
     "valid_data": "",
-    "obj": "clm",
-    "no_decay_bias": False,
     "scheduler": "constant",
-    "warmup_step": 0,
-    "i_steps": "",
-    "i_lrs": "",
-    "clip": 0.0,
     "eval_interval": None,
-    "save_interval": setup.MOST_STEPS,  # at the end alone
-}
+    "save_interval": setup.MOST_STEPS,
+}  # at the end
+LEFT_OUT = ("obj", "no_decay_bias", "warmup_step", "i_steps", "i_lrs", "clip")
 
 
 def parse(words: list[str]) -> Settings:
     sections = {"data": TokenData, **SHARED, "canaries": Canaries}
-    parser = SettingsParser(sections, SCRIPT, FIXED, unit="unit", description=__doc__.splitlines()[0])
+    parser = SettingsParser(sections, SCRIPT, FIXED, LEFT_OUT, unit="unit", description=__doc__.splitlines()[0])
     return Settings(*parser.parse_settings(words))
 
 

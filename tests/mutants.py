@@ -43,13 +43,13 @@ SAMPLER = ("test_sampling.py::test_poisson_is_independent_inclusion",)
 EMPTY = ("test_private_step.py::test_an_empty_run_takes_all_its_steps",
          "test_privacy_plan.py::test_empty_draws_everywhere_are_steps_like_any_other")
 SEED = ("test_privacy_plan.py::test_one_random_seed_does_not_decide_the_noise",)
-STREAMS = ("test_noise.py::test_streams_of_other_purposes_and_ranks_are_others",)
+STREAMS = ("test_randomness.py::test_streams_of_other_purposes_and_ranks_are_others",)
 LOOP = ("test_clipping.py::test_engines_equal_the_loop", "test_clipping.py::test_one_more_unit_moves_the_sum_by_c")
 FAULTY = ("test_clipping.py::test_units_without_a_finite_gradient_give_nothing",)
 RECORD = ("test_privacy_plan.py::test_the_record_is_on_disk_before_the_mask_is_drawn",)
 BUDGET = ("test_privacy_plan.py::test_the_budget_is_checked_before_a_step_is_drawn",)
 DROPOUT = ("test_private_step.py::test_dropout_masks_are_no_function_of_the_random_seed",)
-ENTROPY = ("test_noise.py::test_the_masks_of_dropout_have_more_than_32_bits",)
+ENTROPY = ("test_randomness.py::test_the_masks_of_dropout_have_more_than_32_bits",)
 BF16 = ("test_clipping.py::test_float32_and_bf16_norms_are_of_what_is_summed",)
 CANCEL = ("test_rounding.py::test_positions_that_cancel_in_float32",)
 ROWS = ("test_clipping.py::test_units_of_several_texts",)
@@ -100,7 +100,7 @@ MUTANTS = (
              "        return self.own[self.mask]"),),
            SAMPLER),
     Mutant("empty draws skipped", TRAINING,
-           (("self.optimizer.step(grad, lr)", "len(drawn) and self.optimizer.step(grad, lr)"),), EMPTY + STEP),
+           (("self.learner.optimizer.step(", "len(drawn) and self.learner.optimizer.step("),), EMPTY + STEP),
     Mutant("empty draws released without noise", MECHANISM,
            ((BEGIN_NOISE, BEGIN_NOISE.replace("> 0:", "> 0 and sums.any():")),), EMPTY),
     Mutant("empty draws drawn again", SAMPLING,
@@ -144,7 +144,7 @@ MUTANTS = (
     Mutant("sums in bfloat16", "privacy/opacus_engine.py",
            ((", torch.autocast(batch.ids.device.type, enabled=False)", ""),), BF16),
     Mutant("padded to what was drawn", "run/setup.py",
-           (("cut=cut if settings.private else", "cut=cut if not settings.private else"),), NEIGHBOURS),
+           (("own_cut = cut if promised.private", "own_cut = cut if not promised.private"),), NEIGHBOURS),
     Mutant("ranks that compute in different ways let through", "run/setup.py",
            (("if world.size > 1:", "if world.size > 9:"),), UNLIKE),
     Mutant("products of all rows at once", "privacy/clipping.py",
@@ -165,7 +165,7 @@ MUTANTS = (
              'self.facts.update({**self.summary(), "train_loss": self.train_loss})'),), NAMED),
     Mutant("norm of the gradient before its noise", TRAINING,
            (("grad = self.plan.release(", "bare = norm(flat.grad)\n        grad = self.plan.release("),
-            ("options.lr(self.done), norm(grad)", "options.lr(self.done), bare")), SHOWN),
+            ("self.task.lr(self.done), norm(grad)", "self.task.lr(self.done), bare")), SHOWN),
     Mutant("shared validation data counted in the report", "gpt2_ft.py",
            (("setup.VALIDATION_LOSS,", 'f"validation loss; {count_shared(valid, train)} shared",'),), SHOWN),
     Mutant("the training file taken for validation data", "run/setup.py",
@@ -192,7 +192,7 @@ MUTANTS = (
              "1 - math.prod((1 - phase.q) ** phase.steps for phase in phases)"),), CHANCE),
     Mutant("rounding of many steps forgotten", "privacy/sampled_gaussian.py",
            (("noise = 4 * UNIT * float(", "noise = 0 * float("),), MANY),
-    Mutant("steps without noise forgotten", "run/setup.py",
+    Mutant("steps without noise forgotten", "run/resume.py",
            (('sum(record["sigma"] == 0 for record in ledger.state.records)', "0"),), WITHOUT),
 )
 

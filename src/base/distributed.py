@@ -76,7 +76,7 @@ class World:
             raise UserError(
                 f"rank {self.rank}: the job ends, another rank died or did not answer in time "
                 f"({str(error).splitlines()[0][:200]}); the cause is in that rank's output"
-            )
+            ) from error
 
     def barrier(self) -> None:
         """Wait until every rank is here: reading the sum makes the process wait, not the GPU's stream alone."""

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -141,11 +141,12 @@ class SettingsParser(Parser):
         sections: Mapping[str, type],
         script: Mapping[str, dict] | None = None,
         fixed: Mapping[str, object] | None = None,
+        left_out: Sequence[str] = (),
         unit: str = "unit",
         **options,
     ):
         """sections: title -> class. script: field -> spelled(). fixed: field -> its value, where it is no flag here.
-        unit: what {unit} in the help of a shared class means."""
+        left_out: fields that are no flags here and keep their default. unit: what {unit} in the help of a shared class means."""
         super().__init__(**options)
         self.sections, self.script, self.fixed, self.unit = sections, script or {}, fixed or {}, unit
         self.flags: dict[str, Flag] = {}
@@ -153,7 +154,7 @@ class SettingsParser(Parser):
         for title, kind in sections.items():
             group = self.add_argument_group(title)
             for one in dataclasses.fields(kind):
-                if "flag" in one.metadata and one.name not in self.fixed:
+                if "flag" in one.metadata and one.name not in {*self.fixed, *left_out}:
                     self.add_field(group, one, typing.get_type_hints(kind)[one.name])
 
     def add_field(self, group: argparse._ArgumentGroup, one: dataclasses.Field, hint: object) -> None:
@@ -184,7 +185,7 @@ class SettingsParser(Parser):
         for kind in self.sections.values():
             fields = {one.name for one in dataclasses.fields(kind)}
             own = {name: self.fixed[name] for name in fields & self.fixed.keys()}
-            own |= {name: values[self.names[name]] for name in fields & self.names.keys() - self.fixed.keys()}
+            own |= {name: values[self.names[name]] for name in fields & self.names.keys()}
             found.append(kind(**own))
         words = {word.partition("=")[0] for word in words}
         named = frozenset(

@@ -166,7 +166,8 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
     cut = choose_cut(settings, task, world, loaded.model.config)
     promised = plan_settings(settings, task, world, cut)
     flat, optimizer = prepare_parameters(settings, world, loaded)
-    resumes, own_cut = settings.loop.resume, cut if promised.private else TightCut(cut.token_budget)
+    own_cut = cut if promised.private else TightCut(cut.token_budget)
+    resumes = settings.loop.resume
 
     work: WorkDir = NoWorkDir(folder)
     ledger: Ledger = NoLedger()

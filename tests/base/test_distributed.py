@@ -188,17 +188,21 @@ def test_collectives(tmp_path):
         assert process.returncode == 0, process.stderr
 
 
-def test_agree_stops_every_rank(tmp_path):
+def test_an_error_on_one_rank_stops_every_rank(tmp_path):
     """One rank's mistake ends them all with status 2 and is said once; a bug stays a bug; no error, no effect."""
     script = write_script(tmp_path / "script.py", """
         world = distributed.start(join_seconds=60, timeout_seconds=60)
-        world.agree(None)
+        def fail(error):
+            with world.raise_if_any_failed():
+                if error is not None:
+                    raise error
+        fail(None)
         for raised in ({0: errors.UserError("first"), 1: errors.UserError("second")}, {1: KeyError("ours")}):
             try:
-                world.agree(raised.get(world.rank))
+                fail(raised.get(world.rank))
             except Exception as error:
                 print(f"{type(error).__name__}: {error}")
-        world.agree(errors.UserError("--data: gone") if world.rank == 1 else None)
+        fail(errors.UserError("--data: gone") if world.rank == 1 else None)
         """)
     processes = run_ranks(script, 2)
     assert [process.returncode for process in processes] == [2, 2]
@@ -216,7 +220,12 @@ def test_alone_every_collective_is_the_identity():
     assert torch.equal(world.all_reduce(values.clone()), values) and torch.equal(world.broadcast(values), values)
     assert world.gather("x") == ["x"] and world.is_main
     world.barrier()
-    world.agree(None)
-    with pytest.raises(errors.UserError, match="^wrong$"):
-        world.agree(errors.UserError("wrong"))
+    with world.raise_if_any_failed():
+        pass
+    with pytest.raises(errors.UserError, match="^wrong$"), world.raise_if_any_failed():
+        raise errors.UserError("wrong")
+    with pytest.raises(errors.UserError, match="^gone: No such"), world.raise_if_any_failed():
+        open("gone")
+    with pytest.raises(KeyError), world.raise_if_any_failed():
+        raise KeyError("ours")
     world.close()

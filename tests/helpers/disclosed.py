@@ -147,4 +147,4 @@ def differing(one: Left, other: Left) -> dict[str, set[tuple[str, str]]]:
 
 def e2e_flags(script: str = "gpt2_ft") -> frozenset[str]:
     arguments = ["--train_data", "x", "--valid_data", "x"][:4 if script == "gpt2_ft" else 2]
-    return frozenset(vars(importlib.import_module(script).parse(arguments)))
+    return frozenset(importlib.import_module(script).parse(arguments).given.values)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+import gpt2_ft
 from base.errors import UserError
 from helpers.clipping_oracle import ENGINES, RULES, draw_units, make_model, norm, pack, run_engine, unit_gradients
 from model import LoRAConfig
 from privacy.clipping import ClippingRule
 from privacy.randomness import NoiseSource
-from run.setup import CLIP_RANGE, NOISE_RANGE, check_noise
+from run.settings import CLIP_RANGE, NOISE_RANGE
 
 
 def largest_share_of_c(C: float, kind: str, name: str, monkeypatch) -> float:
@@ -53,17 +54,17 @@ def test_noise_has_its_scale_at_both_ends_of_its_range(kind):
             deviation(source, std)
 
 
-class Flags:
-    def __init__(self, sigma: float | None, clip: float):
-        self.noise_multiplier, self.max_grad_norm = sigma, clip
+def check(sigma: float | None, clip: float) -> None:
+    noise = [] if sigma is None else ["--noise_multiplier", str(sigma)]
+    gpt2_ft.parse(["--train_data", "x", "--valid_data", "x", "--max_grad_norm", str(clip), *noise]).check()
 
 
 def test_what_float32_cannot_hold_is_refused_by_name():
     for sigma, clip in ((None, 1.0), (0.0, 1.0), (0.6, CLIP_RANGE[0]), (1e6, 0.999 * CLIP_RANGE[1]), (1e-30, 1.0)):
-        check_noise(Flags(sigma, clip), "max_grad_norm")
+        check(sigma, clip)
     for clip in (1e-7, 1e-22, 1e-45, 1e9, float("inf"), float("nan"), 0.0):
         with pytest.raises(UserError, match=r"^--max_grad_norm \S+: expected a number from 1e-06 to below 1e\+08$"):
-            check_noise(Flags(0.6, clip), "max_grad_norm")
+            check(0.6, clip)
     for sigma in (1e-160, 1e-31, 1e15, 1e300):
         with pytest.raises(UserError, match=r"^--noise_multiplier \S+: times --max_grad_norm 1 it gives noise"):
-            check_noise(Flags(sigma, 1.0), "max_grad_norm")
+            check(sigma, 1.0)

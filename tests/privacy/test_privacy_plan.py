@@ -18,7 +18,7 @@ import mutants
 from base.distributed import World
 from helpers.plans import BATCH, CLIP, COORDINATES, SEEDED, SIGMA, STEPS, open_plan, settings
 from helpers.processes import ROOT, environment, free_port
-from privacy.ledger import read_ledger
+from privacy.ledger import NoLedger, read_ledger
 from privacy.plan import PrivacyPlan
 from privacy.randomness import NoiseSource
 from privacy.sampling import PoissonSampler
@@ -33,7 +33,7 @@ DRIVER = """
     sys.path.insert(0, sys.argv[1])
     import numpy as np, torch, torch.distributed as dist
     from base import distributed
-    from privacy.ledger import Ledger
+    from privacy.ledger import Ledger, NoLedger
     from privacy.plan import PlanSettings, PrivacyPlan
 
     folder, cases, ports = sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
@@ -44,7 +44,7 @@ DRIVER = """
         world = distributed.start() if size > 1 else distributed.World()
         given = PlanSettings(**changes)
         place = os.path.join(folder, name)
-        ledger = None
+        ledger = NoLedger()
         if rank == 0:
             os.mkdir(place)
             ledger = Ledger(place, given.ledger_entries(size), False)
@@ -251,7 +251,7 @@ def test_a_step_is_opened_once_and_released_once(tmp_path):
     with pytest.raises(AssertionError):
         plan.release(sums, 10)
     with pytest.raises(ValueError, match="rank 0"):
-        PrivacyPlan(settings(), World(), None)
+        PrivacyPlan(settings(), World(), NoLedger())
     with pytest.raises(ValueError, match="rank 0"):
         PrivacyPlan(settings(), World(1, 2), plan.ledger)
 

@@ -64,7 +64,7 @@ def authors(folder: pathlib.Path, changed_unit: bool = False, **changed: object)
         "train_file": "train.jsonl", "per_device_train_batch_size": author_runs.AUTHORS - author_runs.HELD_OUT,
         "samples_per_author": 2, **changed})
     author_runs.train(arguments, cwd=folder)
-    return Left(folder, frozenset(vars(author_runs.script().parse(["--output_dir", "x"]))), authors=True)
+    return Left(folder, frozenset(author_runs.script().parse(["--output_dir", "x"]).given.values), authors=True)
 
 
 RUNS = {

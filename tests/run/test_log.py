@@ -1,6 +1,5 @@
 """What a run shows of itself: the norm of its gradients, TensorBoard's event files, and plots of it."""
 
-import argparse
 import importlib.util
 import json
 import math
@@ -13,12 +12,12 @@ import torch
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import gpt2_ft
 from helpers import author_runs
 from helpers.checkpoints import refused
 from helpers.processes import ROOT, assert_user_error, run_script
 from helpers.small_runs import equal, flags, metrics, read, start_ranks, train, weights
 from optimizer import CACHE_CHUNK, norm
-from run import setup
 
 PLOT = "scripts/plot_run.py"
 
@@ -131,12 +130,11 @@ def test_a_resumed_run_may_take_the_flag_up(tmp_path):
 
 
 def test_the_package_is_asked_for_where_it_is_missing(monkeypatch):
-    parser = argparse.ArgumentParser()
-    setup.add_shared_flags(parser)
-    setup.check_shared_flags(parser.parse_args(["--tensorboard"]))
+    plain = ["--train_data", "x", "--valid_data", "x"]
+    gpt2_ft.parse([*plain, "--tensorboard"]).check()
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # what an import of a missing package meets
-    refused(lambda: setup.check_shared_flags(parser.parse_args(["--tensorboard"])), "pip install tensorboard")
-    setup.check_shared_flags(parser.parse_args([]))
+    refused(gpt2_ft.parse([*plain, "--tensorboard"]).check, "pip install tensorboard")
+    gpt2_ft.parse(plain).check()
 
 
 # ------------------------------------------------------------------ plots

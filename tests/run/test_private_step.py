@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import gpt2_ft
 from base.distributed import World
 from corpus.batching import PublicLengths
 from corpus.examples import Examples
@@ -23,7 +24,8 @@ from privacy.ledger import read_ledger
 from privacy.plan import PlanSettings
 from privacy.randomness import NoiseSource
 from run.log import WorkDir
-from run.loop import EXTRA, LoopOptions, Trainer
+from run.loop import EXTRA, Trainer
+from run.task import Learner, Position, Task
 from weights.checkpoint import Loaded
 
 LENGTHS = (4, 8, 13, 20)
@@ -61,12 +63,12 @@ def make_trainer(folder, given: PlanSettings, units, lora=LoRAConfig(3, 8.0), bu
     model = make_model(lora, dtype=torch.float32)
     flat = FlatParameters(model, extra=EXTRA)
     plan = open_plan(folder, given)
-    options = LoopOptions(steps=given.steps, steps_per_epoch=given.N / given.batch, lr=lambda t: rate, grad_clip=0.0,
-                          bf16=False, cut=PublicLengths(LENGTHS, budget), log_interval=1000, eval_interval=0,
-                          save_interval=1000, random_seed=1)
-    engine = BookKeeping(model, flat, plan.clipping_rule, 0.1)
-    return Trainer(World(), Loaded(model, None, None), flat, engine, Recorder(flat, (0.9, 0.98), 1e-6, 0.0, True), plan,
-                   examples(units), None, WorkDir(str(folder)), options, [])
+    task = Task(unit="example", data=examples(units), valid=None, longest=20, steps=given.steps, lr=lambda t: rate,
+                delta=given.delta, disclosed=[], digests={})
+    learner = Learner(Loaded(model, None, None), flat, BookKeeping(model, flat, plan.clipping_rule, 0.1),
+                      Recorder(flat, (0.9, 0.98), 1e-6, 0.0, True), PublicLengths(LENGTHS, budget))
+    told = gpt2_ft.parse("--train_data x --valid_data x --log_interval 1000 --save_interval 1000".split())
+    return Trainer(World(), told, task, learner, plan, WorkDir(str(folder)), Position())
 
 
 UNITS = [unit[:1] for unit in draw_units(24, 1, 2, 20)]
@@ -101,12 +103,12 @@ def test_a_step_is_the_mechanism_written_out(tmp_path, lora, kind, budget):
     gradients = unit_gradients(make_model(lora), UNITS, 0.1)[1]
     assert sum(norm(gradient) > given.clip for gradient in gradients) > 6
     mask, noise, sizes = NoiseSource("seeded", "mask", 0, 9), NoiseSource("seeded", "noise", 0, 9), set()
-    names = [name for name, _ in trainer.flat.named]
-    for step, grad in enumerate(trainer.optimizer.given, start=1):
+    names = [name for name, _ in trainer.learner.flat.named]
+    for step, grad in enumerate(trainer.learner.optimizer.given, start=1):
         mask.begin_step(step), noise.begin_step(step)
         drawn = [u for u, uniform in enumerate(mask.uniform(24).tolist()) if uniform < 3 / 24]
         sizes.add(len(drawn))
-        expected = torch.zeros(trainer.flat.size)
+        expected = torch.zeros(trainer.learner.flat.size)
         noise.add_normal_(expected, SIGMA * given.clip)
         expected = expected.double()
         if drawn:
@@ -127,11 +129,12 @@ def test_an_empty_run_takes_all_its_steps(tmp_path, monkeypatch):
 
     monkeypatch.setattr(World, "all_reduce", all_reduce)
     trainer = make_trainer(tmp_path, settings(N=24, batch=1e-9, steps=7), UNITS, rate=0.01)
-    before = trainer.flat.data.clone()
+    flat, optimizer = trainer.learner.flat, trainer.learner.optimizer
+    before = flat.data.clone()
     assert trainer.run() == 0
-    assert reduced.count(trainer.flat.size + EXTRA) == 7 == len(trainer.optimizer.given) == trainer.optimizer.steps
+    assert reduced.count(flat.size + EXTRA) == 7 == len(optimizer.given) == optimizer.steps
     assert len(read_ledger(trainer.plan.ledger.path).records) == 7
-    assert all((grad != 0).all() for grad in trainer.optimizer.given) and not torch.equal(trainer.flat.data, before)
+    assert all((grad != 0).all() for grad in optimizer.given) and not torch.equal(flat.data, before)
 
 
 def test_a_unit_without_a_finite_gradient_gives_nothing_and_the_step_counts(tmp_path):
@@ -153,10 +156,10 @@ def test_a_unit_without_a_finite_gradient_gives_nothing_and_the_step_counts(tmp_
     blank = [[Text(unit[0].ids[:2], 2)] if bad else unit for unit, bad in zip(UNITS, spoilt)]  # nothing scored there
     clean = make_trainer(tmp_path / "b", given, blank)
     assert clean.run() == 0
-    for left, right in zip(trainer.optimizer.given, clean.optimizer.given, strict=True):
+    for left, right in zip(trainer.learner.optimizer.given, clean.learner.optimizer.given, strict=True):
         assert left.isfinite().all()
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
-    assert trainer.optimizer.steps == 3 == trainer.plan.ledger.state.charged
+    assert trainer.learner.optimizer.steps == 3 == trainer.plan.ledger.state.charged
 
 
 @pytest.mark.parametrize("source", ["os", "seeded"])
@@ -168,7 +171,7 @@ def test_dropout_masks_are_no_function_of_the_random_seed(tmp_path, source, monk
     for run in range(2):
         trainer = make_trainer(tmp_path / str(run), given, UNITS, LoRAConfig(3, 8.0, 0.5))
         trainer.run()
-        runs.append(trainer.optimizer.given)
+        runs.append(trainer.learner.optimizer.given)
     assert [torch.equal(left, right) for left, right in zip(*runs)] == [source == "seeded"] * 3
     assert not torch.equal(runs[0][0], runs[0][1])
 
@@ -181,6 +184,6 @@ def test_one_more_unit_moves_the_released_sum_by_at_most_c(tmp_path, monkeypatch
         given = settings(N=len(units), batch=len(units), steps=1, clip=0.01, **SEEDED)
         trainer = make_trainer(tmp_path / str(len(units)), given, units, LoRAConfig())
         trainer.run()
-        sums[len(units)] = trainer.optimizer.given[0].double() * len(units)
+        sums[len(units)] = trainer.learner.optimizer.given[0].double() * len(units)
     moved = float((sums[25] - sums[24]).norm())
     assert moved <= 0.01 * 1.01 and moved == pytest.approx(0.01, rel=0.01)  # float32 beside noise of 0.017 a coordinate
