@@ -27,10 +27,10 @@ def convert_line(line: str, where: str) -> dict[str, str]:
             "scripts/download_e2e.sh fetches it"
         )
     if not bars:
-        fail(f"{where}: wanted context||completion, got {line[:60]!r} without ||; mend or remove the line")
+        fail(f"{where}: wanted context||completion, got {line[:60]!r} without ||; correct or remove the line")
     if not context.strip() or not completion.strip():
         empty = "completion" if context.strip() else "context"
-        fail(f"{where}: empty {empty} in {line[:60]!r}; mend or remove the line")
+        fail(f"{where}: empty {empty} in {line[:60]!r}; correct or remove the line")
     return {"context": context, "completion": completion}
 
 

@@ -36,7 +36,7 @@ def read_example(line: str, where: str) -> tuple[str, str]:
         if not isinstance(example.get(key), str) or not example[key].strip():
             fail(f"{where}: wanted a text that is not empty as {key!r}, got {str(example.get(key))[:60]!r}")
         if not is_text(example[key]):
-            fail(f"{where}: {key!r} holds half of a surrogate pair, which is not text; mend or remove the line")
+            fail(f"{where}: {key!r} holds half of a surrogate pair, which is not text; correct or remove the line")
     return example["context"], example["completion"]
 
 

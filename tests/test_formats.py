@@ -200,3 +200,18 @@ def test_a_run_without_format_numbers_is_reported_and_resumed(tmp_path):
     assert read(work)["attempts"] == 2 and read(work)["steps_charged"] == 6
     reported = server().start("src/privacy_report.py", [work])
     assert reported.wait() == 0 and "agrees with the ledger" in reported.stdout, reported.stdout + reported.stderr
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"format": 3}, "args.json: format 3 is newer than this version reads (2)"),
+    ({"obj": None}, None),  # a flag that did not exist when the run began
+    ({"lr": None}, "lr 1e-05 there, 0.01 here"),  # likewise, but this run gives another value than the default
+])
+def test_args_json_of_another_format(tmp_path, change, words):
+    place = shutil.copytree(UNNUMBERED, tmp_path / "place")
+    path = place / "run" / "args.json"
+    kept = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({name: value for name, value in kept.items() if value is not None}))
+    resumed = server().start("src/gpt2_ft.py", [*FLAGS, "--resume"], cwd=place)
+    assert resumed.wait() == (2 if words else 0), resumed.stdout + resumed.stderr
+    assert words is None or words in resumed.error

@@ -51,7 +51,7 @@ from losses import MicroBatch
 from markdown_table import markdown, table_line
 from model import MODEL_CARDS, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
-from privacy.clipping import BookKeeping, ClippingRule, Ordinary
+from privacy.clipping import BookKeeping, ClippingRule, NonPrivate
 from privacy.opacus_engine import OpacusEngine
 from privacy.randomness import NoiseSource
 from project_scaling import multiply_adds
@@ -142,7 +142,7 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
     elif variant == "ghost":
         engine = GhostClipping(model, flat, rule.C, smoothing)
     elif variant == "ordinary":
-        engine = Ordinary(model, flat, smoothing)
+        engine = NonPrivate(model, flat, smoothing)
     else:
         if variant == "published":
             products.AVAILABLE = False  # in this process, which is its own

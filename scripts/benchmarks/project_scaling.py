@@ -43,7 +43,7 @@ from losses import MicroBatch
 from markdown_table import markdown
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
-from privacy.clipping import BookKeeping, ClippingRule, Ordinary
+from privacy.clipping import BookKeeping, ClippingRule, NonPrivate
 from privacy.randomness import NoiseSource
 from run.loop import EXTRA
 from run.settings import DEFAULT_TOKENS, MOST_EPOCHS
@@ -171,7 +171,7 @@ def measure_compute(device: torch.device, config: GPT2Config, bf16: bool) -> dic
         model.freeze_for_training()
         flat = FlatParameters(model.to(device), extra=EXTRA)
         private = name == "private"
-        engine = BookKeeping(model, flat, ClippingRule("flat", 1.0), 0.1) if private else Ordinary(model, flat, 0.1)
+        engine = BookKeeping(model, flat, ClippingRule("flat", 1.0), 0.1) if private else NonPrivate(model, flat, 0.1)
 
         def step(flat=flat, engine=engine) -> None:
             flat.sums.zero_()

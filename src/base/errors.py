@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Its text is one line: flag or file:line, what was got and wanted, the cure."""
+    """A mistake that the user can correct. Its text is one line: flag or file:line, got and wanted, the cure."""
 
     on_every_rank = False  # every rank of the job has this very error, so rank 0 alone prints it
 

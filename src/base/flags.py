@@ -121,6 +121,7 @@ class Given:
     flags: dict[str, Flag]
     names: dict[str, str]  # field of a settings class -> name
     named: frozenset[str]  # the flags that stand on the command line
+    defaults: dict[str, Any]
 
     def check_ranges(self) -> None:
         """Raise UserError for the first value that is out of its flag's range."""
@@ -146,11 +147,12 @@ class SettingsParser(Parser):
         **options,
     ):
         """sections: title -> class. script: field -> spelled(). fixed: field -> its value, where it is no flag here.
-        left_out: fields that are no flags here and keep their default. unit: what {unit} in the help of a shared class means."""
+        left_out: fields that are no flags here and keep their default. unit: the word for {unit} in a help text."""
         super().__init__(**options)
         self.sections, self.script, self.fixed, self.unit = sections, script or {}, fixed or {}, unit
         self.flags: dict[str, Flag] = {}
         self.names: dict[str, str] = {}
+        self.defaults: dict[str, Any] = {}
         for title, kind in sections.items():
             group = self.add_argument_group(title)
             for one in dataclasses.fields(kind):
@@ -175,6 +177,7 @@ class SettingsParser(Parser):
         if default is REQUIRED:
             options |= {"required": True, "default": None}
         group.add_argument(*(f"--{name}" for name in names), **options)
+        self.defaults[names[0]] = options["default"]
         self.flags[names[0]], self.names[one.name] = known, names[0]
 
     def parse_settings(self, words: list[str]) -> tuple[Any, ...]:
@@ -187,10 +190,10 @@ class SettingsParser(Parser):
             own = {name: self.fixed[name] for name in fields & self.fixed.keys()}
             own |= {name: values[self.names[name]] for name in fields & self.names.keys()}
             found.append(kind(**own))
-        words = {word.partition("=")[0] for word in words}
+        spellings = {word.partition("=")[0] for word in words}
         named = frozenset(
             name
             for name, known in self.flags.items()
-            if words & {f"--{spelling}" for spelling in known.names or (name,)}
+            if spellings & {f"--{spelling}" for spelling in known.names or (name,)}
         )
-        return Given(values, self.flags, self.names, named), *found
+        return Given(values, self.flags, self.names, named, self.defaults), *found

@@ -111,7 +111,7 @@ def read_record(line: bytes, source: Source, where: str) -> tuple[str | None, st
         if not isinstance(value, str):
             fail(f"{where}: {name!r} is {json.dumps(value)[:60]}, wanted a string")
         if not is_text(value):
-            fail(f"{where}: {name!r} holds half of a surrogate pair, which is not text; mend or remove the line")
+            fail(f"{where}: {name!r} holds half of a surrogate pair, which is not text; correct or remove the line")
     if not content.strip():
         fail(f"{where}: {source.content_field!r} is empty; remove the line")
     return author or None, content

@@ -392,7 +392,7 @@ class BookKeeping:
         return losses.detach()
 
 
-class Ordinary:
+class NonPrivate:
     """Ordinary training with the same model and loss: adds the plain sum of the units' gradients, without clipping."""
 
     def __init__(self, model: GPT2LMModel, flat: FlatParameters, smoothing: float = 0.0):

@@ -29,7 +29,7 @@ from base.files import atomic_write, check_format, lock, sync_folder
 FILE_NAME = "privacy_ledger.jsonl"
 KEPT = ".kept"  # ends the name of the copy that a run leaves whose ledger was taken away
 # A resumed run must agree with the ledger on these, unless --resume_changed names them.
-FIXED = (
+MUST_MATCH = (
     "unit",
     "N",
     "q",
@@ -188,11 +188,11 @@ class Ledger:
     def __init__(
         self, work_dir: str, settings: Mapping, resume: bool, changed: tuple[str, ...] = (), flag: str = "--work_dir"
     ):
-        """settings: the FIXED keys. resume: continue the folder's ledger, which must agree with `settings` except in
-        `changed`. Raises UserError where it is missing or differs, where a new run finds one, where another run holds
+        """settings: the MUST_MATCH keys. resume: continue the folder's ledger, which must agree with `settings`, except
+        in `changed`. Raises UserError where it is missing or differs, where a new run finds one, where another run holds
         it."""
         self.path = os.path.join(work_dir, FILE_NAME)
-        self.settings = {key: settings[key] for key in FIXED}
+        self.settings = {key: settings[key] for key in MUST_MATCH}
         check_none_was_kept(self.path)
         try:
             self.handle = os.open(self.path, os.O_RDWR | os.O_APPEND | (0 if resume else os.O_CREAT), 0o644)
@@ -214,7 +214,7 @@ class Ledger:
             self.attempt = self.state.attempts + 1
             sync_folder(work_dir)
             if self.state.torn:
-                self.mend()
+                self.repair_torn_line()
         except BlockingIOError:
             os.close(self.handle)
             fail(f"{flag} {work_dir}: another run is writing there: it holds {FILE_NAME}; wait for its end, or stop it")
@@ -228,7 +228,7 @@ class Ledger:
                 f"--resume: {self.path} counts for one {last['unit']}, this run for one {self.settings['unit']}: "
                 "no epsilon holds for both; start in a new folder"
             )
-        differing = [key for key in FIXED if last[key] != self.settings[key] and key not in changed]
+        differing = [key for key in MUST_MATCH if last[key] != self.settings[key] and key not in changed]
         if differing:
             what = ", ".join(f"{key} {last[key]} there, {self.settings[key]} here" for key in differing)
             fail(
@@ -236,7 +236,7 @@ class Ledger:
                 f"if that is meant, say so with --resume_changed {' '.join(differing)}"
             )
 
-    def mend(self) -> None:
+    def repair_torn_line(self) -> None:
         """Write a whole record over a torn last line, so that lines may follow it. The torn step stays charged, with
         the settings of the line before it."""
         last = self.state.records[-1] if self.state.records else self.settings
@@ -252,9 +252,9 @@ class Ledger:
             os.fsync(handle)
         except OSError as error:
             with contextlib.suppress(OSError):  # failing here too leaves a record too many, never one too few
-                os.ftruncate(handle, before)  # what could not be mended stays torn: it counts
+                os.ftruncate(handle, before)  # what could not be repaired stays torn: it counts
             fail(
-                f"{self.path}: {error.strerror}: its last line is cut short and could not be mended; make room and "
+                f"{self.path}: {error.strerror}: its last line is cut short and could not be repaired; make room and "
                 "--resume"
             )
         finally:

@@ -5,6 +5,7 @@ import os
 
 from base import distributed
 from base.errors import UserError, fail
+from base.files import check_format
 from privacy.ledger import Ledger
 from privacy.plan import PlanSettings
 from run.log import WorkDir
@@ -12,6 +13,9 @@ from run.settings import Settings
 from weights import checkpoint
 
 ARGS = "args.json"
+# Of args.json. Format 1 has no entry "format", and has "without_effect". A flag that a file lacks did not exist when
+# the run began: its default stands.
+FORMAT = 2
 # Entries of args.json beside the flags. A resumed run may differ in those that follow from its machines; the ledger
 # compares the last three.
 MAY_CHANGE = {"padded_lengths", "job", "versions", "without_effect", "format", "sigma", "world_size"}
@@ -34,16 +38,20 @@ def open_ledger(work: WorkDir, settings: Settings, plan: PlanSettings, recorded:
             f"--target_epsilon {plan.target_epsilon:g}: {ledger.path} charges {count} steps without noise, epsilon is "
             "infinite and meets no target; start in a new folder, or give --noise_multiplier"
         )
-    recorded = json.loads(json.dumps(recorded))
+    recorded = json.loads(json.dumps({"format": FORMAT, **recorded}))
     if loop.resume and ledger.state.charged:  # a run that was killed before its first step has nothing to agree with
-        compare(work, recorded, {*loop.resume_changed, *settings.given.may_change, *MAY_CHANGE})
+        defaults = json.loads(json.dumps(settings.given.defaults))
+        compare(work, recorded, defaults, {*loop.resume_changed, *settings.given.may_change, *MAY_CHANGE})
     work.write_json(ARGS, recorded)
     return ledger
 
 
-def compare(work: WorkDir, recorded: dict, may_change: set[str]) -> None:
-    """Raise UserError where the folder's args.json has another setting than `recorded`, except in `may_change`."""
+def compare(work: WorkDir, recorded: dict, defaults: dict, may_change: set[str]) -> None:
+    """Raise UserError where the folder's args.json has another setting than `recorded`, except in `may_change`.
+    defaults: of the flags that the file may lack."""
     before = work.read_json(ARGS)
+    check_format(before.get("format"), FORMAT, work.file(ARGS))
+    before = {**defaults, **before}
     differing = [key for key in sorted({*before, *recorded} - may_change) if before.get(key) != recorded.get(key)]
     if differing:
         what = ", ".join(f"{key} {before.get(key)!r} there, {recorded.get(key)!r} here" for key in differing[:4])

@@ -13,7 +13,7 @@ from base.products import BLOCK_ROWS
 from corpus.batching import PublicLengths, TightCut, choose_lengths
 from model import GPT2Config
 from optimizer import AdamW, FlatParameters
-from privacy.clipping import BookKeeping, Ordinary, rounding_share
+from privacy.clipping import BookKeeping, NonPrivate, rounding_share
 from privacy.company import check_company, check_ranks_compute_alike
 from privacy.ledger import Ledger, NoLedger
 from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
@@ -241,7 +241,7 @@ def build_engine(settings: Settings, loaded: Loaded, flat: FlatParameters, plan:
     """The gradient engine; the clipping norm comes from the plan. Collective."""
     smoothing = settings.optimizer.label_smooth
     if not plan.settings.private:
-        return Ordinary(loaded.model, flat, smoothing)
+        return NonPrivate(loaded.model, flat, smoothing)
     if settings.privacy.grad_engine == "opacus":
         from privacy.opacus_engine import OpacusEngine
 

@@ -17,7 +17,7 @@ from base.distributed import World
 from base.errors import UserError
 from corpus import author_cache
 from corpus.author_cache import Source, WordTokens, open_cache, prepare_cache
-from corpus.authors import AuthorTexts, Source, WordTokens, open_cache, prepare_cache, split_authors
+from corpus.authors import AuthorTexts, split_authors
 from corpus.batching import PublicLengths, TightCut
 from corpus.tokenizer import load_tokenizer
 from helpers.clipping_oracle import (

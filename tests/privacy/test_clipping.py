@@ -32,7 +32,7 @@ from helpers.clipping_oracle import (
 from model import GPT2Config, LoRAConfig
 from optimizer import FlatParameters
 from privacy import clipping
-from privacy.clipping import BookKeeping, ClippingRule, Ordinary
+from privacy.clipping import BookKeeping, ClippingRule, NonPrivate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # torch's remark on Opacus's hooks
 
@@ -175,7 +175,7 @@ def test_ordinary_training_is_the_plain_sum(monkeypatch):
         model, units = make_model(lora), draw_units(5, 2)
         gradients = unit_gradients(model, units, 0.1)[1]
         flat = FlatParameters(model)
-        Ordinary(model, flat, 0.1).accumulate(pack(units, 2))
+        NonPrivate(model, flat, 0.1).accumulate(pack(units, 2))
         assert distance(sums_of(flat), {name: sum(g[name] for g in gradients) for name in gradients[0]}) < FLOAT64
 
 

@@ -30,7 +30,7 @@ from helpers.interrupted_runs import (
 )
 from helpers.small_runs import STEPS, contents, flags, ledger, metrics, read, start_ranks, train
 
-MEND = "privacy.ledger:Ledger.mend"
+REPAIR = "privacy.ledger:Ledger.repair_torn_line"
 STEP_POINTS = (CHARGE, "os:write", DRAW, "privacy.clipping:BookKeeping.accumulate", "torch:Tensor.backward", NOISE,
                SUM, UPDATE, "run.loop:Trainer.after_step", "run.log:WorkDir.append_metrics")
 FILE_POINTS = ("run.loop:Trainer.save", "weights.checkpoint:write", "os:fsync", "os:replace", "base.files:sync_folder",
@@ -283,7 +283,7 @@ def test_no_room_to_mend_a_torn_ledger(tmp_path):
     interrupted(work, 1, {0: [kill("os:write", "tear", 4)]})
     torn = (work / "privacy_ledger.jsonl").read_bytes()
     assert not torn.endswith(b"\n")
-    ranks = interrupted(work, 1, {0: [["file_limit", {"size": len(torn) + 5, "point": MEND}]]}, resume=True)
+    ranks = interrupted(work, 1, {0: [["file_limit", {"size": len(torn) + 5, "point": REPAIR}]]}, resume=True)
     assert ranks[0].status == 2 and "privacy_ledger.jsonl" in ranks[0].error
     assert check_charged(work) == 4
     check_resumed(work, 1)
