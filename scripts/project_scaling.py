@@ -149,8 +149,8 @@ def measure_compute(device: torch.device, config: GPT2Config, bf16: bool) -> dic
     for name in ("ordinary", "private"):
         model = GPT2LMModel(config, LoRAConfig())
         model.freeze_for_training()
-        flat = FlatParameters(model.to(device), extra=EXTRA)
         private = name == "private"
+        flat = FlatParameters(model.to(device), extra=EXTRA, sums=torch.float64 if private else torch.float32)
         engine = BookKeeping(model, flat, ClippingRule("flat", 1.0), 0.1) if private else Ordinary(model, flat, 0.1)
 
         def step() -> None:
@@ -165,7 +165,7 @@ def measure_compute(device: torch.device, config: GPT2Config, bf16: bool) -> dic
         raise RuntimeError("trained_coordinates() is not the model's own count")
     noise, optimizer = NoiseSource("os", "noise", device=device), AdamW(flat, (0.9, 0.999), 1e-6, 0.01, True)
     found["noise_s_per_coordinate"] = best(lambda: noise.add_normal_(flat.grad, 1.0), 2, device) / flat.size
-    found["adamw_s_per_coordinate"] = best(lambda: optimizer.step(flat.grad, 1e-6), 3, device) / flat.size
+    found["adamw_s_per_coordinate"] = best(lambda: optimizer.step(flat.grad.float(), 1e-6), 3, device) / flat.size
     return found
 
 

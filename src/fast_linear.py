@@ -46,14 +46,6 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(a, b, bias)
 
 
-def add_product(target: Tensor, p: Tensor, q: Tensor) -> None:
-    """target (P, Q) += p' q for p (n, P), q (n, Q): in one pass over `target` where BLAS does it."""
-    if applies(p, q):
-        target.add_(product(p.T, q.T))
-    else:
-        target.addmm_(p.T, q)
-
-
 # ------------------------------------------------------------------ the same bits for a row, whatever the others are
 
 # Rows that one kernel call takes where row_blocks() asks for blocks. On 2 cores a block of 128 rows reaches 0.95 of the

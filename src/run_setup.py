@@ -45,12 +45,11 @@ FREE = ("resume", "resume_changed", "job", "grad_engine", "micro_batch_tokens", 
 DEFAULT_DELTA = 1e-5  # of an epsilon for examples
 MOST_EPOCHS = 1e6  # more is a slip of the finger, and no number of steps
 MOST_STEPS = 10**9  # likewise: 11 days at a millisecond each
-# C. A unit's squared norm is summed in float32, whose normal numbers lie between 2^-126 and 2^128; smaller ones lose
-# their digits, and some kernels flush them to 0. It must be right to 2^-20 of itself where it is about C^2.
-#   Least: the longest way is that of the Gram matrices. A product of two gradients at the outputs may lose 2^-126. An
-#   entry sums up to 2^16 of them (the vocabulary) and is multiplied by one of the inputs' (up to 2^20, a norm of
-#   1,000); 2^20 such (1,024 x 1,024 positions) are summed: 2^-70 is lost. per_layer shares C^2 out among up to 2^10
-#   parameters. So 2^-70 <= 2^-20 C^2 / 2^10, C >= 2^-20. (Squares of the coordinates, up to 2^31, lose 2^-95.)
+# C. Gradients and the squares of their coordinates are float32, whose normal numbers lie between 2^-126 and 2^128;
+# smaller ones lose their digits, and some kernels flush them to 0. A unit's squared norm must be right to 2^-20 of itself
+# where it is about C^2.
+#   Least: the squares of 2^31 coordinates lose up to 2^-95, and per_layer shares C^2 out among up to 2^10 parameters:
+#   C = 2^-20 has a margin of 2^25. (Gram matrices are float64 and lose nothing.)
 #   Most: the square of the sum of 2^31 units of norm C is below 2^127 where C is below 2^32.
 CLIP_RANGE = (1e-6, 1e8)
 # sigma C, the standard deviation of the noise. Least: draws down to 2^-24 of it are normal numbers above 2^-102.
@@ -98,7 +97,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--grad_engine", choices=("book_keeping", "opacus"), default="book_keeping",
                        help="how the clipped sum is computed; opacus = by Opacus's GradSampleModule and, with several "
                             "processes, its DistributedDataParallel, as the paper's code does, for comparison")
-    group.add_argument("--bf16", **SWITCH, help="matrix products in bfloat16; norms, sums and noise stay float32")
+    group.add_argument("--bf16", **SWITCH, help="matrix products in bfloat16; norms, sums and noise stay float64")
     group.add_argument("--micro_batch_tokens", type=int, help="padded tokens of a physical batch; changes nothing but "
                        f"speed and memory (default {DEFAULT_TOKENS['cpu']} on CPU, {DEFAULT_TOKENS['cuda']} on a GPU)")
     group.add_argument("--resume", action="store_true",
@@ -216,7 +215,7 @@ def choose_cut(request: Request, args: argparse.Namespace, world: World, config:
     return PublicLengths(lengths, budget)
 
 
-def plan_settings(request: Request, args: argparse.Namespace, world: World, cut: PublicLengths) -> PlanSettings:
+def plan_settings(request: Request, args: argparse.Namespace, world: World) -> PlanSettings:
     """The plan of a request; rank 0 chooses the noise multiplier where there is a target, and tells the others."""
     sampling = args.sampling or ("shuffle" if request.sigma == 0 else "poisson")
     sigma, error = torch.zeros(1, dtype=torch.float64), None
@@ -233,7 +232,7 @@ def plan_settings(request: Request, args: argparse.Namespace, world: World, cut:
         unit=request.unit, N=request.N, batch=request.batch, steps=request.steps, clip=request.clip,
         sigma=world.broadcast(sigma).item(), delta=request.delta, target_epsilon=request.target_epsilon,
         sampling=sampling, clipping=args.clipping, noise_source=args.noise_source, seed=args.noise_seed,
-        rounding=rounding_share(request.batch, max(1, request.longest - 1), request.rows_per_unit, cut.token_budget))
+        rounding=rounding_share(request.batch, max(1, request.longest - 1), request.rows_per_unit))
 
 
 def check_request(request: Request) -> None:
@@ -342,10 +341,11 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
     if restarted:
         args = argparse.Namespace(**{**vars(args), "resume": True})
     cut = choose_cut(request, args, world, loaded.model.config, valid)
-    settings = plan_settings(request, args, world, cut)
+    settings = plan_settings(request, args, world)
     model = loaded.model.to(world.device)
     model.freeze_for_training()
-    flat = FlatParameters(model, extra=training.EXTRA, no_decay_bias=request.no_decay_bias)
+    flat = FlatParameters(model, extra=training.EXTRA, no_decay_bias=request.no_decay_bias,
+                          sums=torch.float64 if settings.private else torch.float32)
     for parameter in model.parameters():  # every rank starts from rank 0's
         parameter.data.copy_(world.broadcast(parameter.data))
     optimizer = AdamW(flat, request.betas, request.adam_eps, request.weight_decay, request.correct_bias,

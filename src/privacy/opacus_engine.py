@@ -17,7 +17,7 @@ from fast_linear import BLOCK_ROWS, row_blocks
 from losses import MicroBatch, unit_losses
 from model import GPT2LMModel
 from optimizer import FlatParameters
-from privacy.clipping import UNITS, ClippingRule, sum_of_squares
+from privacy.clipping import UNITS, ClippingRule, add_units, sum_of_squares
 
 
 class UnitLosses(nn.Module):
@@ -41,6 +41,8 @@ class OpacusEngine:
 
     def __init__(self, model: GPT2LMModel, flat: FlatParameters, rule: ClippingRule, smoothing: float = 0.0,
                  world: World = World()):
+        if flat.sums.dtype != torch.float64:
+            raise ValueError(f"sums of units in {flat.sums.dtype}: expected float64, whose rounding the noise pays for")
         self.model, self.flat, self.rule = model, flat, rule
         module = self.losses(model, smoothing)
         if world.size > 1:  # alone there is no process group to broadcast in
@@ -82,5 +84,5 @@ class OpacusEngine:
             for (_, parameter), grad, factor in zip(self.flat.named, grads, factors.T, strict=True):
                 if not bool(finite.all()):
                     grad = grad.masked_fill(~finite[:, None], 0)
-                self.flat.grad_of(parameter).add_((factor @ grad).view_as(parameter))
+                add_units(self.flat.grad_of(parameter), factor, grad)
         return losses.detach()

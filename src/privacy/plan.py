@@ -4,7 +4,7 @@ Guarantees, for the unit and relation that it reports (add or remove one unit):
   - every unit is included in a step independently with probability q (Poisson sampling);
   - the released gradient of a step is (sum of the included units' gradients, each of norm <= C, + N(0, sigma^2 S^2 I))
     / B, B = the expected batch size, a public constant; an empty draw is released like any other. S = C (1 + kappa):
-    by at most S one unit moves the sum as float32 has it, see privacy.clipping.rounding_share;
+    by at most S one unit moves the sum as float64 has it, see privacy.clipping.rounding_share;
   - the step's record is on disk before its mask is drawn, and a step is drawn only while the budget permits it.
 Nothing else may sample, scale or count: a step is open_step(), sums from the clipping engine, release().
 """
@@ -52,7 +52,7 @@ class PlanSettings:
     clipping: str = "flat"
     noise_source: str = "os"
     seed: int | None = None  # of noise_source "seeded" alone
-    rounding: float = 0.0  # kappa, the share of C that float32 sums of units may be off by
+    rounding: float = 0.0  # kappa, the share of C that rounding may move the sum by
 
     @property
     def sensitivity(self) -> float:
@@ -163,23 +163,23 @@ class PrivacyPlan:
     def release(self, sums: Tensor, coordinates: int) -> Tensor:
         """Turn the ranks' clipped sums into the released gradient, and sum what else the step carries.
 
-        sums (P + extra,) float32, changed in place; its first `coordinates` = P entries are the gradient, the rest is
-        summed over the ranks and nothing more. Returns the gradient, sum/B, a view of `sums`.
+        sums (P + extra,) float64 (float32 without privacy), changed in place; its first `coordinates` = P entries are
+        the gradient, the rest is summed over the ranks and nothing more. Returns the gradient, sum/B, in float32.
 
         Each coordinate gets its noise from one rank alone (the ranks share them out), before the one all-reduce: every
         coordinate of the sum carries N(0, sigma^2 S^2) once, whatever the world size, and every rank holds the same
-        bits.
+        bits. Nothing is rounded to float32 before the noise is in.
         """
         assert self.open is not None, "release() without open_step()"
-        assert sums.dtype == torch.float32
         if self.settings.private:
+            assert sums.dtype == torch.float64
             self.noise.begin_step(self.open)
             size, rank = self.world.size, self.world.rank
             own = sums[coordinates * rank // size:coordinates * (rank + 1) // size]
             self.noise.add_normal_(own, self.settings.sigma * self.settings.sensitivity)
         self.world.all_reduce(sums)
         self.open = None
-        return sums[:coordinates].div_(self.settings.batch)
+        return sums[:coordinates].div_(self.settings.batch).float()
 
     def noise_norm(self, coordinates: int) -> float:
         """Root mean square norm of the noise alone in a released gradient: sigma S sqrt(P)/B; 0 without privacy."""
