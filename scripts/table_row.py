@@ -19,6 +19,8 @@ ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, os.path.join(ROOT, "src"))
 
 from cli import Parser, atomic_write, fail, open_text, read_object, run_main
+from privacy.ledger import FILE_NAME, read_ledger
+from privacy_report import disagreements
 from results_tables import E2E_SHA256
 
 PACKAGES = ("torch", "opacus", "numpy", "tokenizers")
@@ -74,6 +76,9 @@ def main() -> None:
         report, settings = (read_object(os.path.join(args.run, name), WANTED) for name in ("privacy.json", "args.json"))
         if "train_runtime" not in report:
             fail(f"{args.run}: its training has not come to an end; continue it with --resume")
+        state = read_ledger(os.path.join(args.run, FILE_NAME)) if trained else None
+        if state and state.records and (differing := disagreements(report, state)):
+            fail(f"{args.run}/privacy.json: disagrees with the ledger beside it: {differing[0]}; {WANTED}")
         row["privacy"] = report
         left_out = {"versions", "without_effect", "job"}
         if report.get("epsilon_prv") != "inf" and settings.get("train_sha256") != E2E_SHA256:

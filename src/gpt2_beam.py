@@ -29,7 +29,7 @@ from tqdm import tqdm
 import loralib as lora
 from beam_search import SearchSettings, beam_search
 from checkpoint import Loaded, fingerprint, load_model, slots
-from cli import Parser, atomic_write, check_least, check_positive, fail, lock, read_lines, run_main
+from cli import Parser, atomic_write, check_file, check_least, check_positive, fail, lock, read_lines, run_main
 from distributed import World, start
 from kv_cache import TreeDecoder
 from model import SLOTS, GPT2LMModel, LoRAConfig
@@ -213,6 +213,8 @@ class Journal:
     def hold(self) -> None:
         """Take the lock, on rank 0. UserError where another search has it."""
         path, self.left = f"{self.output}.journal.0", bool(self.files())
+        for file in (path, *self.files()):
+            check_file(file, "--output_file")
         while True:
             self.held = open(path, "a")
             try:

@@ -132,8 +132,7 @@ def main() -> int:
         check_file(args.valid_data, "--valid_data")
         train = read_examples(args.train_data, "--train_data", config.vocab_size, args.seq_len, args.obj)
         valid = read_examples(args.valid_data, "--valid_data", config.vocab_size, args.seq_len)
-        digests = {"train_sha256": run_setup.digest_file(args.train_data),
-                   "valid_sha256": run_setup.digest_file(args.valid_data)}
+        digests = {"train_sha256": train.sha256, "valid_sha256": valid.sha256}
         run_setup.check_validation("--valid_data", args.valid_data, digests["valid_sha256"], digests["train_sha256"])
         batch = args.train_batch_size * args.grad_acc * world.size
         steps = count_steps(args, len(train), batch)

@@ -165,7 +165,7 @@ def main() -> int:
     m, text = args.canaries, args.canary_kind == "text"
     coins = canaries.toss_coins(m, world)
     texts = canaries.text_canaries(m, train, config.vocab_size, world) if text else None
-    recorded = {**vars(args), "train_sha256": run_setup.digest_file(args.train_data)}
+    recorded = {**vars(args), "train_sha256": train.sha256}
     disclosed = [f"a privacy audit with {m} {args.canary_kind} canaries among the {N} units: no model to be used"]
     trainer = run_setup.build_trainer(request, args, world, loaded, canaries.CanaryData(train, coins, texts), None,
                                       args.work_dir, disclosed, recorded)

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from cli import atomic_write, fail, lock, read_object
+from cli import atomic_write, check_file, fail, lock, read_object
 
 
 class WorkDir:
@@ -23,6 +23,8 @@ class WorkDir:
             fail(f"--resume: {flag} {path} does not exist, there is nothing to continue")
         try:
             os.makedirs(path, exist_ok=True)
+            for name in (".lock", "args.json", "metrics.jsonl", "privacy.json"):  # before a step is drawn
+                check_file(os.path.join(path, name))
             self.lock = open(os.path.join(path, ".lock"), "a+")
         except OSError as error:
             fail(f"{flag} {path}: cannot be written ({error.strerror})")
@@ -60,6 +62,7 @@ class WorkDir:
         """Append one line to metrics.jsonl: a log line or an evaluation. A last line that a kill cut short is dropped
         before the first one: later, it would be another's that is being written."""
         path, line = self.file("metrics.jsonl"), json.dumps(record, allow_nan=False).encode() + b"\n"
+        check_file(path)
         try:
             with open(path, "ab+") as handle:
                 if not self.torn_dropped:

@@ -1,7 +1,6 @@
 """What the training scripts do before their first step: the flags that they share, and the way from flags to a run."""
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import math
@@ -153,11 +152,6 @@ class Request:
     show_progress: bool = True
     resumable: bool = True
     flags: FlagNames = FlagNames()
-
-
-def digest_file(path: str) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def check_validation(flag: str, path: str, sha256: str, train_sha256: str) -> None:
@@ -342,6 +336,11 @@ def build_trainer(request: Request, args: argparse.Namespace, world: World, load
         args = argparse.Namespace(**{**vars(args), "resume": True})
     cut = choose_cut(request, args, world, loaded.model.config, valid)
     settings = plan_settings(request, args, world)
+    if args.grad_engine == "opacus" and not settings.private:
+        mistake = UserError("--grad_engine opacus: computes a clipped sum, and a run without noise clips nothing; give "
+                            "--target_epsilon or --noise_multiplier, or leave the flag out")
+        mistake.on_every_rank = True
+        raise mistake
     model = loaded.model.to(world.device)
     model.freeze_for_training()
     flat = FlatParameters(model, extra=training.EXTRA, no_decay_bias=request.no_decay_bias,

@@ -2,6 +2,7 @@
 is the unit of clipping, by a loop of autograd over authors."""
 
 import itertools
+import errno
 import json
 import os
 import random
@@ -115,6 +116,38 @@ def test_the_cache_holds_the_corpus(tmp_path, monkeypatch, processes, chunk):
     wanted = {"records": 306, "without_author": 2, "pseudo_author": 2, "too_short": 1, "cut": cut}
     assert {name: corpus.facts[name] for name in wanted} == wanted
     assert 0 < cut < 300
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 4, 5, 6])
+def test_a_full_disk_leaves_no_cache(tmp_path, monkeypatch, nth):
+    """ENOSPC from each write or flush of a file or folder: one line that names the cure, nothing is left behind."""
+    path, left, real = write(tmp_path / "train.jsonl", records(50, 9)), [nth], os.fsync
+
+    def fsync(handle):
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(UserError, match="--cache_dir .*No space left on device.*make room"):
+        prepare_cache(source(path), str(tmp_path / "cache"), 1)
+    assert left == [0] and not list((tmp_path / "cache").iterdir())
+    assert len(open_cache(prepare_cache(source(path), str(tmp_path / "cache"), 1)).first) == 10
+
+
+def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    """After its digest, before its texts: the digest would be of what the run does not train on."""
+    path, real = write(tmp_path / "train.jsonl", records(50, 9)), author_data.write_cache
+
+    def write_cache(*arguments):
+        path.write_text(path.read_text().replace("a", "b", 1))
+        real(*arguments)
+
+    monkeypatch.setattr(author_data, "write_cache", write_cache)
+    with pytest.raises(UserError, match="train.jsonl: changed while it was read"):
+        prepare_cache(source(path), str(tmp_path / "cache"), 1)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_second_start_tokenises_nothing_and_a_change_makes_it_anew(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import signal
 import zipfile
 
@@ -24,6 +25,11 @@ DEMO_DATA, DEMO_VOCAB = "scripts/make_demo_data.py", "scripts/make_demo_vocab.py
 TIME_BEAM, TIME_TRAINING = "scripts/benchmark_beam.py", "scripts/benchmark_training.py"
 FAULTS, SCORE_TRIPLES = "scripts/audit_faults.py", "eval/webnlg/webnlg_scores.py"
 ROW, TABLES, SCALING = "scripts/table_row.py", "scripts/results_tables.py", "scripts/project_scaling.py"
+# Copies of a stopped run, of which one file is something that is read without an end.
+LINKED = {"zero_ledger": "privacy_ledger.jsonl", "full_ledger": "privacy_ledger.jsonl",
+          "pipe_ledger": "privacy_ledger.jsonl", "zero_metrics": "metrics.jsonl", "pipe_metrics": "metrics.jsonl",
+          "zero_args": "args.json", "pipe_args": "args.json", "zero_report": "privacy.json",
+          "pipe_lock": ".lock"}
 GOOD = '{"context": [1, 2], "completion": [3]}\n'
 
 
@@ -58,6 +64,9 @@ def world(tmp_path_factory) -> pathlib.Path:
     spoiled = {
         "empty": "", "cut.jsonl": GOOD + '{"context": [1, 2], "comple', "text.jsonl": GOOD + "name : A||A is\n",
         "list.jsonl": GOOD + "[1, 2]\n", "strings.jsonl": GOOD + '{"context": "a", "completion": "b"}\n',
+        "half_strings.jsonl": GOOD + '{"context": [1], "completion": "b"}\n',
+        "booleans.jsonl": GOOD + '{"context": [true, 2], "completion": [3]}\n',
+        "booleans_alone.jsonl": GOOD + '{"context": [true], "completion": [false]}\n',
         "floats.jsonl": GOOD + '{"context": [1.5], "completion": [2]}\n',
         "nested.jsonl": GOOD + '{"context": [[1]], "completion": [[2]]}\n',
         "no_completion.jsonl": GOOD + '{"context": [1], "completion": []}\n', "blank.jsonl": GOOD + "\n" + GOOD,
@@ -129,6 +138,17 @@ def world(tmp_path_factory) -> pathlib.Path:
     ledger.write_text(ledger.read_text().replace('"sigma": 0.8', '"sigma": 8.0', 1))
     os.truncate(root / "torn_only/privacy_ledger.jsonl", 30)
     (root / "torn_only/privacy.json").unlink()
+    os.mkfifo(root / "pipe.bin")
+    shutil.copytree(root / "run", root / "other_report")
+    report = root / "other_report/privacy.json"
+    report.write_text(json.dumps({**json.loads(report.read_text()), "epsilon_prv": 0.01, "train_runtime": 1.0}))
+    for name, file in LINKED.items():
+        shutil.copytree(root / "run", root / name)
+        (root / name / file).unlink()
+        if name.startswith("pipe"):
+            os.mkfifo(root / name / file)
+        else:
+            os.symlink("/dev/" + name.split("_")[0], root / name / file)
     return root
 
 
@@ -158,7 +178,10 @@ DATA = {name: (TRAIN, training(train_data=f"@{name}"), words) for name, words in
     "empty": ["empty", "--train_data"],
     "cut.jsonl": ["cut.jsonl:2"], "text.jsonl": ["text.jsonl:2"], "list.jsonl": ["list.jsonl:2"],
     "blank.jsonl": ["blank.jsonl:2"],
-    "strings.jsonl": ["strings.jsonl:2"], "floats.jsonl": ["floats.jsonl:2"], "nested.jsonl": ["nested.jsonl:2"],
+    "strings.jsonl": ["strings.jsonl:2", "text where token ids are wanted", "src/gpt2_encode.py"],
+    "half_strings.jsonl": ["half_strings.jsonl:2", "src/gpt2_encode.py"],
+    "booleans.jsonl": ["booleans.jsonl:2", "token ids must be whole numbers"],
+    "booleans_alone.jsonl": ["booleans_alone.jsonl:2", "token ids must be whole numbers"], "floats.jsonl": ["floats.jsonl:2"], "nested.jsonl": ["nested.jsonl:2"],
     "no_completion.jsonl": ["no_completion.jsonl:2", "completion is empty"],
     "no_context.jsonl": ["no_context.jsonl:2", "context is empty"],
     "missing_key.jsonl": ["missing_key.jsonl:2"], "large_id.jsonl": ["large_id.jsonl:2", "60", "vocabulary of 60"],
@@ -168,6 +191,7 @@ DATA = {name: (TRAIN, training(train_data=f"@{name}"), words) for name, words in
 WEIGHTS = {name: (TRAIN, training(init_checkpoint=f"@{name}"), words) for name, words in {
     "absent.bin": ["--init_checkpoint", "absent.bin"], "folder": ["--init_checkpoint", "folder", "holds no"],
     "empty": ["--init_checkpoint", "empty"], "text.bin": ["text.bin"],
+    "pipe.bin": ["--init_checkpoint", "pipe.bin", "is a pipe or a device"],
     "cut.safetensors": ["cut.safetensors", "truncated"],
     "list.bin": ["list.bin", "holds a list"], "lacks.bin": ["lacks.bin", "lacks"], "unknown.bin": ["h.9.ln_1.weight"],
     "shape.bin": ["shape.bin", "another shape", "(60, 17)"], "malicious.bin": ["malicious.bin", "refused"],
@@ -224,6 +248,8 @@ CHANGES = [
     ({"resume": True, "work_dir": "@run", "lr": 0.5}, ["--resume", "lr 0.01 there, 0.5 here"]),
     ({"resume": True, "work_dir": "@damaged_run"}, ["privacy_ledger.jsonl:1: damaged"]),
     ({"work_dir": "@run"}, ["--work_dir", "--resume"]),
+    ({"noise_multiplier": 0, "grad_engine": "opacus"}, ["--grad_engine opacus", "clips nothing"]),
+    *(({"work_dir": f"@{name}", "resume": True}, [file, "is a pipe or a device"]) for name, file in LINKED.items()),
     ({"init_checkpoint": "@run", "lora_dim": 3}, ["--lora_dim 3", "rank 2"]),
     ({"base_checkpoint": "@tiny"}, ["--base_checkpoint"]),
     ({"init_checkpoint": "@run", "base_checkpoint": "@other"}, ["--base_checkpoint", "fingerprint"]),
@@ -288,6 +314,7 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (FAULTS, "--train_data @train.jsonl --model_card @tiny --output @new --only none --settings sea", ["sea"]),
     (ROW, row, ["folder/privacy.json"]), (ROW, row.replace("--seed 1", "--seed x"), ["--seed"]),
     (ROW, row.replace("@folder", "@a_list"), ["a_list/privacy.json"]),
+    (ROW, row.replace("@folder", "@other_report"), ["disagrees with the ledger", "epsilon_prv: 0.01"]),
     (SCORE_TRIPLES, "@folder", ["has no SYS"]), (SCORE_TRIPLES, "@folder @sys.txt", ["folder", "no reference0"]),
     (SCORE_TRIPLES, "@ref.txt @three.txt", ["ref.txt", "2", "three.txt", "3"]),
     (SCORE_TRIPLES, "@ref.txt @sys.txt @ref.txt @sys.txt", ["a different name for each"]),

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cli import atomic_write, fail, lock, sync_folder
+from cli import atomic_write, check_file, fail, lock, sync_folder
 from privacy import accounting
 
 FILE_NAME = "privacy_ledger.jsonl"
@@ -92,6 +92,7 @@ def read_ledger(path: str, opened: int | None = None) -> LedgerState:
     """Read and check a whole ledger, `opened` where it is. Raises UserError with file:line for damage that a kill
     cannot explain."""
     check_none_was_kept(path)
+    check_file(path)
     state = LedgerState()
     try:
         with open(path if opened is None else opened, "rb", closefd=opened is None) as handle:
@@ -128,6 +129,7 @@ class Ledger:
         self.path = os.path.join(work_dir, FILE_NAME)
         self.settings = {key: settings[key] for key in FIXED}
         check_none_was_kept(self.path)
+        check_file(self.path)
         try:
             self.handle = os.open(self.path, os.O_RDWR | os.O_APPEND | (0 if resume else os.O_CREAT), 0o644)
         except FileNotFoundError:
@@ -230,6 +232,7 @@ class Ledger:
         The file is opened anew: a network's file system shows what another machine wrote to whoever opens it.
         """
         try:
+            check_file(self.path)  # opened, a pipe would wait for who writes
             own = os.fstat(self.handle)
             with open(self.path, "rb", buffering=0) as there:
                 found = os.fstat(there.fileno())
