@@ -138,7 +138,6 @@ def world(tmp_path_factory) -> pathlib.Path:
     ledger.write_text(ledger.read_text().replace('"sigma": 0.8', '"sigma": 8.0', 1))
     os.truncate(root / "torn_only/privacy_ledger.jsonl", 30)
     (root / "torn_only/privacy.json").unlink()
-    os.mkfifo(root / "pipe.bin")
     shutil.copytree(root / "run", root / "other_report")
     report = root / "other_report/privacy.json"
     report.write_text(json.dumps({**json.loads(report.read_text()), "epsilon_prv": 0.01, "train_runtime": 1.0}))
@@ -191,7 +190,6 @@ DATA = {name: (TRAIN, training(train_data=f"@{name}"), words) for name, words in
 WEIGHTS = {name: (TRAIN, training(init_checkpoint=f"@{name}"), words) for name, words in {
     "absent.bin": ["--init_checkpoint", "absent.bin"], "folder": ["--init_checkpoint", "folder", "holds no"],
     "empty": ["--init_checkpoint", "empty"], "text.bin": ["text.bin"],
-    "pipe.bin": ["--init_checkpoint", "pipe.bin", "is a pipe or a device"],
     "cut.safetensors": ["cut.safetensors", "truncated"],
     "list.bin": ["list.bin", "holds a list"], "lacks.bin": ["lacks.bin", "lacks"], "unknown.bin": ["h.9.ln_1.weight"],
     "shape.bin": ["shape.bin", "another shape", "(60, 17)"], "malicious.bin": ["malicious.bin", "refused"],
