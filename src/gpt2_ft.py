@@ -82,9 +82,8 @@ def read_data(data: TokenData, vocabulary: int) -> tuple[Examples, Examples, dic
         check_file(path, name)
     train = read_examples(data.train_data, "--train_data", vocabulary, data.seq_len, data.obj)
     valid = read_examples(data.valid_data, "--valid_data", vocabulary, data.seq_len)
-    train_sha256, valid_sha256 = map(setup.digest_file, files)
-    setup.check_validation("--valid_data", data.valid_data, valid_sha256, train_sha256)
-    return train, valid, {"train_sha256": train_sha256, "valid_sha256": valid_sha256}
+    setup.check_validation("--valid_data", data.valid_data, valid.sha256, train.sha256)
+    return train, valid, {"train_sha256": train.sha256, "valid_sha256": valid.sha256}
 
 
 def make_task(settings: Settings, train: Examples, valid: Examples, digests: dict, world: World) -> Task:

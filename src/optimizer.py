@@ -17,11 +17,15 @@ CACHE_CHUNK = 1 << 17
 
 class FlatParameters:
     """A model's trainable parameters, moved into one buffer `data` (P,) of which they become views; those that decay
-    come first. `grad` (P,) is the front of `sums` (P + extra,), so that one all-reduce carries both. Everything is
-    float32 (or float64, where a test compares with an oracle); other types are refused.
+    come first. `grad` (P,) is the front of `sums` (P + extra,), so that one all-reduce carries both. Parameters are
+    float32 (or float64, where a test compares with an oracle); other types are refused. `sums` is float64: what
+    rounding does to the sum over units is then negligible for any data (privacy.clipping.rounding_share). Ordinary
+    training takes float32, as autograd adds.
     """
 
-    def __init__(self, model: nn.Module, extra: int = 0, no_decay_bias: bool = False):
+    def __init__(
+        self, model: nn.Module, extra: int = 0, no_decay_bias: bool = False, sums: torch.dtype = torch.float64
+    ):
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not named:
             raise ValueError("the model has no trainable parameter")
@@ -33,7 +37,7 @@ class FlatParameters:
         self.decayed = sum(parameter.numel() for name, parameter in self.named if name not in undecayed)
         self.size = sum(parameter.numel() for _, parameter in self.named)
         self.data = torch.empty(self.size, device=named[0][1].device, dtype=named[0][1].dtype)
-        self.sums = torch.zeros(self.size + extra, device=self.data.device, dtype=self.data.dtype)
+        self.sums = torch.zeros(self.size + extra, device=self.data.device, dtype=sums)
         self.grad = self.sums[: self.size]
         self.slices: dict[int, slice] = {}
         start = 0

@@ -115,7 +115,7 @@ def read_data(settings: Settings, loaded: Loaded) -> Examples:
 def make_task(
     settings: Settings, data: canaries.CanaryData, adversary: canaries.Adversary | None, world: World
 ) -> Task:
-    own, optimizer, path = settings.own, settings.optimizer, settings.data.train_data
+    own, optimizer = settings.own, settings.optimizer
     steps = setup.count_steps(settings, len(data), world)
     return Task(
         unit="example",
@@ -129,7 +129,7 @@ def make_task(
             f"a privacy audit with {own.canaries} {own.canary_kind} canaries among the {len(data)} units: no model to "
             "be used"
         ],
-        digests={"train_sha256": setup.digest_file(path)},
+        digests={"train_sha256": data.examples.sha256},
         resumable=False,
         wrap_engine=None if adversary is None else adversary.wrap_engine,
         observe=None if adversary is None else adversary.observe,

@@ -27,7 +27,8 @@ from base.flags import Parser
 from privacy import accounting
 from privacy.accounting import Phase
 from privacy.ledger import FILE_NAME, NAMES, LedgerState, check_none_was_kept, noise_sources, read_ledger
-from privacy.plan import SEEDED_WARNING, choose_sigma, epsilons, finite_or_text, participations, relation, spent
+from privacy.plan import SEEDED_WARNING, choose_sigma, participations, relation, spent
+from run.provenance import disagreements
 
 REPORT_NAME = "privacy.json"
 SETTINGS = ("unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta")  # what runs can differ in
@@ -63,40 +64,6 @@ def find_files(path: str) -> tuple[str, str | None]:
         folder, ledger = os.path.dirname(path), path
     report = os.path.join(folder, REPORT_NAME)
     return ledger, report if os.path.exists(report) else None
-
-
-def disagreements(report: dict, state: LedgerState) -> list[str]:
-    """In what privacy.json differs from what the ledger says, a line each."""
-    last = state.records[-1]
-    prv, rdp = epsilons(state, last["delta"])
-    strict = 1 / (10 * last["N"])
-    strict_prv, strict_rdp = epsilons(state, strict)
-    expected = {key: last[key] for key in ("unit", "N", "q", "sigma", "clip", "sampling", "delta")}
-    expected["noise_source"] = " and ".join(sorted(noise_sources(state)))
-    expected |= {"steps_charged": state.charged, "epsilon_prv": finite_or_text(prv), "epsilon_rdp": finite_or_text(rdp)}
-    # Keys beyond those that every report has.
-    optional = {
-        "attempts": state.attempts,
-        "ledger_checksum": state.last_checksum,
-        "delta_strict": strict,
-        "epsilon_prv_strict": finite_or_text(strict_prv),
-        "epsilon_rdp_strict": finite_or_text(strict_rdp),
-    }
-    expected |= {key: value for key, value in optional.items() if key in report}
-
-    def same(left: object, right: object) -> bool:
-        if isinstance(left, bool) or isinstance(right, bool):
-            return left is right
-        if isinstance(left, (int, float)) and isinstance(right, (int, float)):
-            # Another machine's rounding moves an epsilon in its ninth digit.
-            return math.isclose(left, right, rel_tol=1e-6)
-        return left == right
-
-    return [
-        f"{key}: {report.get(key, 'missing')} in {REPORT_NAME}, {value} by the ledger"
-        for key, value in expected.items()
-        if not same(report.get(key), value)
-    ]
 
 
 def settings_lines(state: LedgerState) -> list[str]:

@@ -52,6 +52,8 @@ DROPOUT = ("test_private_step.py::test_dropout_masks_are_no_function_of_the_rand
 ENTROPY = ("test_randomness.py::test_the_masks_of_dropout_have_more_than_32_bits",)
 BF16 = ("test_clipping.py::test_float32_and_bf16_norms_are_of_what_is_summed",)
 CANCEL = ("test_rounding.py::test_positions_that_cancel_in_float32",)
+TIED = ("test_rounding.py::test_lookups_and_head_that_cancel",)
+ALIGNED = ("test_rounding.py::test_no_data_move_the_sum_by_more_than_the_noise_pays_for",)
 ROWS = ("test_clipping.py::test_units_of_several_texts",)
 CHANCE = ("test_accounting_exact.py::test_a_small_chance_of_a_draw_is_a_chance",)
 MANY = ("test_accounting_exact.py::test_the_rounding_of_many_steps_is_paid_for",)
@@ -78,7 +80,7 @@ STD = "self.std, self.batch, self.world, self.source = sigma * sensitivity,"
 ADD_NOISE = "self.source.add_normal_(own, self.std)"
 MASK = "return self.own[self.source.uniform(len(self.own)) < self.q]"
 FACTORS = "factors, finite = self.rule.factors(self.norms_sq)"
-BEGIN_NOISE = "if self.std > 0:\n            self.source"
+BEGIN_NOISE = "if self.std > 0:\n            assert"
 ADD_NORM = "self.norms_sq[:, self.column[id(parameter)]] += contribution.norm_sq()"
 
 MUTANTS = (
@@ -140,7 +142,25 @@ MUTANTS = (
     Mutant("units without a finite gradient let through", CLIPPING,
            (("torch.where(finite[:, None], factors, 0.0), finite", "factors.nan_to_num(1.0, 1.0), finite | True"),),
            FAULTY),
-    Mutant("rounding of cancelling sums forgotten", CLIPPING, (("\nROUNDING = 8\n", "\nROUNDING = 0\n"),), CANCEL),
+    Mutant("Gram matrices in float32", CLIPPING,
+           (("return rows @ rows.mT", "return (rows.float() @ rows.float().mT).double()"),), CANCEL),
+    Mutant("lookups and head cancel without a bound", CLIPPING,
+           (("column.copy_(torch.maximum(column, least))", "pass"),), TIED),
+    Mutant("units of a micro-batch added in float32", CLIPPING,
+           (("target[start : start + rows].addmm_(p[:, start : start + rows].double().T, q)",
+             "target[start : start + rows] += p[:, start : start + rows].float().T @ q.float()"),
+            ("factor @ grads[:, start : start + columns].double()",
+             "factor.float() @ grads[:, start : start + columns].float()")), ALIGNED),
+    Mutant("micro-batches added in float32", CLIPPING,
+           (("        p, q = zero_rows(self.p, finite), zero_rows(self.q, finite)\n",
+             "        self.target.copy_(self.target.float())\n"
+             "        p, q = zero_rows(self.p, finite), zero_rows(self.q, finite)\n"),), ALIGNED),
+    Mutant("sums of any type let through", CLIPPING,
+           (("if flat.sums.dtype != torch.float64:", "if False:"),),
+           ("test_rounding.py::test_engines_add_units_in_float64_alone",)),
+    Mutant("sum rounded to float32 before the noise", MECHANISM,
+           (("            assert sums.dtype == torch.float64\n", "            sums.copy_(sums.float())\n"),),
+           ("test_privacy_plan.py::test_release_divides_by_the_expected_batch_and_adds_noise_once",)),
     Mutant("sums in bfloat16", "privacy/opacus_engine.py",
            ((", torch.autocast(batch.ids.device.type, enabled=False)", ""),), BF16),
     Mutant("padded to what was drawn", "run/setup.py",

@@ -1,6 +1,6 @@
-"""Whole runs of gpt2_ft.py on a tiny model: budgets, samplers, what is written and said, and what must not change a
-result."""
+"""Whole runs of gpt2_ft.py on a tiny model: budgets, samplers, what is written, and what must not change a result."""
 
+import hashlib
 import json
 import math
 import os
@@ -10,9 +10,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import brentq
-from scipy.stats import norm
 
+from helpers.exact_accounting import gaussian_epsilon
 from helpers.interrupted_runs import DRAW, kill
 from helpers.processes import ROOT, free_port
 from helpers.small_runs import (
@@ -36,11 +35,6 @@ from helpers.small_runs import (
 DPDDP = "opacus.distributed:DifferentiallyPrivateDistributedDataParallel"
 SPEC_KEYS = {"unit", "relation", "N", "q", "sigma", "clip", "steps_charged", "delta", "epsilon_prv", "epsilon_rdp",
              "sampling", "noise_source", "disclosed"}
-
-
-def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Balle and Wang (2018), theorem 8, solved for epsilon."""
-    return brentq(lambda e: norm.cdf(mu / 2 - e / mu) - math.exp(e) * norm.cdf(-mu / 2 - e / mu) - delta, 0, 400)
 
 
 # ------------------------------------------------------------------ what a run leaves
@@ -112,6 +106,18 @@ def test_the_training_file_is_no_validation_data(tmp_path):
         assert [rank.wait() for rank in ranks] == [2, 2] and not ranks[1].stderr
         assert f"--valid_data {copy}: is the training file (same sha256)" in ranks[0].error
     assert os.listdir(tmp_path) == ["copy.jsonl"]
+
+
+def test_the_digest_is_of_what_was_read(tmp_path):
+    """The training file becomes longer after it was read and before the run writes its digest."""
+    data = tmp_path / "train.jsonl"
+    data.write_bytes((material() / "train.jsonl").read_bytes())
+    sha256 = hashlib.sha256(data.read_bytes()).hexdigest()
+    longer = ["shell", {"point": "corpus.examples:read_examples", "when": "after", "nth": 1,
+                        "command": f"head -n 1 {data} >> {data}"}]
+    train(flags(tmp_path / "run", train_data=data, max_step=1), faults={0: [longer]})
+    assert read(tmp_path / "run", "args.json")["train_sha256"] == sha256
+    assert sha256 != hashlib.sha256(data.read_bytes()).hexdigest()
 
 
 def test_validation_examples_that_are_training_examples_are_said_on_the_terminal_alone(run, tmp_path):

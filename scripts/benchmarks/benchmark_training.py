@@ -135,7 +135,8 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
         if variant == "ghost":
             untie(model)
         model.to(device)
-    flat = FlatParameters(model)
+    added_by_autograd = variant in ("ordinary", "plain", "ghost")
+    flat = FlatParameters(model, sums=torch.float32 if added_by_autograd else torch.float64)
     if variant == "plain":
         for _, parameter in flat.named:
             parameter.grad = flat.grad_of(parameter)
@@ -173,7 +174,7 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
     def update() -> None:
         if variant not in ("ordinary", "plain"):
             noise.add_normal_(flat.grad, 0.6)
-        optimizer.step(flat.grad.div_(logical), 1e-5)
+        optimizer.step(flat.grad.div_(logical).float(), 1e-5)
 
     scored = examples.lengths - examples.first_scored
     return Step(

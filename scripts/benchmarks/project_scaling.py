@@ -11,15 +11,15 @@ A step on n GPUs, g of them in each of m machines; P trained coordinates of W pa
                           multiply-adds of a token's layers, D V of a scored one's head; p = 3 passes: forward,
                           gradients of states, gradients of weights (2 with adapters alone); R multiply-adds/s, of which
                           a step, clipping included, reaches the share f
-              traffic     18 W u / M   u micro-batches; weights are cast (4 + 2 bytes), read by two passes (2 + 2), and
-                          their gradients added to the sum (8; not with adapters alone); M bytes/s of memory
+              traffic     26 W u / M   u micro-batches; weights are cast (4 + 2 bytes), read by two passes (2 + 2), and
+                          their gradients added to the sum (16; not with adapters alone); M bytes/s of memory
     load      a step waits for the rank with the largest draw: of n Poisson draws of mean B/n, the expected maximum over
               the mean, less 1, times compute
-    sum       b (2 (g-1)/g / v + 2 (m-1)/m / w), b = 4 (P + 5) bytes: the gradient and five sums, float32, are the one
+    sum       b (2 (g-1)/g / v + 2 (m-1)/m / w), b = 8 (P + 5) bytes: the gradient and five sums, float64, are the one
               large collective of a step. The bandwidth bound of a ring (Patarasuk and Yuan, 2009), inside machines and
               then between them; v bytes/s of a GPU's links, w of a machine's network, one way
-    update    (22 P + 4 P/n) 4 bytes / M   every rank: zero and divide the sum, AdamW's seven operations, the check for
-              NaN, each a pass over memory; its share of the noise
+    update    (28 P + 8 P/n) 4 bytes / M   every rank: zero, divide and round the sum, AdamW's seven operations, the
+              check for NaN, each a pass over memory; its share of the noise
 
 No overlap is assumed: the sum starts when the last micro-batch is done, as in src/run/loop.py. Steps are epochs N / B.
 """
@@ -76,17 +76,17 @@ def project(args, config: GPT2Config, n: int) -> dict:
     P = trained_coordinates(config, args.lora_dim)
     machines, inside = math.ceil(n / args.gpus_per_machine), min(n, args.gpus_per_machine)
     mean = args.batch / n
-    arithmetic = mean * multiply_adds(config, args.tokens, args.scored, args.lora_dim > 0) / (args.rate * args.reached)
+    arithmetic = mean * multiply_adds(config, args.tokens, args.scored, args.lora_dim) / (args.rate * args.reached)
     micro_batches = math.ceil(mean * args.tokens / args.micro_batch_tokens)
-    traffic = (10 if args.lora_dim else 18) * trained_coordinates(config, 0) * micro_batches / args.memory_bandwidth
+    traffic = (10 if args.lora_dim else 26) * trained_coordinates(config, 0) * micro_batches / args.memory_bandwidth
     compute = max(arithmetic, traffic)
-    size = 4 * (P + EXTRA)
+    size = 8 * (P + EXTRA)
     ring = 2 * (inside - 1) / inside / args.link_bandwidth + 2 * (machines - 1) / machines / args.node_bandwidth
     parts = {
         "compute": compute,
         "load": compute * (largest_draw(mean, n) / mean - 1),
         "sum": size * ring,
-        "update": (22 + 4 / n) * 4 * P / args.memory_bandwidth,
+        "update": (28 + 8 / n) * 4 * P / args.memory_bandwidth,
     }
     step = sum(parts.values())
     return {**parts, "step": step, "hours": step * round(args.epochs * args.N / args.batch) / 3600}
@@ -103,7 +103,7 @@ def show(args, config: GPT2Config) -> None:
     steps = round(args.epochs * args.N / args.batch)
     trained = f"adapters of rank {args.lora_dim}" if args.lora_dim else "all parameters"
     print(
-        f"{args.model_card}, {trained}: {P:,} trained coordinates, {4 * (P + EXTRA) / 1e9:.3g} GB summed a step; "
+        f"{args.model_card}, {trained}: {P:,} trained coordinates, {8 * (P + EXTRA) / 1e9:.3g} GB summed a step; "
         f"{args.epochs:g} epochs of {args.N:,} examples at {args.batch} a step: {steps:,} steps; {args.tokens:g} "
         f"tokens an example, {args.scored:g} scored.\n"
         f"Assumed: {args.rate:.3g} multiply-adds/s of which {args.reached:.0%} is reached, clipping included; memory "
@@ -169,8 +169,8 @@ def measure_compute(device: torch.device, config: GPT2Config, bf16: bool) -> dic
     for name in ("ordinary", "private"):
         model = GPT2LMModel(config, LoRAConfig())
         model.freeze_for_training()
-        flat = FlatParameters(model.to(device), extra=EXTRA)
         private = name == "private"
+        flat = FlatParameters(model.to(device), extra=EXTRA, sums=torch.float64 if private else torch.float32)
         engine = BookKeeping(model, flat, ClippingRule("flat", 1.0), 0.1) if private else NonPrivate(model, flat, 0.1)
 
         def step(flat=flat, engine=engine) -> None:
@@ -185,7 +185,7 @@ def measure_compute(device: torch.device, config: GPT2Config, bf16: bool) -> dic
         raise RuntimeError("trained_coordinates() is not the model's own count")
     noise, optimizer = NoiseSource("os", "noise", device=device), AdamW(flat, (0.9, 0.999), 1e-6, 0.01, True)
     found["noise_s_per_coordinate"] = best(lambda: noise.add_normal_(flat.grad, 1.0), 2, device) / flat.size
-    found["adamw_s_per_coordinate"] = best(lambda: optimizer.step(flat.grad, 1e-6), 3, device) / flat.size
+    found["adamw_s_per_coordinate"] = best(lambda: optimizer.step(flat.grad.float(), 1e-6), 3, device) / flat.size
     return found
 
 

@@ -9,6 +9,8 @@ import subprocess
 
 from base.errors import fail
 from base.files import atomic_write, open_text, read_object
+from privacy.ledger import FILE_NAME, read_ledger
+from run.provenance import disagreements
 
 ROOT = os.path.realpath(os.path.join(os.path.dirname(__file__), "..", ".."))
 E2E_SHA256 = "dbc41b098ac523651894eabb7fe140f272445efe3bb4654d4666f2a1976c86b2"  # data/e2e/train.jsonl
@@ -61,6 +63,10 @@ def write_row(path: str, folder: str, facts: dict, trained: bool, scored: bool) 
         report, settings = (read_object(os.path.join(folder, name), WANTED) for name in ("privacy.json", "args.json"))
         if "train_runtime" not in report:
             fail(f"{folder}: its training has not come to an end; continue it with --resume")
+        ledger = os.path.join(folder, FILE_NAME)
+        state = read_ledger(ledger) if os.path.exists(ledger) else None
+        if state and state.records and (differing := disagreements(report, state)):
+            fail(f"{folder}/privacy.json: disagrees with the ledger beside it: {differing[0]}; {WANTED}")
         row["privacy"] = report
         left_out = {"versions", "without_effect", "job"}
         if report.get("epsilon_prv") != "inf" and settings.get("train_sha256") != E2E_SHA256:

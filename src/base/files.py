@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from base.errors import fail
 
@@ -30,6 +30,7 @@ def open_text(path: str, flag: str = "") -> IO[str]:
 
 def read_object(path: str, wanted: str, flag: str = "") -> dict:
     """The JSON object that a file holds. UserError ends in "wanted" and `wanted`: what it should be, and the cure."""
+    check_file(path, flag)
     with open_text(path, flag) as handle:
         try:
             content = json.load(handle)
@@ -58,24 +59,26 @@ def check_format(found: object, newest: int, where: str) -> int:
     return found
 
 
-def check_file(path: str, flag: str) -> None:
-    """Raise UserError for a pipe or a device, which gives its content once, where it is read more than once."""
+def check_file(path: str, flag: str = "") -> None:
+    """Raise UserError for a pipe or a device, or a link to one: it gives its content once, or without an end. For all
+    that a run reads more than once, or finds in its own folder."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        fail(
-            f"{flag} {path}: is a pipe or a device, and is read more than once; write its content into a file, and "
-            "name that"
-        )
+        what = f"{flag} {path}".strip()
+        fail(f"{what}: is a pipe or a device, and is read more than once; put a file with its content into its place")
 
 
-def read_lines(path: str, flag: str = "") -> Iterator[tuple[int, str]]:
+def read_lines(path: str, flag: str = "", digest: Any = None) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its end) of a UTF-8 text file. `flag` names the flag that gave the path.
 
     Only a line feed ends a line: characters such as U+2028 that str.splitlines() takes for an end are text.
+    digest: an object of hashlib, which is fed with what was read.
     Raises UserError where the file cannot be read, and with file:line where its bytes are not UTF-8.
     """
     try:
         with open(path, "rb") as handle:
             for number, line in enumerate(handle, start=1):
+                if digest is not None:
+                    digest.update(line)
                 try:
                     yield number, line.decode("utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:

@@ -58,14 +58,6 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(a, b, bias)
 
 
-def add_product(target: Tensor, p: Tensor, q: Tensor) -> None:
-    """target (P, Q) += p' q for p (n, P), q (n, Q): in one pass over `target` where BLAS does it."""
-    if uses_onednn(p, q):
-        target.add_(product(p.T, q.T))
-    else:
-        target.addmm_(p.T, q)
-
-
 class PackedLinear:
     """product() with one weight that serves many times: where it goes through oneDNN, the weight is packed for it once.
 

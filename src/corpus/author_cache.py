@@ -78,8 +78,11 @@ class Source:
     content_field: str = "content"
 
 
-def scan(path: str, flag: str) -> tuple[str, list[tuple[int, int, int]]]:
-    """(sha256 of the file, its parts of about CHUNK bytes as (offset, bytes, first line's number)), in one pass."""
+Part = tuple[int, int, int, bytes]  # offset, bytes, first line's number, sha256
+
+
+def scan(path: str, flag: str) -> tuple[str, list[Part]]:
+    """(sha256 of the file, its parts of about CHUNK bytes), in one pass."""
     check_file(path, flag)
     open_text(path, flag).close()  # a UserError for a file that cannot be opened
     digest, parts, offset, line = hashlib.sha256(), [], 0, 1
@@ -87,7 +90,7 @@ def scan(path: str, flag: str) -> tuple[str, list[tuple[int, int, int]]]:
         while block := handle.read(CHUNK):
             block += handle.readline()
             digest.update(block)
-            parts.append((offset, len(block), line))
+            parts.append((offset, len(block), line, hashlib.sha256(block).digest()))
             offset, line = offset + len(block), line + block.count(b"\n")
     return digest.hexdigest(), parts
 
@@ -117,12 +120,15 @@ def read_record(line: bytes, source: Source, where: str) -> tuple[str | None, st
     return author or None, content
 
 
-def tokenise(part: tuple[int, int, int], source: Source, words: WordTokens) -> tuple:
+def tokenise(part: Part, source: Source, words: WordTokens) -> tuple:
     """(ids (sum of lengths,), lengths (n,) int32, authors, counts of what was left out or cut) of a part of a file."""
-    offset, size, line_number = part
+    offset, size, line_number, sha256 = part
     with open(source.path, "rb") as handle:
         handle.seek(offset)
-        lines = handle.read(size).split(b"\n")
+        content = handle.read(size)
+    if hashlib.sha256(content).digest() != sha256:
+        fail(f"{source.flag} {source.path}: changed while it was read; start again when nothing writes to it any more")
+    lines = content.split(b"\n")
     if not lines[-1]:
         lines.pop()
     pieces, lengths, authors = [], [], []
@@ -157,14 +163,14 @@ def start_worker(source: Source) -> None:
     worker_state["tokenise"] = partial(tokenise, source=source, words=WordTokens(load_tokenizer(source.vocab)))
 
 
-def work(part: tuple[int, int, int]) -> tuple | UserError:
+def work(part: Part) -> tuple | UserError:
     try:
         return worker_state["tokenise"](part)
     except UserError as error:
         return error  # to be raised in file order by the parent
 
 
-def tokenised_parts(parts: list[tuple[int, int, int]], source: Source, processes: int) -> Iterator[tuple | UserError]:
+def tokenised_parts(parts: list[Part], source: Source, processes: int) -> Iterator[tuple | UserError]:
     """tokenise() of every part, in order, on several processes where there are several parts."""
     if len(parts) < 2 or processes < 2:
         start_worker(source)
@@ -233,13 +239,13 @@ def write_cache(folder: str, source: Source, sha256: str, parts: list, processes
     vocab_size = load_tokenizer(source.vocab).vocab_size
     bar = tqdm(
         desc=f"tokenise {source.path}",
-        total=sum(size for _, size, _ in parts),
+        total=sum(size for _, size, *_ in parts),
         unit="B",
         unit_scale=True,
         disable=not sys.stderr.isatty(),
     )
     with atomic_write(os.path.join(folder, "tokens.bin"), "wb") as out, bar:
-        for (_, size, _), result in zip(parts, tokenised_parts(parts, source, processes), strict=True):
+        for (_, size, *_), result in zip(parts, tokenised_parts(parts, source, processes), strict=True):
             if isinstance(result, UserError):
                 raise result
             ids, part_lengths, authors, counts = result

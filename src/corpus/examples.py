@@ -3,6 +3,7 @@
 A line of a token file is {"context": [ids], "completion": [ids]}; a line is one example, and an example is one unit.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ class Examples:
     first_scored (N,) int64, the first scored token of each example; the last is always the example's last
     cut          how many examples were longer than seq_len
     unscored     how many of those have no scored token left
+    sha256       of the file, as it was read
     """
 
     tokens: np.ndarray
@@ -36,6 +38,7 @@ class Examples:
     first_scored: np.ndarray
     cut: int
     unscored: int
+    sha256: str = ""
 
     def __len__(self) -> int:
         return len(self.first_scored)
@@ -68,20 +71,23 @@ def read_examples(path: str, flag: str, vocab_size: int, seq_len: int, objective
     and (clm) an empty context, from which the first token could not be predicted.
     """
     pieces, first_scored, lengths = [], [], []
-    cut = unscored = 0
-    for number, line in read_lines(path, flag):
+    cut, unscored, digest = 0, 0, hashlib.sha256()
+    for number, line in read_lines(path, flag, digest):
         where = f"{path}:{number}"
         try:
             record = json.loads(line)
             context, completion = record["context"], record["completion"]
-            ids = np.array(context + completion)
+            text = isinstance(context, str) or isinstance(completion, str)
+            ids = np.array([] if text else context + completion)
         except (ValueError, KeyError, TypeError, RecursionError):
             fail(f"{where}: not an example; {WANTED}")
+        if text:
+            fail(f"{where}: text where token ids are wanted; encode the file with src/gpt2_encode.py")
         if not isinstance(context, list) or not completion:
             fail(f"{where}: the completion is empty; {WANTED}")
         if not context and objective == "clm":
             fail(f"{where}: the context is empty, nothing predicts the first token; encode with --add_bos")
-        if ids.ndim != 1 or ids.dtype.kind != "i":
+        if ids.ndim != 1 or ids.dtype.kind != "i" or any(isinstance(value, bool) for value in context + completion):
             fail(f"{where}: token ids must be whole numbers; {WANTED}")
         if ids.min() < 0 or ids.max() >= vocab_size:
             bad = ids.min() if ids.min() < 0 else ids.max()
@@ -100,7 +106,7 @@ def read_examples(path: str, flag: str, vocab_size: int, seq_len: int, objective
     if not pieces:
         fail(f"{flag} {path}: the file is empty; {WANTED}")
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    return Examples(np.concatenate(pieces), starts, np.array(first_scored), cut, unscored)
+    return Examples(np.concatenate(pieces), starts, np.array(first_scored), cut, unscored, digest.hexdigest())
 
 
 def count_shared(valid: Any, train: Any) -> int:

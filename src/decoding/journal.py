@@ -12,7 +12,7 @@ import os
 from typing import IO
 
 from base.errors import fail
-from base.files import check_format, lock, read_lines
+from base.files import check_file, check_format, lock, read_lines
 
 FORMAT = 1  # the newest that this version reads, and the one that it writes
 
@@ -39,6 +39,8 @@ class Journal:
     def take_lock(self) -> None:
         """On rank 0. UserError where another search has it."""
         path, self.left_over = self.path(0), bool(self.files())
+        for file in (path, *self.files()):
+            check_file(file, "--output_file")
         while True:
             self.locked = open(path, "a")
             try:

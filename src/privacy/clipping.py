@@ -4,6 +4,8 @@ Book-keeping (Bu et al., 2023, arXiv:2210.00038): during the backward pass every
 at its output; autograd computes no weight gradient. From these notes come the norms, then the clip factors c, then
 every weight gradient once, as the sum over units of c_u g_u. A layer's per-unit gradient is one of three kinds: a sum
 of outer products (linear layers, adapters), a sum of rows (biases, layer norms), or rows sent to a table (embeddings).
+Norms, factors and the sums over units are float64: a unit's notes are float32 and its own alone, so what rounding does
+to their sum has a small bound whatever the data are (rounding_share).
 For an outer product the cheaper of two ways to the norm is taken:
   ghost        |sum_s p_s q_s'|^2 = sum_{s,t} <p_s,p_t> <q_s,q_t>          S^2 (P+Q) multiply-adds   (Goodfellow, 2015)
   materialise  form the (P, Q) gradient of every unit and keep it          S P Q, and memory traffic of P Q
@@ -16,13 +18,12 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loralib as lora
-from base.products import BLOCK_ROWS, add_product, by_rows, row_blocks
+from base.products import BLOCK_ROWS, by_rows, row_blocks
 from losses import MicroBatch, unit_losses
 from model import Conv1D, GPT2LMModel, TiedHead
 from optimizer import FlatParameters
@@ -33,12 +34,16 @@ TRAFFIC_COST = 75
 # Units whose norms one kernel call takes, the last call filled up with zeros: see by_units().
 UNITS = 8
 ALIGNMENT = 64  # bytes; where a matrix begins otherwise, BLAS may take its sums in another order
-# Units in the last place by which rounding may shrink a squared norm whose terms cancel, see gram_norm_sq().
-ROUNDING = 8
+# Roundings of 2^-53 that may shrink a squared norm whose terms cancel, beside those of the sum over positions: those of
+# the entries of the Gram matrices, sums over a row of this length; see gram_norm_sq().
+ROUNDING = 2**17
 # The most by which a unit's positions may cancel, sum_s |p_s| |q_s| over |sum_s p_s q_s'|: a unit whose positions
 # cancel more is clipped as if it were that much larger. Ordinary texts stay below 20.
 CANCELLATION = 64
-MOST_TOKENS = 16384  # of a micro-batch, up to which rounding_share() is the same
+# The most by which the lookups and the head may cancel in the tied embedding, as squared norms.
+TIED_CANCELLATION = 8
+# Entries that are made float64 at a time on their way into the sums; on a CPU they stay in the cache.
+MOST_ENTRIES = {"cpu": 2**17, "cuda": 2**25}
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class ClippingRule:
     gamma: float = 0.01
 
     def factors(self, norms_sq: Tensor) -> tuple[Tensor, Tensor]:
-        """norms_sq (U, n) float32, the squared norms by parameter -> (factors (U, n), finite (U,) bool).
+        """norms_sq (U, n) float64, the squared norms by parameter -> (factors (U, n), finite (U,) bool).
 
         A unit whose gradient is NaN or infinite gets factors of zero.
         """
@@ -74,25 +79,29 @@ class ClippingRule:
         return torch.where(finite[:, None], factors, 0.0), finite
 
 
-def rounding_share(units: float, longest: int, rows_per_unit: int, token_budget: int) -> float:
-    """kappa: the clipped sums with and without one unit differ by (1 + kappa) C at most, float32 rounding included.
+def rounding_share(units: float, longest: int, rows_per_unit: int) -> float:
+    """kappa: the clipped sums with and without one unit differ by (1 + kappa) C at most, rounding included, for all
+    data.
 
-    units    the expected draw of a step; one of more than m = units + 6 sqrt(units) + 20 has a probability below 1e-9
+    units    the expected draw of a step, over all ranks
     longest  inputs of the longest text
 
-    A unit's own gradient is the same bits in both; what differs is how their sum is rounded. The bound is the
-    probabilistic one of Higham and Mary (2019, "A new approach to probabilistic rounding error analysis"): additions
-    err independently, by at most 2^-24 of the partial sum, so that their errors add in squares. Of errors spread evenly
-    up to that and of partial sums that grow evenly the mean square is a ninth; three standard deviations are taken.
-      inside a micro-batch  an addition for every position; the partial sum is at most (its units + CANCELLATION) C
-      of micro-batches      at most m of them, each added to a sum of at most m C, a long product in up to 8 pieces
-    Whatever token budget up to MOST_TOKENS is chosen, kappa is the same. Beside it 1e-5, by which float32 may misjudge
-    a norm.
+    A worst-case bound, no probability in it but that of the draw: one of more than m = units + sqrt(2 t units) + t
+    units, t = log 10^18, has a probability below 10^-18 (Bernstein).
+    Each coordinate of the sum is a sum of n terms c p q or c g, where p, q and g are float32 and the same bits in any
+    company, c is float64, and n <= m longest rows_per_unit. In whatever order float64 adds them, in micro-batches, in
+    matrix products, over ranks, the error is at most gamma_(n+2) times the sum of the terms' sizes, gamma_k = k u/(1 -
+    k u), u = 2^-53 (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, (3.5) and (4.4); two roundings make
+    a term). Of a unit the norm of the terms' sizes is at most sqrt(2 TIED_CANCELLATION) CANCELLATION C: c sees to that
+    (gram_norm_sq, add_cross_term). So the error of a sum is at most gamma_(n+2) m times that, and the difference of two
+    sums has twice as much. Beside it 10^-6, more than rounding can do to the norm of the one unit: its notes are exact,
+    the square of a materialised entry errs by 2^-24 of itself, all else by float64.
+    The noise is added in float64, too. What comes after it is computed from what was released.
     """
-    m, budget = units + 6 * math.sqrt(units) + 20, max(token_budget, MOST_TOKENS)
-    tokens = np.arange(1, longest + 1) * rows_per_unit  # of a unit
-    inside = m * tokens * (np.minimum(m, np.maximum(1, budget / tokens)) + CANCELLATION) ** 2
-    return 2.0**-24 * math.sqrt(inside.max() + 8 * m**3) + 1e-5
+    t = math.log(1e18)
+    m = units + math.sqrt(2 * t * units) + t
+    n = (m * longest * rows_per_unit + 2) * 2.0**-53
+    return 2 * n / (1 - n) * m * math.sqrt(2 * TIED_CANCELLATION) * CANCELLATION + 1e-6
 
 
 # ------------------------------------------------------------------ the three kinds of per-unit gradient
@@ -108,17 +117,16 @@ class Outer:
         p, q = wide(self.p), wide(self.q)
         (_, S, P), Q = p.shape, q.shape[2]
         if S * S * (P + Q) < TRAFFIC_COST * P * Q:
-            return by_units(lambda p, q: gram_norm_sq(p @ p.mT, q @ q.mT), p, q)
+            return by_units(lambda p, q: gram_norm_sq(gram(p), gram(q)), p, q)
         self.grads = by_units(lambda p, q: p.mT @ q, p, q)  # (U, P, Q)
         self.p = self.q = None
         return by_units(sum_of_squares, self.grads)
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
         if self.grads is not None:
-            grads = zero_rows(self.grads, finite).flatten(1)
-            self.target.add_((factor @ grads).view_as(self.target))
+            add_units(self.target, factor, zero_rows(self.grads, finite))
             return
-        p, q = zero_rows(wide(self.p), finite), zero_rows(wide(self.q), finite)
+        p, q = zero_rows(self.p, finite), zero_rows(self.q, finite)
         if p.shape[2] <= q.shape[2]:
             p = p * factor[:, None, None]
         else:
@@ -136,7 +144,7 @@ class Rows:
         return by_units(sum_of_squares, self.grads)
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
-        self.target.add_(factor @ zero_rows(self.grads, finite))
+        add_units(self.target, factor, zero_rows(self.grads, finite))
 
 
 class Lookup:
@@ -148,7 +156,7 @@ class Lookup:
     def norm_sq(self) -> Tensor:
         def of_units(ids: Tensor, rows: Tensor) -> Tensor:
             same = ids[:, :, None] == ids[:, None, :]  # (U, S, S): two positions add up where they share an entry
-            return gram_norm_sq(rows @ rows.mT, same.to(rows.dtype))
+            return gram_norm_sq(gram(rows), same.double())
 
         return by_units(of_units, self.ids, self.rows)
 
@@ -168,13 +176,12 @@ class Ragged:
         return zip(self.b.split(self.counts), map(aligned, self.h.split(self.counts)), strict=True)
 
     def norm_sq(self) -> Tensor:
-        units = ((aligned(wide(b)), h) for b, h in self.by_unit())  # widened once: b is the largest tensor of all
-        return torch.stack([gram_norm_sq(b @ b.T, h @ h.T) for b, h in units])
+        return torch.stack([gram_norm_sq(gram(b), gram(h)) for b, h in self.by_unit()])
 
     def cross(self, table: Lookup) -> Tensor:
         """<this gradient, that of the same table's lookups>: sum_{s,t} b_t[x_s] <h_t, e_s>, for each unit."""
         units = zip(self.by_unit(), table.ids, map(aligned, table.rows), strict=True)
-        return torch.stack([(wide(b[:, ids]) * (h @ rows.T)).sum() for (b, h), ids, rows in units])
+        return torch.stack([(b[:, ids].double() * (h.double() @ rows.double().T)).sum() for (b, h), ids, rows in units])
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
         counts = torch.tensor(self.counts, device=self.h.device)
@@ -182,20 +189,42 @@ class Ragged:
         if finite is not None:
             bad = ~finite.repeat_interleave(counts)[:, None]
             b, h = b.masked_fill(bad, 0), h.masked_fill(bad, 0)
-        add_product(self.target, wide(b), h)
+        add_product(self.target, b, h)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """<row_s, row_t> of rows (..., S, P), in float64: (..., S, S)."""
+    rows = rows.double()
+    return rows @ rows.mT
+
+
+def add_product(target: Tensor, p: Tensor, q: Tensor) -> None:
+    """target (P, Q) += p' q for p (n, P), q (n, Q), in float64: of a head's p, (n, V), no second one is made."""
+    q, rows = q.double(), max(256, MOST_ENTRIES[target.device.type] // max(1, len(q)))
+    for start in range(0, len(target), rows):
+        target[start : start + rows].addmm_(p[:, start : start + rows].double().T, q)
+
+
+def add_units(target: Tensor, factor: Tensor, grads: Tensor) -> None:
+    """target (...) += sum_u factor_u grads_u for factor (U,), grads (U, ...), in float64."""
+    target, grads, factor = target.view(-1), grads.flatten(1), factor.double()
+    columns = max(256, MOST_ENTRIES[target.device.type] // len(factor))
+    for start in range(0, len(target), columns):
+        target[start : start + columns] += factor @ grads[:, start : start + columns].double()
 
 
 def gram_norm_sq(pp: Tensor, qq: Tensor) -> Tensor:
     """sum_{s,t} <p_s,p_t> <q_s,q_t> from the Gram matrices (..., S, S), raised by what rounding may have taken from it.
 
     Where positions cancel, the sum is far below its terms and their rounding would hide it: a unit would pass for a
-    small one and contribute more than C. So it is raised by ROUNDING units in the last place of (sum_s |p_s| |q_s|)^2,
-    a bound on the terms (and on the cross term of two such sums): for ordinary units by less than 1e-6 S of itself.
+    small one and contribute more than C. So it is raised by gamma (sum_s |p_s| |q_s|)^2, the bound on that rounding
+    (Higham, 2002, (3.5): rows of P and Q entries and S^2 terms err by gamma_(P+Q+S^2) of their sizes).
     And it is (sum_s |p_s| |q_s| / CANCELLATION)^2 at least: what rounding can do to the sum over all units' positions
     grows with their sizes (rounding_share).
     """
     sizes = (pp.diagonal(dim1=-2, dim2=-1) * qq.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1)
-    norm_sq = (pp * qq).sum((-2, -1)) + ROUNDING * torch.finfo(pp.dtype).eps * sizes.square()
+    roundings = ROUNDING + pp.shape[-1] ** 2
+    norm_sq = (pp * qq).sum((-2, -1)) + roundings * torch.finfo(pp.dtype).eps / 2 * sizes.square()
     return torch.maximum(norm_sq, (sizes / CANCELLATION).square())  # NaN stays NaN
 
 
@@ -208,8 +237,8 @@ def by_units(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
 
 
 def sum_of_squares(grads: Tensor) -> Tensor:
-    """(U, ...) -> (U,)."""
-    return grads.flatten(1).square().sum(1)
+    """(U, ...) -> (U,) float64."""
+    return grads.flatten(1).square().sum(1, dtype=torch.float64)
 
 
 def aligned(matrix: Tensor) -> Tensor:
@@ -218,7 +247,7 @@ def aligned(matrix: Tensor) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: norms, factors and sums never round to a half-precision type."""
+    """In float32 at least: what a unit contributes never rounds to a half-precision type."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
@@ -283,6 +312,8 @@ class BookKeeping:
     """
 
     def __init__(self, model: GPT2LMModel, flat: FlatParameters, rule: ClippingRule, smoothing: float = 0.0):
+        if flat.sums.dtype != torch.float64:
+            raise ValueError(f"sums of units in {flat.sums.dtype}: expected float64, whose rounding the noise pays for")
         self.model, self.flat, self.rule, self.smoothing = model, flat, rule, smoothing
         self.column = {id(parameter): k for k, (_, parameter) in enumerate(flat.named)}
         self.head_trains = id(model.lm_head.weight) in self.column
@@ -358,12 +389,17 @@ class BookKeeping:
         self.noted += found
 
     def add_cross_term(self) -> None:
-        """The tied embedding counts once: |E + H|^2 = |E|^2 + |H|^2 + 2 <E, H>."""
+        """The tied embedding counts once: |E + H|^2 = |E|^2 + |H|^2 + 2 <E, H>.
+
+        (|E|^2 + |H|^2)/TIED_CANCELLATION at least: as positions in gram_norm_sq(), the two may cancel only so far.
+        """
         weight = self.model.lm_head.weight
         head = next(c for parameter, c in self.noted if parameter is weight and isinstance(c, Ragged))
         table = next(c for parameter, c in self.noted if parameter is weight and isinstance(c, Lookup))
         column = self.norms_sq[:, self.column[id(weight)]]
+        least = column / TIED_CANCELLATION
         column.add_(head.cross(table), alpha=2)
+        column.copy_(torch.maximum(column, least))
 
     def accumulate(self, batch: MicroBatch) -> Tensor:
         """Add the clipped gradients of a micro-batch's units to `flat.grad`; return their losses, (U,) float32.
@@ -373,7 +409,7 @@ class BookKeeping:
         if not len(batch.targets):  # texts cut down to their contexts: nothing is scored, the gradients are zero
             return torch.zeros(batch.units, device=batch.ids.device)
         self.batch, self.noted = batch, []
-        self.norms_sq = torch.zeros(batch.units, len(self.column), device=batch.ids.device, dtype=self.flat.data.dtype)
+        self.norms_sq = torch.zeros(batch.units, len(self.column), device=batch.ids.device, dtype=torch.float64)
         try:
             with self.flat.frozen(), row_blocks(BLOCK_ROWS[batch.ids.device.type]):
                 losses = unit_losses(self.model, batch, self.smoothing, self.head_trains)

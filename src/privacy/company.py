@@ -56,7 +56,8 @@ def influence_of_company(engine, model: GPT2LMModel, flat: FlatParameters, cut: 
     """The largest relative change, over all lengths, of a unit's clipped gradient when as many others as the budget
     allows, whose own gradients are zero, come before it.
 
-    Few would not do: how PyTorch's attention for CPUs with AMX goes about bfloat16 depends on the sizes of all texts.
+    Few would not do: by PyTorch's source, which was read and not run, its attention for CPUs with AMX goes about
+    bfloat16 in a way that depends on the sizes of all texts.
     """
     worst = 0.0
     for T in cut.lengths:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from base.errors import fail
-from base.files import atomic_write, check_format, lock, sync_folder
+from base.files import atomic_write, check_file, check_format, lock, sync_folder
 
 FILE_NAME = "privacy_ledger.jsonl"
 KEPT = ".kept"  # ends the name of the copy that a run leaves whose ledger was taken away
@@ -157,6 +157,7 @@ def read_ledger(path: str, opened: int | None = None) -> LedgerState:
     """Read and check a whole ledger, `opened` where it is. Raises UserError with file:line for damage that a kill
     cannot explain."""
     check_none_was_kept(path)
+    check_file(path)
     state = LedgerState()
     try:
         with open(path if opened is None else opened, "rb", closefd=opened is None) as handle:
@@ -189,11 +190,12 @@ class Ledger:
         self, work_dir: str, settings: Mapping, resume: bool, changed: tuple[str, ...] = (), flag: str = "--work_dir"
     ):
         """settings: the MUST_MATCH keys. resume: continue the folder's ledger, which must agree with `settings`, except
-        in `changed`. Raises UserError where it is missing or differs, where a new run finds one, where another run holds
-        it."""
+        in `changed`. Raises UserError where it is missing or differs, where a new run finds one, where another run
+        holds it."""
         self.path = os.path.join(work_dir, FILE_NAME)
         self.settings = {key: settings[key] for key in MUST_MATCH}
         check_none_was_kept(self.path)
+        check_file(self.path)
         try:
             self.handle = os.open(self.path, os.O_RDWR | os.O_APPEND | (0 if resume else os.O_CREAT), 0o644)
         except FileNotFoundError:
@@ -307,6 +309,7 @@ class Ledger:
         The file is opened anew: a network's file system shows what another machine wrote to whoever opens it.
         """
         try:
+            check_file(self.path)  # opened, a pipe would wait for who writes
             own = os.fstat(self.handle)
             with open(self.path, "rb", buffering=0) as there:
                 found = os.fstat(there.fileno())

@@ -31,21 +31,21 @@ class GaussianMechanism:
     def release(self, step: int, sums: Tensor, coordinates: int) -> Tensor:
         """Turn the ranks' clipped sums of `step` into the released gradient, and sum what else the step carries.
 
-        sums (P + extra,) float32, changed in place; its first `coordinates` = P entries are the gradient, the rest is
-        summed over the ranks and nothing more. Returns the gradient, sum/B, a view of `sums`.
+        sums (P + extra,) float64 (float32 without noise), changed in place; its first `coordinates` = P entries are the
+        gradient, the rest is summed over the ranks and nothing more. Returns the gradient, sum/B, in float32.
 
         Each coordinate gets its noise from one rank alone (the ranks share them out), before the one all-reduce: every
         coordinate of the sum carries N(0, sigma^2 S^2) once, whatever the world size, and every rank holds the same
-        bits.
+        bits. Nothing is rounded to float32 before the noise is in.
         """
-        assert sums.dtype == torch.float32
         if self.std > 0:
+            assert sums.dtype == torch.float64
             self.source.begin_step(step)
             size, rank = self.world.size, self.world.rank
             own = sums[coordinates * rank // size : coordinates * (rank + 1) // size]
             self.source.add_normal_(own, self.std)
         self.world.all_reduce(sums)
-        return sums[:coordinates].div_(self.batch)
+        return sums[:coordinates].div_(self.batch).float()
 
     def noise_norm(self, coordinates: int) -> float:
         """Root mean square norm of the noise alone in a released gradient: sigma S sqrt(P)/B; 0 without noise."""

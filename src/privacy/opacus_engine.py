@@ -17,7 +17,7 @@ from base.products import BLOCK_ROWS, row_blocks
 from losses import MicroBatch, unit_losses
 from model import GPT2LMModel
 from optimizer import FlatParameters
-from privacy.clipping import UNITS, ClippingRule, sum_of_squares
+from privacy.clipping import UNITS, ClippingRule, add_units, sum_of_squares
 
 
 class UnitLosses(nn.Module):
@@ -47,6 +47,8 @@ class OpacusEngine:
         smoothing: float = 0.0,
         world: World | None = None,
     ):
+        if flat.sums.dtype != torch.float64:
+            raise ValueError(f"sums of units in {flat.sums.dtype}: expected float64, whose rounding the noise pays for")
         self.model, self.flat, self.rule = model, flat, rule
         module = self.losses(model, smoothing)
         if world is not None and world.size > 1:  # alone there is no process group to broadcast in
@@ -90,5 +92,5 @@ class OpacusEngine:
                     grad = grad.masked_fill(~finite[:, None], 0)
                 target = self.flat.grad_of(parameter)
                 assert target is not None  # all of flat.named train
-                target.add_((factor @ grad).view_as(parameter))
+                add_units(target, factor, grad)
         return losses.detach()

@@ -4,7 +4,7 @@ Guarantees, for the unit and relation that it reports (add or remove one unit):
   - every unit is included in a step independently with probability q (Poisson sampling);
   - the released gradient of a step is (sum of the included units' gradients, each of norm <= C, + N(0, sigma^2 S^2 I))
     / B, B = the expected batch size, a public constant; an empty draw is released like any other. S = C (1 + kappa):
-    by at most S one unit moves the sum as float32 has it, see privacy.clipping.rounding_share;
+    by at most S one unit moves the sum as float64 has it, see privacy.clipping.rounding_share;
   - the step's record is on disk before its mask is drawn, and a step is drawn only while the budget permits it.
 Nothing else may sample, scale or count: a step is open_step(), sums from the clipping engine, release().
 """
@@ -80,7 +80,7 @@ class PlanSettings:
     clipping: str = "flat"
     noise_source: str = "os"
     seed: int | None = None  # of noise_source "seeded" alone
-    rounding: float = 0.0  # kappa, the share of C that float32 sums of units may be off by
+    rounding: float = 0.0  # kappa, the share of C that rounding may move the sum by
 
     @property
     def sensitivity(self) -> float:

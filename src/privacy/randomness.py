@@ -8,7 +8,7 @@ One mechanism: 64-bit words -> uniforms of 53 bits -> normals in float64 by Box 
 What differs is where the words come from.
   os      SFC64 of numpy, its 192-bit state filled from 256 bits of entropy. Not torch.Generator on the CPU: that keeps
           32 bits of its seed and no more, so its noise could be found by trying all seeds. On a GPU, torch's Philox
-          generator with a 64-bit seed, in float32.
+          generator with a 64-bit seed, in the buffer's type.
   secure  AES-256 in counter mode (NIST SP 800-38A) with a key of 256 bits, on the CPU; the arithmetic is on `device`.
           Nobody who sees the noise, or knows parts of it, can tell the rest.
   seeded  as os, with the key sha256(seed, purpose, rank, step): a resumed run draws what the uninterrupted one drew.
@@ -161,10 +161,14 @@ class NoiseSource:
 
     @torch.no_grad()
     def add_normal_(self, buffer: Tensor, std: float) -> None:
-        """buffer (n,) float32 on `device`: add independent N(0, std^2) to each entry, in place, a chunk at a time."""
-        if buffer.dtype != torch.float32 or buffer.dim() != 1 or buffer.device.type != self.device.type:
+        """buffer (n,) on `device`, float64 or float32: add independent N(0, std^2) to each entry, a chunk at a time."""
+        if (
+            buffer.dtype not in (torch.float64, torch.float32)
+            or buffer.dim() != 1
+            or buffer.device.type != self.device.type
+        ):
             got = f"{buffer.dtype} {tuple(buffer.shape)} on {buffer.device}"
-            raise ValueError(f"expected a float32 vector on {self.device}, got {got}")
+            raise ValueError(f"expected a vector of floats on {self.device}, got {got}")
         if not 0 <= std < math.inf:
             raise ValueError(f"expected a finite std >= 0., got {std}")
         for chunk in buffer.split(CPU_CHUNK if self.device.type == "cpu" else DEVICE_CHUNK):

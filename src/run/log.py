@@ -12,7 +12,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from base.errors import fail
-from base.files import atomic_write, lock, read_object
+from base.files import atomic_write, check_file, lock, read_object
 
 
 class WorkDir:
@@ -24,6 +24,8 @@ class WorkDir:
             fail(f"--resume: {flag} {path} does not exist, there is nothing to continue")
         try:
             os.makedirs(path, exist_ok=True)
+            for name in (".lock", "args.json", "metrics.jsonl", "privacy.json"):  # before a step is drawn
+                check_file(os.path.join(path, name))
             self.lock = open(os.path.join(path, ".lock"), "a+")
         except OSError as error:
             fail(f"{flag} {path}: cannot be written ({error.strerror})")
@@ -63,6 +65,7 @@ class WorkDir:
         """Append one line to metrics.jsonl: a log line or an evaluation. A last line that a kill cut short is dropped
         before the first one: later, it would be another's that is being written."""
         path, line = self.file("metrics.jsonl"), json.dumps(record, allow_nan=False).encode() + b"\n"
+        check_file(path)
         try:
             with open(path, "ab+") as handle:
                 if not self.torn_dropped:

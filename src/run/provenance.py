@@ -9,6 +9,7 @@ same settings are the same bytes.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -162,3 +163,37 @@ def describe(account: dict) -> str:
         f"{account['steps_charged']} steps: not counted here; epsilon {shown} at delta {account['delta']:.3g} for "
         f"one {account['unit']}, which adds to this run's where it saw the same data"
     )
+
+
+def disagreements(report: dict, state: LedgerState) -> list[str]:
+    """In what privacy.json differs from what the ledger says, a line each."""
+    last = state.records[-1]
+    prv, rdp = epsilons(state, last["delta"])
+    strict = 1 / (10 * last["N"])
+    strict_prv, strict_rdp = epsilons(state, strict)
+    expected = {key: last[key] for key in ("unit", "N", "q", "sigma", "clip", "sampling", "delta")}
+    expected["noise_source"] = " and ".join(sorted(noise_sources(state)))
+    expected |= {"steps_charged": state.charged, "epsilon_prv": finite_or_text(prv), "epsilon_rdp": finite_or_text(rdp)}
+    # Keys beyond those that every report has.
+    optional = {
+        "attempts": state.attempts,
+        "ledger_checksum": state.last_checksum,
+        "delta_strict": strict,
+        "epsilon_prv_strict": finite_or_text(strict_prv),
+        "epsilon_rdp_strict": finite_or_text(strict_rdp),
+    }
+    expected |= {key: value for key, value in optional.items() if key in report}
+
+    def same(left: object, right: object) -> bool:
+        if isinstance(left, bool) or isinstance(right, bool):
+            return left is right
+        if isinstance(left, (int, float)) and isinstance(right, (int, float)):
+            # Another machine's rounding moves an epsilon in its ninth digit.
+            return math.isclose(left, right, rel_tol=1e-6)
+        return left == right
+
+    return [
+        f"{key}: {report.get(key, 'missing')} in {REPORT_NAME}, {value} by the ledger"
+        for key, value in expected.items()
+        if not same(report.get(key), value)
+    ]

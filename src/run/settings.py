@@ -19,12 +19,11 @@ DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
 DEFAULT_DELTA = 1e-5  # of an epsilon for examples
 MOST_EPOCHS = 1e6  # more is a slip of the finger, and no number of steps
 MOST_STEPS = 10**9  # likewise: 11 days at a millisecond each
-# C. A unit's squared norm is summed in float32, whose normal numbers lie between 2^-126 and 2^128; smaller ones lose
-# their digits, and some kernels flush them to 0. It must be right to 2^-20 of itself where it is about C^2.
-#   Least: the longest way is that of the Gram matrices. A product of two gradients at the outputs may lose 2^-126. An
-#   entry sums up to 2^16 of them (the vocabulary) and is multiplied by one of the inputs' (up to 2^20, a norm of
-#   1,000); 2^20 such (1,024 x 1,024 positions) are summed: 2^-70 is lost. per_layer shares C^2 out among up to 2^10
-#   parameters. So 2^-70 <= 2^-20 C^2 / 2^10, C >= 2^-20. (Squares of the coordinates, up to 2^31, lose 2^-95.)
+# C. Gradients and the squares of their coordinates are float32, whose normal numbers lie between 2^-126 and 2^128;
+# smaller ones lose their digits, and some kernels flush them to 0. A unit's squared norm must be right to 2^-20 of
+# itself where it is about C^2.
+#   Least: the squares of 2^31 coordinates lose up to 2^-95, and per_layer shares C^2 out among up to 2^10 parameters:
+#   C = 2^-20 has a margin of 2^25. (Gram matrices are float64 and lose nothing.)
 #   Most: the square of the sum of 2^31 units of norm C is below 2^127 where C is below 2^32.
 CLIP_RANGE = (1e-6, 1e8)
 # sigma C, the standard deviation of the noise. Least: draws down to 2^-24 of it are normal numbers above 2^-102.
@@ -138,7 +137,7 @@ class Loop:
         help="expected passes over the data; the smaller of the two ends the run", positive=MOST_EPOCHS
     )
     random_seed: int = flag(10, "seeds initialisation, and dropout where there is no noise", least=0)
-    bf16: bool = flag(False, "matrix products in bfloat16; norms, sums and noise stay float32", boolean=True)
+    bf16: bool = flag(False, "matrix products in bfloat16; norms, sums and noise stay float64", boolean=True)
     micro_batch_tokens: int | None = flag(
         help="padded tokens of a physical batch; changes nothing but speed and memory (default "
         f"{DEFAULT_TOKENS['cpu']} on CPU, {DEFAULT_TOKENS['cuda']} on a GPU)",

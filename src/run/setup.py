@@ -1,7 +1,6 @@
 """From a training script's settings and data to a Trainer that is ready for its first step."""
 
 import dataclasses
-import hashlib
 import platform
 
 import torch
@@ -36,11 +35,6 @@ VALIDATION_LOSS = (
     "validation loss, of data that is not protected at all; how much of it is training data, too, is "
     "said on the terminal alone, not privatised"
 )
-
-
-def digest_file(path: str) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def check_validation(flag: str, path: str, sha256: str, train_sha256: str) -> None:
@@ -110,7 +104,7 @@ def choose_cut(settings: Settings, task: Task, world: World, config: GPT2Config)
     return PublicLengths(lengths, budget)
 
 
-def plan_settings(settings: Settings, task: Task, world: World, cut: PublicLengths) -> PlanSettings:
+def plan_settings(settings: Settings, task: Task, world: World) -> PlanSettings:
     """The plan of a task; rank 0 chooses the noise multiplier where there is a target, and tells the others."""
     privacy, batch = settings.privacy, logical_batch(settings, world)
     given = privacy.noise_multiplier
@@ -138,7 +132,7 @@ def plan_settings(settings: Settings, task: Task, world: World, cut: PublicLengt
         clipping=privacy.clipping,
         noise_source=privacy.noise_source,
         seed=privacy.noise_seed,
-        rounding=rounding_share(batch, max(1, task.longest - 1), task.rows_per_unit, cut.token_budget),
+        rounding=rounding_share(batch, max(1, task.longest - 1), task.rows_per_unit),
     )
 
 
@@ -164,8 +158,14 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
         settings = settings.changed(loop={"resume": True})
         recorded["resume"] = True
     cut = choose_cut(settings, task, world, loaded.model.config)
-    promised = plan_settings(settings, task, world, cut)
-    flat, optimizer = prepare_parameters(settings, world, loaded)
+    promised = plan_settings(settings, task, world)
+    if settings.privacy.grad_engine == "opacus" and not promised.private:
+        with world.raise_if_any_failed():
+            fail(
+                "--grad_engine opacus: computes a clipped sum, and a run without noise clips nothing; give "
+                "--target_epsilon or --noise_multiplier, or leave the flag out"
+            )
+    flat, optimizer = prepare_parameters(settings, world, loaded, promised.private)
     own_cut = cut if promised.private else TightCut(cut.token_budget)
     resumes = settings.loop.resume
 
@@ -226,11 +226,12 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
     return trainer
 
 
-def prepare_parameters(settings: Settings, world: World, loaded: Loaded) -> tuple[FlatParameters, AdamW]:
+def prepare_parameters(settings: Settings, world: World, loaded: Loaded, private: bool) -> tuple[FlatParameters, AdamW]:
     """The model on its device, with one flat buffer of what is trained, the same on every rank; and its optimizer."""
     model, given = loaded.model.to(world.device), settings.optimizer
     model.freeze_for_training()
-    flat = FlatParameters(model, extra=loop.EXTRA, no_decay_bias=given.no_decay_bias)
+    sums = torch.float64 if private else torch.float32
+    flat = FlatParameters(model, extra=loop.EXTRA, no_decay_bias=given.no_decay_bias, sums=sums)
     for parameter in model.parameters():  # every rank starts from rank 0's
         parameter.data.copy_(world.broadcast(parameter.data))
     betas = (given.adam_beta1, given.adam_beta2)

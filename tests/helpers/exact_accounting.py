@@ -8,6 +8,8 @@ import math
 
 import mpmath
 from mpmath import mp, mpf
+from scipy.optimize import brentq
+from scipy.stats import norm
 
 Triple = tuple[float, float, int]  # sigma, q, steps
 
@@ -108,3 +110,8 @@ def moment(sigma: float, q: float, order: float) -> mpf:
     places = {start + k * s for start in (0, order) for k in range(-24, 25, 4)} | {turn, turn - s, turn + s}
     return mp.log(mpmath.quad(lambda z: mpmath.npdf(z, 0, s) * (1 - p + p * mp.exp((z - mpf(1) / 2) / s**2)) ** order,
                               sorted(places)))
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Balle and Wang (2018), theorem 8, solved for epsilon."""
+    return brentq(lambda e: norm.cdf(mu / 2 - e / mu) - math.exp(e) * norm.cdf(-mu / 2 - e / mu) - delta, 0, 400)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import signal
 import zipfile
 
@@ -11,6 +12,10 @@ import torch
 
 from helpers.small_runs import flags, start_ranks, write_model, write_tokens
 
+# Copies of a stopped run, of which one file is something that is read without an end.
+LINKED = {"zero_ledger": "privacy_ledger.jsonl", "full_ledger": "privacy_ledger.jsonl",
+          "pipe_ledger": "privacy_ledger.jsonl", "zero_metrics": "metrics.jsonl", "pipe_metrics": "metrics.jsonl",
+          "zero_args": "args.json", "pipe_args": "args.json", "zero_report": "privacy.json", "pipe_lock": ".lock"}
 GOOD = '{"context": [1, 2], "completion": [3]}\n'
 
 
@@ -44,6 +49,9 @@ def make_world(root: pathlib.Path) -> pathlib.Path:
     spoiled = {
         "empty": "", "cut.jsonl": GOOD + '{"context": [1, 2], "comple', "text.jsonl": GOOD + "name : A||A is\n",
         "list.jsonl": GOOD + "[1, 2]\n", "strings.jsonl": GOOD + '{"context": "a", "completion": "b"}\n',
+        "half_strings.jsonl": GOOD + '{"context": [1], "completion": "b"}\n',
+        "booleans.jsonl": GOOD + '{"context": [true, 2], "completion": [3]}\n',
+        "booleans_alone.jsonl": GOOD + '{"context": [true], "completion": [false]}\n',
         "floats.jsonl": GOOD + '{"context": [1.5], "completion": [2]}\n',
         "nested.jsonl": GOOD + '{"context": [[1]], "completion": [[2]]}\n',
         "no_completion.jsonl": GOOD + '{"context": [1], "completion": []}\n', "blank.jsonl": GOOD + "\n" + GOOD,
@@ -115,6 +123,16 @@ def make_world(root: pathlib.Path) -> pathlib.Path:
     ledger.write_text(ledger.read_text().replace('"sigma": 0.8', '"sigma": 8.0', 1))
     os.truncate(root / "torn_only/privacy_ledger.jsonl", 30)
     (root / "torn_only/privacy.json").unlink()
+    shutil.copytree(root / "run", root / "other_report")
+    report = root / "other_report/privacy.json"
+    report.write_text(json.dumps({**json.loads(report.read_text()), "epsilon_prv": 0.01, "train_runtime": 1.0}))
+    for name, file in LINKED.items():
+        shutil.copytree(root / "run", root / name)
+        (root / name / file).unlink()
+        if name.startswith("pipe"):
+            os.mkfifo(root / name / file)
+        else:
+            os.symlink("/dev/" + name.split("_")[0], root / name / file)
     return root
 
 

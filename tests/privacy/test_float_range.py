@@ -32,7 +32,7 @@ def test_c_is_kept_at_both_ends_of_its_range(kind, name, monkeypatch):
     for C in CLIP_RANGE:
         assert largest_share_of_c(C, kind, name, monkeypatch) <= 1 + 1e-6
     # Negative control: where the squares are below 2^-126, a unit passes for a smaller one.
-    if kind == "flat":
+    if kind == "flat" and name != "ghost":  # whose norms are float64 throughout
         assert largest_share_of_c(1e-22, kind, name, monkeypatch) > 1.1
 
 

@@ -15,7 +15,7 @@ from helpers.plans import open_plan
 from helpers.processes import ROOT, assert_user_error, run_script
 from helpers.small_runs import flags, start_ranks, train
 from optimizer import FlatParameters
-from privacy.clipping import MOST_TOKENS, BookKeeping, ClippingRule, rounding_share
+from privacy.clipping import BookKeeping, ClippingRule, rounding_share
 from privacy.company import MOST, influence_of_company
 from privacy.opacus_engine import OpacusEngine
 from privacy.plan import PlanSettings
@@ -23,6 +23,7 @@ from run.loop import autocast
 
 DEMO = ROOT / "pretrained_checkpoints/demo"
 CPU = torch.device("cpu")
+MOST_TOKENS = 16384  # of a micro-batch, a GPU's default
 
 
 def copies(count: int, length: int, extra: int | None) -> list[np.ndarray]:
@@ -84,7 +85,7 @@ def summed(model, texts: list[np.ndarray], cut, bf16: bool, engine: type = BookK
 @pytest.mark.parametrize("count, length, extra", [(100, 8, 9), (1000, 8, 9), (1000, 8, 40), (300, 33, 34)])
 def test_a_thousand_like_units(count, length, extra, lora, bf16):
     """What the others move by stays within what the noise pays for, at a GPU's token budget and at a CPU's."""
-    kappa = rounding_share(count, 63, 1, MOST_TOKENS)
+    kappa = rounding_share(count, 63, 1)
     for budget in (2048, MOST_TOKENS):
         cut = PublicLengths(choose_lengths(np.full(100, length), 63, count, budget, 64), budget)
         fewer, more = (summed(demo_model(lora), copies(count, length, one), cut, bf16) for one in (None, extra))
@@ -110,7 +111,7 @@ def test_what_rounding_may_move_is_paid_for(tmp_path):
     settings = PlanSettings("example", 100, 10, 5, 0.5, 2.0, 1e-5, rounding=0.1)
     plan = open_plan(tmp_path, settings)
     plan.open_step(1)
-    sums = torch.zeros(1_000_000)
+    sums = torch.zeros(1_000_000, dtype=torch.float64)
     noise = plan.release(sums, len(sums)) * 10
     assert noise.std().item() == pytest.approx(2.0 * 0.5 * 1.1, rel=3e-3)
     assert plan.noise_norm(100) == pytest.approx(2.0 * 0.5 * 1.1 * 10 / 10)

@@ -8,8 +8,11 @@ import pathlib
 import pytest
 
 import start
+from base.errors import UserError
 from helpers.processes import ROOT
 from helpers.small_runs import flags, server, start_ranks, train
+from helpers.spoiled_files import LINKED
+from row import write_row
 
 TRAIN, ENCODE, FORMAT = "src/gpt2_ft.py", "src/gpt2_encode.py", "src/format_converting_e2e.py"
 DECODE, SCORE, BEAM = "src/gpt2_decode.py", "eval/e2e/measure_scores.py", "src/gpt2_beam.py"
@@ -42,7 +45,11 @@ DATA = {name: (TRAIN, training(train_data=f"@{name}"), words) for name, words in
     "empty": ["empty", "--train_data"],
     "cut.jsonl": ["cut.jsonl:2"], "text.jsonl": ["text.jsonl:2"], "list.jsonl": ["list.jsonl:2"],
     "blank.jsonl": ["blank.jsonl:2"],
-    "strings.jsonl": ["strings.jsonl:2"], "floats.jsonl": ["floats.jsonl:2"], "nested.jsonl": ["nested.jsonl:2"],
+    "strings.jsonl": ["strings.jsonl:2", "text where token ids are wanted", "src/gpt2_encode.py"],
+    "half_strings.jsonl": ["half_strings.jsonl:2", "src/gpt2_encode.py"],
+    "booleans.jsonl": ["booleans.jsonl:2", "token ids must be whole numbers"],
+    "booleans_alone.jsonl": ["booleans_alone.jsonl:2", "token ids must be whole numbers"],
+    "floats.jsonl": ["floats.jsonl:2"], "nested.jsonl": ["nested.jsonl:2"],
     "no_completion.jsonl": ["no_completion.jsonl:2", "completion is empty"],
     "no_context.jsonl": ["no_context.jsonl:2", "context is empty"],
     "missing_key.jsonl": ["missing_key.jsonl:2"], "large_id.jsonl": ["large_id.jsonl:2", "60", "vocabulary of 60"],
@@ -108,6 +115,8 @@ CHANGES = [
     ({"resume": True, "work_dir": "@run", "lr": 0.5}, ["--resume", "lr 0.01 there, 0.5 here"]),
     ({"resume": True, "work_dir": "@damaged_run"}, ["privacy_ledger.jsonl:1: damaged"]),
     ({"work_dir": "@run"}, ["--work_dir", "--resume"]),
+    ({"noise_multiplier": 0, "grad_engine": "opacus"}, ["--grad_engine opacus", "clips nothing"]),
+    *(({"work_dir": f"@{name}", "resume": True}, [file, "is a pipe or a device"]) for name, file in LINKED.items()),
     ({"init_checkpoint": "@run", "lora_dim": 3}, ["--lora_dim 3", "rank 2"]),
     ({"base_checkpoint": "@tiny"}, ["--base_checkpoint"]),
     ({"init_checkpoint": "@run", "base_checkpoint": "@other"}, ["--base_checkpoint", "fingerprint"]),
@@ -331,3 +340,9 @@ def test_every_rank_ends_and_one_speaks(world):
     assert [rank.wait() for rank in ranks] == [2, 2] and "--no_such_flag" in ranks[0].error and not ranks[1].stderr
     ranks = start_ranks(training(work_dir=world / "e2e.txt/run")(world), 2)
     assert [rank.wait() for rank in ranks] == [2, 2] and "e2e.txt/run" in ranks[0].error and not ranks[1].stderr
+
+
+def test_a_row_that_disagrees_with_its_ledger_is_refused(world, tmp_path):
+    with pytest.raises(UserError, match="other_report/privacy.json: disagrees with the ledger .*: epsilon_prv: 0.01"):
+        write_row(str(tmp_path / "row.json"), str(world / "other_report"), {}, trained=True, scored=False)
+    assert not list(tmp_path.iterdir())

@@ -54,7 +54,8 @@ def test_scripts_and_flags_of_commands_are_there(page):
         script = re.search(r"[\w./-]+(?:\.py|\.sh|/run)\b", command)
         assert "torch.distributed" in command or (ROOT / script[0]).exists(), command
     for flag in re.findall(r"(?<![\w-])--([A-Za-z][\w-]*)", PAGES[page]):
-        assert flag in OTHERS or re.search(rf"--{flag}\b", SOURCES), f"--{flag}"
+        field = rf"^    {flag}: .* = flag\(|(?:spelled\(|names=\(|, )\"{flag}\""  # of a settings class
+        assert flag in OTHERS or re.search(rf"--{flag}\b|{field}", SOURCES, re.M), f"--{flag}"
 
 
 def test_the_controls_of_these_checks():

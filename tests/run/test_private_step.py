@@ -108,9 +108,8 @@ def test_a_step_is_the_mechanism_written_out(tmp_path, lora, kind, budget):
         mask.begin_step(step), noise.begin_step(step)
         drawn = [u for u, uniform in enumerate(mask.uniform(24).tolist()) if uniform < 3 / 24]
         sizes.add(len(drawn))
-        expected = torch.zeros(trainer.learner.flat.size)
+        expected = torch.zeros(trainer.learner.flat.size, dtype=torch.float64)
         noise.add_normal_(expected, SIGMA * given.clip)
-        expected = expected.double()
         if drawn:
             sums = clipped_sum([gradients[u] for u in drawn], trainer.plan.clipping_rule)
             expected += torch.cat([sums[name].flatten() for name in names])
