@@ -42,8 +42,10 @@ ROUNDING = 2**17
 CANCELLATION = 64
 # The most by which the lookups and the head may cancel in the tied embedding, as squared norms.
 TIED_CANCELLATION = 8
-# Entries that are made float64 at a time on their way into the sums; on a CPU they stay in the cache.
-MOST_ENTRIES = {"cpu": 2**17, "cuda": 2**25}
+# Entries that are made float64 at a time on their way into the sums. On a CPU those that are added stay in the cache;
+# of a matrix product, BLAS wants more: 2^22 took 0.85 of the time of 2^17 for 2,048 positions of GPT-2 small.
+ADDED_ENTRIES = {"cpu": 2**17, "cuda": 2**25}
+MULTIPLIED_ENTRIES = {"cpu": 2**22, "cuda": 2**25}
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def gram(rows: Tensor) -> Tensor:
 
 def add_product(target: Tensor, p: Tensor, q: Tensor) -> None:
     """target (P, Q) += p' q for p (n, P), q (n, Q), in float64: of a head's p, (n, V), no second one is made."""
-    q, rows = q.double(), max(256, MOST_ENTRIES[target.device.type] // max(1, len(q)))
+    q, rows = q.double(), max(256, MULTIPLIED_ENTRIES[target.device.type] // max(1, len(q)))
     for start in range(0, len(target), rows):
         target[start : start + rows].addmm_(p[:, start : start + rows].double().T, q)
 
@@ -208,7 +210,7 @@ def add_product(target: Tensor, p: Tensor, q: Tensor) -> None:
 def add_units(target: Tensor, factor: Tensor, grads: Tensor) -> None:
     """target (...) += sum_u factor_u grads_u for factor (U,), grads (U, ...), in float64."""
     target, grads, factor = target.view(-1), grads.flatten(1), factor.double()
-    columns = max(256, MOST_ENTRIES[target.device.type] // len(factor))
+    columns = max(256, ADDED_ENTRIES[target.device.type] // len(factor))
     for start in range(0, len(target), columns):
         target[start : start + columns] += factor @ grads[:, start : start + columns].double()
 
