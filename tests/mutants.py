@@ -164,7 +164,7 @@ MUTANTS = (
     Mutant("sums in bfloat16", "privacy/opacus_engine.py",
            ((", torch.autocast(batch.ids.device.type, enabled=False)", ""),), BF16),
     Mutant("padded to what was drawn", "run/setup.py",
-           (("own_cut = cut if promised.private", "own_cut = cut if not promised.private"),), NEIGHBOURS),
+           (("cut = lengths if planned.private", "cut = lengths if not planned.private"),), NEIGHBOURS),
     Mutant("ranks that compute in different ways let through", "run/setup.py",
            (("if world.size > 1:", "if world.size > 9:"),), UNLIKE),
     Mutant("products of all rows at once", "privacy/clipping.py",

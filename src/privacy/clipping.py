@@ -46,6 +46,9 @@ TIED_CANCELLATION = 8
 MOST_ENTRIES = {"cpu": 2**17, "cuda": 2**25}
 
 
+CLIPPING_RULES = ("flat", "per_layer", "automatic")
+
+
 @dataclass(frozen=True)
 class ClippingRule:
     """How a unit's gradient is bounded: its norm over all parameters together never exceeds C.
@@ -75,7 +78,7 @@ class ClippingRule:
         elif self.kind == "automatic":
             factors = (self.C / (total.sqrt() + self.gamma))[:, None].expand_as(norms_sq)
         else:
-            raise ValueError(f"clipping {self.kind!r}: expected flat, per_layer or automatic")
+            raise ValueError(f"clipping {self.kind!r}: expected one of {', '.join(CLIPPING_RULES)}")
         return torch.where(finite[:, None], factors, 0.0), finite
 
 

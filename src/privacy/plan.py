@@ -92,6 +92,11 @@ class PlanSettings:
         return self.sigma > 0
 
     @property
+    def amplified(self) -> bool:
+        """Whether a unit takes part in a step with a probability below 1, which lowers epsilon."""
+        return SAMPLERS[self.sampling].amplified
+
+    @property
     def q(self) -> float:
         return self.batch / self.N
 
