@@ -227,7 +227,7 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
     trainer.facts.update(origin)
     if restarted:
         trainer.display.say(
-            f"{folder}: begun by this job, {distributed.job_name()}, and started again: continued as with --resume",
+            f"{folder}: begun by this job, {distributed.job_name()}, and started again: continued as by --resume",
             important=True,
         )
     return trainer
