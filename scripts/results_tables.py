@@ -23,15 +23,8 @@ from base.flags import Parser
 from markdown_table import dict_table
 from measured_tables import measured_table
 from row import E2E_SHA256
+from tasks import TASKS
 
-E2E_SCORES, TRIPLES_SCORES = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"), ("BLEU", "METEOR", "TER", "chrF++")
-SETS = ("all", "seen", "unseen")  # of test categories: all, those of the training data, the others
-SCORES = {
-    "e2e": E2E_SCORES,
-    "webnlg": [f"{name} {part}" for name in TRIPLES_SCORES for part in SETS],
-    "dart": TRIPLES_SCORES,
-    "author": (),
-}
 KEYS = {"task", "model", "method", "epsilon", "seed", "processes", "commit", "hardware", "versions"}
 PARTS = {
     "hardware": {"machines", "gpus", "cores", "device"},
@@ -63,8 +56,9 @@ Cell = Callable[[Rows], str]
 
 def is_row(row: dict) -> bool:
     """Whether a row has what its table shows: scores, except for authors; privacy, if anything was trained."""
-    parts = {"hardware"} | ({"privacy"} if row["epsilon"] != "0" or row["task"] == "author" else set())
-    scored = {name for name in SCORES[row["task"]] if not name.endswith("seen")}  # a test set may lack one of the two
+    parts = {"hardware"} | ({"privacy"} if row["epsilon"] != "0" or not TASKS[row["task"]].scores else set())
+    # A test set may lack seen or unseen categories.
+    scored = {name for name in TASKS[row["task"]].scores if not name.endswith("seen")}
     return (
         KEYS <= row.keys()
         and row["method"] in METHODS
@@ -76,13 +70,13 @@ def is_row(row: dict) -> bool:
 
 def flat(row: dict) -> dict:
     """The row with one dictionary of scores: "BLEU seen" for those of several sets, "BLEU" for those of one."""
-    scores = row.get("scores", {})
+    scores, columns = row.get("scores", {}), TASKS[row["task"]].scores
     if not any(isinstance(found, dict) for found in scores.values()):
         return row
     return {
         **row,
         "scores": {
-            f"{name} {part}" if row["task"] == "webnlg" else name: value
+            f"{name} {part}" if "BLEU all" in columns else name: value
             for part, found in scores.items()
             for name, value in found.items()
         },
@@ -167,8 +161,9 @@ def published(rows: Rows) -> str:
     return f"{figure:.3f}" if figure is not None and same_data else ""
 
 
-def columns(task: str) -> list[tuple[str, Cell]]:
-    """The columns of a task's table: (head, function from the rows of a line to the cell)."""
+def columns(rows: Rows) -> list[tuple[str, Cell]]:
+    """The columns of a table of these rows: (head, function from the rows of a line to the cell)."""
+    task = TASKS[rows[0]["task"]]
 
     def trained(cell: Cell) -> Cell:
         return lambda rows: "-" if rows[0]["epsilon"] == "0" else cell(rows)
@@ -191,16 +186,16 @@ def columns(task: str) -> list[tuple[str, Cell]]:
         ("seeds", lambda rows: str(len(rows))),
         ("note", notes),
     ]
-    if task == "author":
+    if not task.scores:
         return [
             *first,
             ("training loss", trained(lambda rows: spread(rows, report("train_loss"), ".3f"))),
             ("held-out loss", lambda rows: spread(rows, report("eval_loss"), ".3f")),
             *last,
         ]
+    names = dict.fromkeys([*task.scores, *(name for row in rows for name in row["scores"])])  # and a later metric's
     scores = [
-        (name, lambda rows, name=name: spread(rows, lambda row: row["scores"].get(name), ".4f"))
-        for name in SCORES[task]
+        (name, lambda rows, name=name: spread(rows, lambda row: row["scores"].get(name), ".4f")) for name in names
     ]
     return [*first, *scores, *last, ("published BLEU", published)]
 
@@ -250,11 +245,11 @@ def table(folder: str) -> str:
         if measured is not None:
             return measured
     rows = read_rows(folder)
-    lines = [{head: cell(group) for head, cell in columns(group[0]["task"])} for group in groups(rows)]
+    heads = columns(rows)
+    lines = [{head: cell(group) for head, cell in heads} for group in groups(rows)]
+    # Sets that no row has: no column.
     lacking = {head for head in lines[0] if head.endswith("seen") and {line[head] for line in lines} == {"-"}}
-    lines = [
-        {head: line[head] for head in line if head not in lacking} for line in lines
-    ]  # without sets that no row has
+    lines = [{head: line[head] for head in line if head not in lacking} for line in lines]
     return dict_table(lines) + "\n" + provenance(folder, rows)
 
 

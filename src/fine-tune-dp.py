@@ -1,4 +1,4 @@
-"""Fine-tune GPT-2 on texts that have authors, with differential privacy for each author with everything they wrote.
+"""Fine-tune GPT-2 on texts that have authors, with differential privacy for each author: all texts of one author.
 
 One process, on a GPU where there is one, else on the CPU:
     python src/fine-tune-dp.py --output_dir scratch --model_name gpt2 --per_device_train_batch_size 1024 \
@@ -7,8 +7,8 @@ One process, on a GPU where there is one, else on the CPU:
 Many: the same after `python -m torch.distributed.run --nproc_per_node 16`, with --per_device_train_batch_size 64: a
 step has per_device_train_batch_size x gradient_accumulation_steps x processes authors, in expectation.
 
-A flag that Hugging Face's TrainingArguments have too has their meaning and default: AdamW is torch's, and biases and
-layer norms do not decay. Texts get no special token, as in the published example; a text's first token is not scored.
+Flags of Hugging Face's TrainingArguments keep their meaning and default: AdamW is torch's, and biases and layer norms
+do not decay. As in the published example, texts get no special token, and a text's first token is not scored.
 
 Leaves in --output_dir: model.{step}.pt, args.json, metrics.jsonl, privacy_ledger.jsonl, privacy.json.
 """
@@ -44,7 +44,7 @@ QUANTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "90 %": 0.9,
 
 @dataclass(frozen=True, kw_only=True)
 class AuthorData:
-    """Texts with authors, and what of them is held out."""
+    """Texts with authors, and which of them are held out."""
 
     train_file: str = flag(
         os.path.join(ROOT, "data", "reddit", "train.jsonl"),
@@ -128,15 +128,17 @@ class WithoutEffect:
     )
 
 
-# How Hugging Face's TrainingArguments and the published example spell the shared classes.
-SCRIPT = {
+# The flags of the shared classes as Hugging Face's TrainingArguments and the published example have them.
+CHANGES = {
     "init_checkpoint": spelled(
         "model_name",
         default="gpt2",
         help=f"{', '.join(MODEL_NAMES)} (under pretrained_checkpoints/), a checkpoint file, or a folder of a run, of "
         "Hugging Face's or PEFT's (default gpt2)",
     ),
-    "base_checkpoint": spelled(help="the frozen weights under an adapter-only --model_name, if not where it says"),
+    "base_checkpoint": spelled(
+        help="the frozen weights of an adapter-only --model_name (default: those that it names)"
+    ),
     "lora_dim": spelled(help="rank of the adapters"),
     "lora_alpha": spelled(default=32),
     "lr": spelled("learning_rate", default=5e-5),
@@ -164,7 +166,7 @@ SCRIPT = {
     "eval_interval": spelled("eval_steps", default=None, help="default: --logging_steps"),
     "save_interval": spelled("save_steps"),
 }
-FIXED = {"model_card": None, "correct_bias": True, "no_decay_bias": True, "torch_eps": True}
+PRESET = {"model_card": None, "correct_bias": True, "no_decay_bias": True, "torch_eps": True}
 LEFT_OUT = ("i_steps", "i_lrs", "label_smooth", "platform")
 
 
@@ -175,29 +177,29 @@ def parse(words: list[str]) -> Settings:
         "Hugging Face's Trainer": HuggingFace,
         "accepted, without effect": WithoutEffect,
     }
-    parser = SettingsParser(sections, SCRIPT, FIXED, LEFT_OUT, unit="author", description=__doc__.splitlines()[0])
-    *found, _ = parser.parse_settings(words)  # what has no effect is named, and nothing more
-    return Settings(*found)
+    parser = SettingsParser(sections, CHANGES, PRESET, LEFT_OUT, unit="author", description=__doc__.splitlines()[0])
+    *settings, _ = parser.parse_settings(words)  # of WithoutEffect only the names matter: see describe()
+    return Settings(*settings)
 
 
 def check(settings: Settings) -> None:
-    """Raise UserError for what can be known to be wrong before any file is read."""
+    """Raise UserError for mistakes that show before any file is read."""
     settings.check()
-    model, privacy, loop, own, data = settings.model, settings.privacy, settings.loop, settings.own, settings.data
+    model, privacy, loop, extra, data = settings.model, settings.privacy, settings.loop, settings.extra, settings.data
     max_step = -1 if loop.max_step is None else loop.max_step
-    if not own.disable_dp and (privacy.noise_multiplier is None) == (privacy.target_epsilon is None):
+    if not extra.disable_dp and (privacy.noise_multiplier is None) == (privacy.target_epsilon is None):
         fail("--noise_multiplier and --target_epsilon: give exactly one of them, or --disable_dp")
     if data.eval_file is not None and data.eval_fraction is not None:
         fail("--eval_fraction: means nothing with --eval_file, which holds all held-out texts")
-    if own.enable_lora and model.lora_dim == 0:
+    if extra.enable_lora and model.lora_dim == 0:
         fail("--enable_lora: --lora_dim is 0, expected a rank of at least 1, such as --lora_dim 4")
-    if model.lora_dim and not own.enable_lora:
+    if model.lora_dim and not extra.enable_lora:
         fail(f"--lora_dim {model.lora_dim}: trains adapters only with --enable_lora; give it, or leave --lora_dim out")
     if max_step == 0 or max_step < -1:
         fail(f"--max_steps {max_step}: expected at least one step, or -1 for --num_train_epochs")
-    if loop.eval_interval is not None and own.eval_strategy != "steps":
+    if loop.eval_interval is not None and extra.eval_strategy != "steps":
         fail(
-            f"--eval_steps {loop.eval_interval}: means nothing with --eval_strategy {own.eval_strategy}; give "
+            f"--eval_steps {loop.eval_interval}: means nothing with --eval_strategy {extra.eval_strategy}; give "
             "--eval_strategy steps, or leave it out"
         )
     if settings.optimizer.warmup_step and settings.optimizer.scheduler == "constant":
@@ -205,24 +207,22 @@ def check(settings: Settings) -> None:
 
 
 def translated(settings: Settings) -> Settings:
-    """Checked settings of Hugging Face's Trainer as the rest of a run understands them."""
-    loop, own, counted = settings.loop, settings.own, (settings.loop.max_step or 0) > 0
-    intervals = {
-        "no": 0,
-        "steps": loop.eval_interval or loop.log_interval,
-        "epoch": 0,
-    }  # main() counts the steps of an epoch
-    changed = {
-        "resume": loop.resume or resume_asked(own.resume_from_checkpoint, loop.work_dir),
-        "eval_interval": 1 if own.dry_run else intervals[own.eval_strategy],
-        "log_interval": 1 if own.dry_run else loop.log_interval,
-        "max_step": loop.max_step if counted else None,
-        "max_epoch": None if counted else loop.max_epoch,
-        "show_bar": not own.disable_tqdm,
-        "show_progress": own.log_level not in ("warning", "error", "critical"),
+    """The checked settings, those of Hugging Face's flags written into the shared classes."""
+    loop, extra = settings.loop, settings.extra
+    by_steps = (loop.max_step or 0) > 0
+    # With "epoch", main() sets the interval: only the data show how many steps an epoch has.
+    eval_interval = (loop.eval_interval or loop.log_interval) if extra.eval_strategy == "steps" else 0
+    changes = {
+        "resume": loop.resume or resume_asked(extra.resume_from_checkpoint, loop.work_dir),
+        "eval_interval": 1 if extra.dry_run else eval_interval,
+        "log_interval": 1 if extra.dry_run else loop.log_interval,
+        "max_step": loop.max_step if by_steps else None,
+        "max_epoch": None if by_steps else loop.max_epoch,
+        "show_bar": not extra.disable_tqdm,
+        "show_progress": extra.log_level not in ("warning", "error", "critical"),
     }
-    privacy = {"noise_multiplier": 0.0, "target_epsilon": None} if own.disable_dp else {}
-    return settings.changed(loop=changed, privacy=privacy)
+    privacy = {"noise_multiplier": 0.0, "target_epsilon": None} if extra.disable_dp else {}
+    return settings.changed(loop=changes, privacy=privacy)
 
 
 def resume_asked(value: str | None, output_dir: str) -> bool:
@@ -264,7 +264,7 @@ def resolve_model(name: str) -> tuple[str, str | None]:
 
 
 def open_corpus(path: str, flag: str, data: AuthorData, world: World) -> Corpus:
-    """The tokenised texts of a file. Collective: one process of each machine makes the cache where there is none."""
+    """The tokenised texts of a file. Collective: where there is no cache, one process of each machine makes it."""
     source = Source(path, flag, data.vocab, data.seq_len, data.author_field, data.content_field)
     folder = None
     with world.raise_if_any_failed():
@@ -285,23 +285,24 @@ def split(
     data, seed, A = settings.data, settings.loop.random_seed, len(corpus.keys)
     if A < 2:
         fail(
-            f"--train_file {data.train_file}: all {corpus.texts} texts are by one author; author-level privacy wants "
+            f"--train_file {data.train_file}: all {corpus.texts} texts are by one author; author-level privacy needs "
             "many"
         )
     if evaluation is not None:
         setup.check_validation("--eval_file", data.eval_file, evaluation.facts["sha256"], corpus.facts["sha256"])
-        chosen, held = np.arange(A), len(evaluation.keys)
-        held_out = evaluation.by_text(np.arange(held))
+        training, held_out_authors = np.arange(A), len(evaluation.keys)
+        held_out = evaluation.by_text(np.arange(held_out_authors))
         facts = {"by": "file", "file_sha256": evaluation.facts["sha256"]}
     else:
         fraction = 0.02 if data.eval_fraction is None else data.eval_fraction
-        chosen, rest = split_authors(corpus.keys, fraction, seed)
-        if len(chosen) < 2:
-            fail(f"--eval_fraction {fraction:g}: leaves {len(chosen)} of {A} authors to train on; give a smaller one")
-        held_out, held = corpus.by_text(rest) if len(rest) else None, len(rest)
+        training, rest = split_authors(corpus.keys, fraction, seed)
+        if len(training) < 2:
+            fail(f"--eval_fraction {fraction:g}: leaves {len(training)} of {A} authors to train on; give a smaller one")
+        held_out, held_out_authors = corpus.by_text(rest) if len(rest) else None, len(rest)
         facts = {"by": "author", "fraction": fraction, "seed": seed}
-    train = corpus.by_author(chosen, data.samples_per_author, seed)
-    return train, held_out, {**facts, "authors": held, "texts": 0 if held_out is None else len(held_out)}
+    train = corpus.by_author(training, data.samples_per_author, seed)
+    texts = 0 if held_out is None else len(held_out)
+    return train, held_out, {**facts, "authors": held_out_authors, "texts": texts}
 
 
 def make_task(settings: Settings, train: AuthorTexts, valid: AuthorTexts | None, digests: dict, world: World) -> Task:
@@ -323,7 +324,7 @@ def make_task(settings: Settings, train: AuthorTexts, valid: AuthorTexts | None,
             "per author, not privatised",
         ],
         digests=digests,
-        last_step=2 if settings.own.dry_run else None,
+        last_step=2 if settings.extra.dry_run else None,
     )
 
 
@@ -347,27 +348,26 @@ def describe(
     vocab_size = trainer.model.config.vocab_size
     if facts["vocab_size"] != vocab_size:
         say(
-            f"WARNING: --vocab {data.vocab} has {facts['vocab_size']} ids, the model {vocab_size}: is it the model's "
-            "own?",
+            f"WARNING: --vocab {data.vocab} has {facts['vocab_size']} ids, the model {vocab_size}: is it the model's?",
             important=True,
         )
-    named = [field.name for field in dataclasses.fields(WithoutEffect) if field.name in settings.given.named]
-    if named:
-        say(f"accepted, without effect: {' '.join('--' + name for name in named)}")
+    ignored = [field.name for field in dataclasses.fields(WithoutEffect) if field.name in settings.given.explicit]
+    if ignored:
+        say(f"accepted, without effect: {' '.join('--' + name for name in ignored)}")
     for name in ("target_epsilon", "noise_multiplier"):
-        if settings.own.disable_dp and name in settings.given.named:
+        if settings.extra.disable_dp and name in settings.given.explicit:
             say(f"--disable_dp: --{name} {settings.given.values[name]:g} has no effect", important=True)
 
 
 def contributions(train: AuthorTexts, trainer: Trainer, resumed: bool, world: World) -> dict:
-    """What authors gave, for privacy.json. Collective.
+    """How many texts the authors contributed, for privacy.json. Collective.
 
-    Which texts were used tells who took part, the secret that amplification by sampling rests on: that list is kept in
-    memory alone, so a resumed run does not know it for the steps before, and reports the expectation.
+    The list of used texts shows who took part in a step. Amplification by sampling requires that to be secret, so the
+    list is kept in memory only. A resumed run lacks it for the steps before, and reports the expected number alone.
     """
     used = world.all_reduce(torch.tensor([float(train.used.sum())], dtype=torch.float64, device=world.device)).item()
     settings = trainer.plan.settings
-    expected = train.never_used(settings.q, trainer.done, settings.sampling == "poisson")
+    expected = train.never_used(settings.q, trainer.done, settings.amplified)
     return {
         "texts": len(train.starts),
         "samples_per_author": train.samples,
@@ -387,7 +387,7 @@ def table(settings: Settings, trainer: Trainer, report: dict) -> str:
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     cells = [
         os.path.basename(os.path.normpath(str(settings.model.init_checkpoint))),
-        "LoRA" if settings.own.enable_lora else "Full",
+        "LoRA" if settings.extra.enable_lora else "Full",
         "Yes" if trainer.plan.settings.private else "No",
         f"{world.size}x{device}",
         f"{trainer.epochs:.3g}",
@@ -418,9 +418,9 @@ def main() -> int:
                 "model"
             )
         train, valid, held_out = split(settings, corpus, evaluation)
-        if settings.own.eval_strategy == "epoch" and not settings.own.dry_run:
-            once = setup.epochs_to_steps(1, len(train), setup.logical_batch(settings, world))
-            settings = settings.changed(loop={"eval_interval": once})
+        if settings.extra.eval_strategy == "epoch" and not settings.extra.dry_run:
+            epoch = setup.epochs_to_steps(1, len(train), setup.logical_batch(settings, world))
+            settings = settings.changed(loop={"eval_interval": epoch})
         digests = {
             "train_sha256": corpus.facts["sha256"],
             "vocab_sha256": digest_vocab(data.vocab),

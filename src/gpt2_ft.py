@@ -30,7 +30,7 @@ DEFAULT_SIGMA = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """Flags of the published commands that steer nothing here."""
+    """Flags of the published commands that are refused, or accepted without effect."""
 
     fp16: bool = flag(False, "refused: use --bf16")
     valid_batch_size: int | None = flag(
@@ -43,16 +43,16 @@ class Published:
 
 def parse(words: list[str]) -> Settings:
     sections = {"data": TokenData, **SHARED, "published": Published}
-    script = {"noise_multiplier": spelled(help=f"sigma (default {DEFAULT_SIGMA}); 0 trains without privacy")}
-    parser = SettingsParser(sections, script, unit="example", description=__doc__.splitlines()[0])
+    changes = {"noise_multiplier": spelled(help=f"sigma (default {DEFAULT_SIGMA}); 0 trains without privacy")}
+    parser = SettingsParser(sections, changes, unit="example", description=__doc__.splitlines()[0])
     return Settings(*parser.parse_settings(words))
 
 
 def check(settings: Settings) -> None:
-    """Raise UserError for what can be known to be wrong before any file is read."""
+    """Raise UserError for mistakes that show before any file is read."""
     settings.check()
     privacy, loop = settings.privacy, settings.loop
-    if settings.own.fp16:
+    if settings.extra.fp16:
         fail("--fp16: refused, its loss scaling may skip a step, which privacy accounting cannot allow; use --bf16")
     if privacy.noise_multiplier is not None and privacy.target_epsilon is not None:
         fail("--noise_multiplier and --target_epsilon: give one of them, the other follows")
@@ -71,7 +71,7 @@ def cycle_points(optimizer: Optimizer) -> list[tuple[int, float]]:
     except ValueError:
         fail(f"{given}: expected numbers separated by commas")
     if len(steps) != len(rates) or steps != sorted(set(steps)) or min(rates) < 0 or steps[-1] < 1:
-        fail(f"{given}: expected as many rates as steps, the steps growing to above 0")
+        fail(f"{given}: expected as many rates as steps, and ascending steps that end above 0")
     return list(zip(steps, rates, strict=True))
 
 
@@ -90,7 +90,7 @@ def make_task(settings: Settings, train: Examples, valid: Examples, digests: dic
     optimizer = settings.optimizer
     points = cycle_points(optimizer) if optimizer.scheduler == "cycle" else []
     last_point = points[-1][0] if points else 0
-    steps = setup.count_steps(settings, len(train), world, otherwise=last_point)
+    steps = setup.count_steps(settings, len(train), world, default=last_point)
     return Task(
         unit="example",
         data=train,
@@ -129,9 +129,9 @@ def main() -> int:
         )
     if world.is_main:
         setup.warn_of_shared(trainer, "examples", count_shared(valid, train), len(valid))
-    if settings.own.valid_batch_size is not None:
+    if settings.extra.valid_batch_size is not None:
         say("--valid_batch_size has no effect: validation batches are bounded by --micro_batch_tokens")
-    if settings.own.eval_epoch is not None:
+    if settings.extra.eval_epoch is not None:
         say("--eval_epoch has no effect, as in the published code: --eval_interval says when to evaluate")
     if settings.optimizer.scheduler == "dev_perf":
         say("--scheduler dev_perf: a constant learning rate, as in the published code")

@@ -19,7 +19,7 @@ class FlatParameters:
     """A model's trainable parameters, moved into one buffer `data` (P,) of which they become views; those that decay
     come first. `grad` (P,) is the front of `sums` (P + extra,), so that one all-reduce carries both. Parameters are
     float32 (or float64, where a test compares with an oracle); other types are refused. `sums` is float64: what
-    rounding does to the sum over units is then negligible for any data (privacy.clipping.rounding_share). Ordinary
+    rounding does to the sum over units is then negligible for any data (privacy.clipping.rounding_share). Non-private
     training takes float32, as autograd adds.
     """
 

@@ -1,4 +1,4 @@
-"""Audit the privacy of training: a lower bound of epsilon from one run with canaries, beside the epsilon it claims.
+"""Audit the privacy of training: a lower bound of epsilon from one run with canaries, beside the claimed epsilon.
 
     python src/privacy_audit.py --train_data data/e2e/train.jsonl --model_card gpt2.md \
         --init_checkpoint pretrained_checkpoints/gpt2-medium-pytorch_model.bin --train_batch_size 128 \
@@ -7,10 +7,10 @@
         --work_dir trained_models/audit
 Many processes: the same after `torchrun --nproc_per_node=2`, with --train_batch_size 64.
 
-It is the run of src/gpt2_ft.py with --canaries more units, each in the data by the toss of a coin
-(src/run/canaries.py); after it the coins are guessed, from every released gradient (gradient) or from the last model
-and the first (text), and the number of right guesses gives the bound (src/privacy/auditing.py), which holds with 95 %
-confidence. Above the claim, the claim is refuted: status 1. Below it, nothing was found wrong; it does not prove the
+The run is that of src/gpt2_ft.py with --canaries additional units. A fair coin decides for each whether it is in the
+data (src/run/canaries.py). After the run the coins are guessed: from every released gradient (gradient), or from the
+first and the last model (text). The number of right guesses gives a bound that holds with 95 % confidence
+(src/privacy/auditing.py). A bound above the claim refutes the claim: status 1. A bound below it does not prove the
 claim.
 
 Leaves in --work_dir, beside a run's files: audit.json (bound, claim, guesses), audit_scores.npz (scores, coins),
@@ -35,70 +35,66 @@ from privacy.auditing import FEWEST, Audit, audit
 from privacy.plan import finite_or_text
 from run import canaries, setup
 from run.loop import Trainer
-from run.settings import DEFAULT_DELTA, SHARED, Settings, TokenData
+from run.settings import DEFAULT_DELTA, MOST_STEPS, SHARED, Settings, TokenData
 from run.task import Task
 from weights.checkpoint import Loaded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Canaries:
-    """What is planted, and how it is looked for."""
+    """The canaries, and how they are guessed."""
 
     canaries: int = flag(1000, "each in the data by a fair coin (default 1000)", least=FEWEST, metavar="M")
     canary_kind: str = flag(
         "gradient",
-        "gradient (default): directions of their own, seen in every released gradient; text: random rare tokens, "
-        "seen in the trained model's loss",
+        "gradient (default): one direction each, observed in every released gradient; text: random rare tokens, "
+        "observed in the trained model's loss",
         choices=("gradient", "text"),
     )
     guesses: tuple[int, ...] | None = flag(
-        help="numbers of guesses to try, fixed beforehand; each takes its share of the 5 %% (default M, M/4, M/16 ...)",
+        help="numbers of guesses, chosen beforehand; each takes its share of the 5 %% (default M, M/4, M/16 ...)",
         nargs="+",
         metavar="R",
     )
     plot: str | None = flag(help="the plot (default audit.png in --work_dir)", metavar="PNG")
 
 
-SCRIPT = {
+CHANGES = {
     "work_dir": spelled(default="privacy_audit"),
     "noise_multiplier": spelled(help="sigma; or give --target_epsilon"),
     "lr": spelled(help="constant"),
     "random_seed": spelled(help="seeds initialisation"),
 }
-FIXED = {
-    "valid_data": "",
-    "scheduler": "constant",
-    "eval_interval": None,
-    "save_interval": setup.MOST_STEPS,
-}  # at the end
-LEFT_OUT = ("obj", "no_decay_bias", "warmup_step", "i_steps", "i_lrs", "clip")
+# No validation, and a checkpoint at the end alone.
+PRESET = {"valid_data": "", "scheduler": "constant", "eval_interval": None, "save_interval": MOST_STEPS}
+LEFT_OUT = ("obj", "no_decay_bias", "warmup_step", "i_steps", "i_lrs", "clip", "mechanism")
 
 
 def parse(words: list[str]) -> Settings:
     sections = {"data": TokenData, **SHARED, "canaries": Canaries}
-    parser = SettingsParser(sections, SCRIPT, FIXED, LEFT_OUT, unit="unit", description=__doc__.splitlines()[0])
+    parser = SettingsParser(sections, CHANGES, PRESET, LEFT_OUT, unit="unit", description=__doc__.splitlines()[0])
     return Settings(*parser.parse_settings(words))
 
 
 def check(settings: Settings) -> None:
-    """Raise UserError for what can be known to be wrong before any file is read."""
+    """Raise UserError for mistakes that show before any file is read."""
     if settings.loop.resume:
         fail("--resume: refused, the coins and scores of an audit are not kept; start it again in another --work_dir")
     settings.check()
-    privacy, loop, own = settings.privacy, settings.loop, settings.own
+    privacy, loop, audited = settings.privacy, settings.loop, settings.extra
     if (privacy.noise_multiplier is None) == (privacy.target_epsilon is None):
         fail("--noise_multiplier and --target_epsilon: give one of them, an audit needs a claim to compare with")
     if privacy.noise_multiplier == 0:
         fail("--noise_multiplier 0: such a run claims nothing that could be audited; expected a number above 0")
-    for made in own.guesses or ():
-        if not 1 <= made <= own.canaries:
-            fail(f"--guesses {made}: expected a number from 1 to --canaries {own.canaries}")
-    if own.plot and not os.path.isdir(os.path.dirname(own.plot) or "."):
-        fail(f"--plot {own.plot}: the folder does not exist")
+    for made in audited.guesses or ():
+        if not 1 <= made <= audited.canaries:
+            fail(f"--guesses {made}: expected a number from 1 to --canaries {audited.canaries}")
+    if audited.plot and not os.path.isdir(os.path.dirname(audited.plot) or "."):
+        fail(f"--plot {audited.plot}: the folder does not exist")
     if loop.max_step is None and loop.max_epoch is None:
         fail("--max_epoch: give it or --max_step, the run has no end otherwise")
     length = canaries.CONTEXT + canaries.COMPLETION
-    if own.canary_kind == "text" and settings.data.seq_len < length:
+    if audited.canary_kind == "text" and settings.data.seq_len < length:
         fail(f"--seq_len {settings.data.seq_len}: a text canary has {length} tokens")
 
 
@@ -106,16 +102,16 @@ def read_data(settings: Settings, loaded: Loaded) -> Examples:
     """The examples among which the canaries are planted."""
     loaded.model.freeze_for_training()
     trained = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
-    own, data = settings.own, settings.data
-    if own.canary_kind == "gradient" and own.canaries > trained:
-        fail(f"--canaries {own.canaries}: each gradient canary needs its own coordinate, the run trains {trained}")
+    audited, data = settings.extra, settings.data
+    if audited.canary_kind == "gradient" and audited.canaries > trained:
+        fail(f"--canaries {audited.canaries}: each gradient canary needs its own coordinate, the run trains {trained}")
     return read_examples(data.train_data, "--train_data", loaded.model.config.vocab_size, data.seq_len)
 
 
 def make_task(
     settings: Settings, data: canaries.CanaryData, adversary: canaries.Adversary | None, world: World
 ) -> Task:
-    own, optimizer = settings.own, settings.optimizer
+    audited, optimizer = settings.extra, settings.optimizer
     steps = setup.count_steps(settings, len(data), world)
     return Task(
         unit="example",
@@ -126,8 +122,8 @@ def make_task(
         lr=schedule(optimizer.scheduler, optimizer.lr, steps),
         delta=settings.privacy.target_delta or DEFAULT_DELTA,
         disclosed=[
-            f"a privacy audit with {own.canaries} {own.canary_kind} canaries among the {len(data)} units: no model to "
-            "be used"
+            f"a privacy audit with {audited.canaries} {audited.canary_kind} canaries among the {len(data)} units: "
+            "no model to be used"
         ],
         digests={"train_sha256": data.examples.sha256},
         resumable=False,
@@ -140,7 +136,7 @@ def write_results(
     settings: Settings, trainer: Trainer, result: Audit, scores: np.ndarray, coins: np.ndarray, seconds: float
 ) -> bool:
     """audit_scores.npz, audit.json, the plot and a line; returns whether the claim is refuted."""
-    plan, own, best, work = trainer.plan, settings.own, result.best, trainer.work
+    plan, audited, best, work = trainer.plan, settings.extra, result.best, trainer.work
     claim, claim_rdp = plan.epsilon()
     refuted = result.epsilon > claim
     with atomic_write(work.file("audit_scores.npz"), "wb") as handle:
@@ -148,8 +144,8 @@ def write_results(
     work.write_json(
         "audit.json",
         {
-            "canaries": own.canaries,
-            "canary_kind": own.canary_kind,
+            "canaries": audited.canaries,
+            "canary_kind": audited.canary_kind,
             "included": int(coins.sum()),
             "confidence": result.confidence,
             "delta": result.delta,
@@ -169,7 +165,7 @@ def write_results(
             "seconds": round(seconds, 3),
         },
     )
-    draw(result, scores, coins, claim, own.canary_kind, own.plot or work.file("audit.png"))
+    draw(result, scores, coins, claim, audited.canary_kind, audited.plot or work.file("audit.png"))
     trainer.display.say(
         f"epsilon >= {result.epsilon:.4f} with 95 % confidence ({best.right} of {best.made} guesses right; "
         f"{len(result.tried)} numbers of guesses tried), claimed <= {claim:.4f}, both at delta {result.delta:.3g}: "
@@ -210,12 +206,12 @@ def draw(result: Audit, scores: np.ndarray, coins: np.ndarray, claim: float, kin
 def main() -> int:
     started, settings = time.monotonic(), parse(sys.argv[1:])
     world = distributed.start(settings.loop.platform, settings.loop.local_rank, settings.loop.collective_timeout)
-    own = settings.own
+    audited = settings.extra
     with world.raise_if_any_failed():
         check(settings)
         loaded = setup.load_weights(settings, settings.model.init_checkpoint, settings.model.model_card)
         train = read_data(settings, loaded)
-    m, text = own.canaries, own.canary_kind == "text"
+    m, text = audited.canaries, audited.canary_kind == "text"
     coins = canaries.toss_coins(m, world)
     texts = canaries.text_canaries(m, train, loaded.model.config.vocab_size, world) if text else None
     adversary = None if text else canaries.Adversary(m, train, world)
@@ -226,7 +222,7 @@ def main() -> int:
     cut = trainer.learner.cut
     before = canaries.text_losses(trainer.model, texts, world.device, cut) if text and world.is_main else None
     trainer.display.say(
-        f"audit: {m} {own.canary_kind} canaries, {coins.sum()} of them in the data, among {task.N} units"
+        f"audit: {m} {audited.canary_kind} canaries, {coins.sum()} of them in the data, among {task.N} units"
     )
     setup.announce(trainer)
     status = trainer.run()
@@ -236,7 +232,7 @@ def main() -> int:
         else:
             scores = before - canaries.text_losses(trainer.model, texts, world.device, cut)
         plan = trainer.plan.settings
-        result = audit(scores, coins, plan.delta, text or plan.q == 1, counts=own.guesses)
+        result = audit(scores, coins, plan.delta, text or plan.q == 1, counts=audited.guesses)
         status = int(write_results(settings, trainer, result, scores, coins, time.monotonic() - started))
     world.close()
     return status

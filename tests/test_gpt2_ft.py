@@ -51,7 +51,7 @@ def test_files_and_their_keys(run):
     work, rank = run
     assert sorted(os.listdir(work)) == [".lock", "args.json", "metrics.jsonl", "model.2.pt", "model.4.pt", "model.6.pt",
                                         "optimizer.6.pt", "privacy.json", "privacy_ledger.jsonl"]
-    said = (ROOT / "PRIVACY.md").read_text()  # of each file, whether it may be let out
+    said = (ROOT / "PRIVACY.md").read_text()  # of each file, whether it may be published
     names = {re.sub(r"\.\d+\.", ".{step}.", name) for name in os.listdir(work)} - {".lock"}
     assert all(f"`{name}`" in said for name in names)
     report = read(work)

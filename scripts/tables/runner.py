@@ -75,7 +75,7 @@ def parse(task: AnyTask, words: list[str]) -> argparse.Namespace:
         metavar="E",
         default=task.epsilons,
         help="one or more of: a number (the noise is chosen for it), inf (no privacy), 0 (the model as it is)"
-        f"{', published (noise multiplier 0.6, for E2E epsilon 5.43)' * task.is_scored}; default {task.epsilons}",
+        f"{', published (noise multiplier 0.6, for E2E epsilon 5.43)' * bool(task.scores)}; default {task.epsilons}",
     )
     add("--method", metavar="M", default=task.methods, help=f"one or both of: lora, full (default {task.methods})")
     add("--seeds", metavar="S", default=task.seeds, help=f"one or more (default {task.seeds})")
@@ -146,7 +146,7 @@ def check(task: AnyTask, args: argparse.Namespace) -> None:
                 "layout"
             )
     task.check(args)
-    for flag, word in itertools.product(task.fixed.split(), args.extra):
+    for flag, word in itertools.product(task.reserved.split(), args.extra):
         if word.partition("=")[0] == flag:
             fail(f"{flag} after --: this script sets it; use {task.instead}")
 
@@ -243,8 +243,8 @@ class Table:
             "seed": run.seed,
             "processes": self.args.nproc,
         }
-        trained = run.epsilon != "0" or not self.task.is_scored
-        write_row(row, run.folder, facts, trained=trained, scored=self.task.is_scored)
+        scored = bool(self.task.scores)
+        write_row(row, run.folder, facts, trained=run.epsilon != "0" or not scored, scored=scored)
 
     def make_all(self) -> None:
         """Make every run that has no row yet, then the plot and the table of all rows, also those of earlier calls."""

@@ -1,7 +1,7 @@
 """What each table runs: its defaults, its data, and the steps of a run from the data to the scores.
 
-A new table is a Task in ALL_TASKS and a scripts/NAME_table.sh like the others. Its columns are in
-scripts/results_tables.py. `table` is always the runner's Table.
+A new table is a Task in ALL_TASKS: `bash scripts/tables/start.sh NAME` makes it, and a scripts/NAME_table.sh may
+shorten that. `table` is always the runner's Table.
 """
 
 import argparse
@@ -40,6 +40,7 @@ AUTHOR_TRAINING = """
     --max_grad_norm 0 --lr_scheduler_type constant --learning_rate $rate --disable_tqdm True --label_names labels
     --dataloader_num_workers 2 $adapter $extra $privacy"""
 
+SETS = ("all", "seen", "unseen")  # of test categories: all, those of the training data, the others
 Option = tuple[str, str, object, str]  # name, metavar, default, help
 
 
@@ -85,8 +86,8 @@ def training_step(run: Run, command: list[str]) -> Step:
 class Task:
     """A table's name, its --help and its defaults.
 
-    models: name -> its checkpoint's name. options: those that other tasks lack. fixed: flags of its training script
-    that may not stand behind --. instead: what to use in their place. is_scored: the texts of each run are scored.
+    models: name -> its checkpoint's name. options: those that other tasks lack. reserved: flags of its training script
+    that may not stand behind --. instead: what to use in their place.
     """
 
     name: str
@@ -98,10 +99,14 @@ class Task:
     seeds: str
     batch: int
     options: list[Option]
-    fixed: str
+    reserved: str
     instead: str
     script: str
-    is_scored: bool = True
+
+    @property
+    def scores(self) -> list[str]:
+        """The columns of its scores; none where the generated texts are not scored."""
+        return []
 
     def checkpoint(self, model: str) -> str:
         """The checkpoint from which a model's training starts."""
@@ -120,6 +125,13 @@ class TextTask(Task):
     parts: tuple[str, str, str] = ("train.txt", "valid.txt", "test.txt")
     references: str = ""  # flags of gpt2_decode.py for parallel files; without them, E2E's one file
     by_seen: bool = False  # scores of seen and unseen categories too
+
+    @property
+    def scores(self) -> list[str]:
+        names = (
+            ("BLEU", "METEOR", "TER", "chrF++") if self.references else ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+        )
+        return [f"{name} {part}" for name in names for part in SETS] if self.by_seen else list(names)
 
     def check(self, args: argparse.Namespace) -> None:
         """UserError for a mistake in the options."""
@@ -221,7 +233,7 @@ class TextTask(Task):
         data are not made yet, in a dry run)."""
         formatted = f"{tokens}/test_formatted.jsonl"
         if not self.by_seen or not os.path.exists(formatted):
-            return ["all", "seen", "unseen"] if self.by_seen else ["all"]
+            return list(SETS) if self.by_seen else ["all"]
         with open(formatted, encoding="utf-8") as handle:
             found = {json.loads(line)["cate"] for line in handle}
         return ["all", *["seen"] * (True in found), *["unseen"] * (False in found)]
@@ -230,8 +242,6 @@ class TextTask(Task):
 @dataclass(frozen=True)
 class AuthorTask(Task):
     """Texts of authors: a training that ends with an evaluation."""
-
-    is_scored: bool = False
 
     def check(self, args: argparse.Namespace) -> None:
         """UserError for a mistake in the options."""
@@ -280,10 +290,10 @@ def sha256(path: str) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-TEXT_FIXED = """
+TEXT_RESERVED = """
     --train_batch_size --grad_acc --noise_multiplier --target_epsilon --random_seed --seq_len --train_data --valid_data
     --model_card --init_checkpoint --work_dir --resume"""
-AUTHOR_FIXED = """
+AUTHOR_RESERVED = """
     --per_device_train_batch_size --gradient_accumulation_steps --noise_multiplier --target_epsilon --disable_dp --seed
     --train_file --vocab --model_name --output_dir --resume --resume_from_checkpoint --dry_run --enable_lora"""
 
@@ -306,7 +316,7 @@ def text_task(name: str, title: str, epsilons: str, parts: tuple[str, str, str],
         seeds="110",
         batch=128,
         options=options,
-        fixed=TEXT_FIXED,
+        reserved=TEXT_RESERVED,
         instead="--epsilon, --seeds, --batch, --seq_len, --data, --method or MODEL",
         script="src/gpt2_ft.py",
         parts=parts,
@@ -367,7 +377,7 @@ ALL_TASKS: list[AnyTask] = [
         seeds="42",
         batch=1024,
         options=AUTHOR_OPTIONS,
-        fixed=AUTHOR_FIXED,
+        reserved=AUTHOR_RESERVED,
         instead="--epsilon, --seeds, --batch, --train_file, --vocab, --method or MODEL",
         script="src/fine-tune-dp.py",
     ),

@@ -1,8 +1,8 @@
-"""Ranks: who am I, who else is there, and the few collectives that a run makes.
+"""The processes of a job, and their collectives.
 
-A process is one of many when its launcher says so in the environment (`torchrun`, `torch.distributed.launch`, or
-Open MPI's variables under `--platform k8s`); started as plain `python` it is alone and no process group is made.
-GPUs talk over NCCL, CPUs over gloo.
+The launcher describes the job in the environment (`torchrun`, `torch.distributed.launch`, or Open MPI's variables under
+`--platform k8s`). A process that plain `python` starts is alone and makes no process group. GPUs communicate over NCCL,
+CPUs over gloo.
 """
 
 import atexit
@@ -31,7 +31,7 @@ UNSET = "start with torchrun, or unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MA
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of a job."""
+    """This process's rank among the processes of a job, and its device."""
 
     rank: int = 0
     size: int = 1
@@ -69,7 +69,7 @@ class World:
 
     @contextlib.contextmanager
     def collective_errors(self) -> Iterator[None]:
-        """Around a collective: a rank that died, or that did not come in time, is one line and not a traceback."""
+        """Around a collective: UserError, in place of a traceback, where a rank died or did not answer in time."""
         try:
             yield
         except RuntimeError as error:
@@ -86,8 +86,8 @@ class World:
     def raise_if_any_failed(self) -> Iterator[None]:
         """Around what each rank does by itself: an error on one rank is raised on all, so that none waits for another.
 
-        Rank 0's mistake is said as it is, another rank's with its number. No collective may stand inside: the ranks
-        meet at the end. A refusal of the operating system becomes a UserError; a bug of ours keeps its traceback.
+        The message of another rank than 0 begins with its number. The block must not contain a collective: the ranks
+        meet at its end. An OSError becomes a UserError; any other exception keeps its traceback.
         """
         error: Exception | None = None
         try:
@@ -138,7 +138,7 @@ def environment_world(platform: str, local_rank_flag: int | None) -> tuple[int, 
         return 0, 1, 0
     for name in LAUNCHER_VARIABLES:
         if name not in given:
-            fail(f"environment: {given[0]} is set but {name} is not, a stale environment; {UNSET}")
+            fail(f"environment: {given[0]} is set but {name} is not: a stale environment; {UNSET}")
     rank, size = integer("RANK"), integer("WORLD_SIZE")
     if not 0 <= rank < size:
         fail(f"environment: RANK={rank} with WORLD_SIZE={size}: expected 0 <= RANK < WORLD_SIZE; {UNSET}")
@@ -178,8 +178,8 @@ def meeting_point(rank: int, agent_store: bool) -> tuple[str, int]:
 def open_store(address: str, port: int, size: int, is_master: bool, seconds: float) -> dist.Store:
     """The key-value store at which the ranks meet; fails when they have not all come after `seconds`.
 
-    In a thread of its own, because torch's client waits for ever on a port that somebody else answers, and leaves pages
-    of C++ frames on standard error where its own time-out strikes.
+    It connects in a separate thread. torch's client waits for ever where another program answers on the port, and
+    prints pages of C++ frames where its own time-out is reached.
     """
     outcome: list[dist.Store | Exception] = []
 
@@ -214,9 +214,9 @@ def meeting_name(store: dist.Store, rank: int, size: int, seconds: float) -> str
     """A name for this meeting of the ranks that no other had; RuntimeError where not all have come after `seconds`.
 
     torchrun's agent keeps its store when it starts its workers again, with the keys of those before, and its
-    TORCHELASTIC_RESTART_COUNT does not tell them apart: after one machine was lost it differs between the others and
-    the one that replaces it. So each rank writes a word drawn afresh, and they have met when all have seen the same
-    words: a word that a dead process left is never confirmed.
+    TORCHELASTIC_RESTART_COUNT does not distinguish the meetings: after a machine was lost, it differs between the other
+    machines and the replacement. So each rank writes a random word, and the ranks have met when all have seen the same
+    words. The word of a dead process is never confirmed.
     """
     store.set(f"word/{rank}", secrets.token_hex(8))
     words, deadline = [f"word/{other}" for other in range(size)], time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""Flags: the parser of every script, the checks of their values, and settings classes whose fields are flags."""
+"""Command lines: the parser of every script, the checks of flags, and settings classes whose fields are flags."""
 
 import argparse
 import dataclasses
@@ -24,25 +24,25 @@ class Parser(argparse.ArgumentParser):
         raise mistake
 
 
-# ---------------------------------------------------------------- checks; None, a flag that was not given, passes them
+# ---------------------------------------------------------------- checks; they accept None, a flag that was not given
 
 
 def check_least(flags: object, **least: int) -> None:
-    """Raise UserError for a flag, an attribute of `flags`, below its least value."""
+    """Raise UserError for an attribute of `flags` that is below its least value. least: name -> that value."""
     for name, bound in least.items():
         if (value := getattr(flags, name)) is not None and value < bound:
             fail(f"--{name} {value}: expected at least {bound}")
 
 
 def check_range(flags: object, **bounds: tuple[float, float]) -> None:
-    """Raise UserError for a flag that is not in its [low, high)."""
+    """Raise UserError for an attribute of `flags` that is not in its interval [low, high). bounds: name -> interval."""
     for name, (low, high) in bounds.items():
         if (value := getattr(flags, name)) is not None and not low <= value < high:
             fail(f"--{name} {value:g}: expected a number from {low} to below {high:g}")
 
 
 def check_positive(flags: object, **most: float) -> None:
-    """Raise UserError for a flag that is not above 0, or above its most (math.inf: it may be any finite number)."""
+    """Raise UserError for an attribute of `flags` that is not in (0, most]. math.inf permits any finite number."""
     for name, bound in most.items():
         if (value := getattr(flags, name)) is not None and not (0 < value <= bound and value < math.inf):
             limit = f", at most {bound:g}" if bound < math.inf else ""
@@ -50,7 +50,7 @@ def check_positive(flags: object, **most: float) -> None:
 
 
 def check_output(output: str, source: str, flag: str = "OUT") -> None:
-    """Raise UserError where `output`, named by `flag`, is the file that is read."""
+    """Raise UserError where the output file, which `flag` names, is the input file."""
     if os.path.realpath(output) == os.path.realpath(source):
         fail(f"{flag} {output}: is the input itself, which would be lost; name another file")
 
@@ -62,11 +62,13 @@ REQUIRED = dataclasses.MISSING
 
 @dataclass(frozen=True)
 class Flag:
-    """What is known of a flag beside its default.
+    """A flag without its default, which the field of the settings class has.
 
-    names: of the flag, the first one is its key; none: the field's name. least, within [low, high), positive (0, most]:
-    its range. may_change: a resumed run may differ in it. boolean: takes "true" or "false" behind it, or nothing for
-    true. options: further ones of argparse, such as choices.
+    names       spellings of the flag, of which args.json holds the first; by default the field's name
+    least, within, positive     its range: at least `least`; within [low, high); above 0 and at most `positive`
+    may_change  a resumed run may differ in it
+    boolean     it may be followed by true or false; alone it means true
+    options     further arguments of argparse, such as choices
     """
 
     names: tuple[str, ...] = ()
@@ -88,14 +90,20 @@ class Flag:
             check_positive(values, **{name: self.positive})
 
 
-def flag(default: object = None, help: str | None = None, **known) -> Any:
-    """A field of a settings class that is a flag; known: the attributes of Flag, or options of argparse."""
-    own = {name: known.pop(name) for name in list(known) if name in Flag.__dataclass_fields__}
-    return field(default=default, metadata={"flag": Flag(help=help, options=known, **own)})
+def flag(default: object = None, help: str | None = None, **attributes) -> Any:
+    """A field of a settings class that is a flag. attributes: of Flag, or arguments of argparse."""
+    return field(default=default, metadata={"flag": changed_flag(Flag(help=help), attributes)})
+
+
+def changed_flag(known: Flag, attributes: Mapping[str, Any]) -> Flag:
+    """`known` with other attributes; those that Flag does not have are arguments of argparse."""
+    ours = {name: value for name, value in attributes.items() if name in Flag.__dataclass_fields__}
+    options = {name: value for name, value in attributes.items() if name not in ours}
+    return dataclasses.replace(known, options={**known.options, **options}, **ours)
 
 
 def spelled(*names: str, **changed: object) -> dict[str, Any]:
-    """How a script spells a field of a shared settings class: its names, and further arguments of flag()."""
+    """What a script changes in a flag of a shared settings class: its names, and other arguments of flag()."""
     return {"names": names, **changed} if names else changed
 
 
@@ -108,7 +116,7 @@ def read_boolean(text: str) -> bool:
 
 
 def value_type(hint: Any) -> type:
-    """bool, int, float or str: of a value, where `hint` is that, or it or None, or a tuple of such."""
+    """The type of a flag's value: bool, int, float or str, from the hint T, T | None or tuple[T, ...]."""
     inside = [value_type(part) for part in typing.get_args(hint) if part not in (type(None), ...)]
     return inside[0] if inside else hint
 
@@ -119,14 +127,15 @@ class Given:
 
     values: dict[str, Any]
     flags: dict[str, Flag]
-    names: dict[str, str]  # field of a settings class -> name
-    named: frozenset[str]  # the flags that stand on the command line
+    names: dict[str, str]  # field of a settings class -> the flag's name
+    explicit: frozenset[str]  # the flags that stand on the command line
     defaults: dict[str, Any]
 
     def check_ranges(self) -> None:
         """Raise UserError for the first value that is out of its flag's range."""
+        values = argparse.Namespace(**self.values)
         for name, known in self.flags.items():
-            known.check(argparse.Namespace(**self.values), name)
+            known.check(values, name)
 
     @property
     def may_change(self) -> set[str]:
@@ -140,31 +149,34 @@ class SettingsParser(Parser):
     def __init__(
         self,
         sections: Mapping[str, type],
-        script: Mapping[str, dict] | None = None,
-        fixed: Mapping[str, object] | None = None,
+        changes: Mapping[str, dict] | None = None,
+        preset: Mapping[str, object] | None = None,
         left_out: Sequence[str] = (),
-        unit: str = "unit",
+        *,
+        unit: str,
         **options,
     ):
-        """sections: title -> class. script: field -> spelled(). fixed: field -> its value, where it is no flag here.
-        left_out: fields that are no flags here and keep their default. unit: the word for {unit} in a help text."""
+        """sections: title -> settings class. changes: field -> spelled(). unit: the word for {unit} in a help text.
+
+        The script has no flag for the fields in `preset`, which gives their values, nor for those in `left_out`, which
+        keep their defaults.
+        """
         super().__init__(**options)
-        self.sections, self.script, self.fixed, self.unit = sections, script or {}, fixed or {}, unit
+        self.sections, self.changes, self.preset, self.unit = sections, changes or {}, preset or {}, unit
         self.flags: dict[str, Flag] = {}
         self.names: dict[str, str] = {}
         self.defaults: dict[str, Any] = {}
-        for title, kind in sections.items():
+        for title, section in sections.items():
             group = self.add_argument_group(title)
-            for one in dataclasses.fields(kind):
-                if "flag" in one.metadata and one.name not in {*self.fixed, *left_out}:
-                    self.add_field(group, one, typing.get_type_hints(kind)[one.name])
+            for member in dataclasses.fields(section):
+                if "flag" in member.metadata and member.name not in {*self.preset, *left_out}:
+                    self.add_field(group, member, typing.get_type_hints(section)[member.name])
 
-    def add_field(self, group: argparse._ArgumentGroup, one: dataclasses.Field, hint: object) -> None:
-        changed, known = dict(self.script.get(one.name, {})), one.metadata["flag"]
-        default = changed.pop("default", one.default)
-        own = {name: changed.pop(name) for name in list(changed) if name in Flag.__dataclass_fields__}
-        known = dataclasses.replace(known, options={**known.options, **changed}, **own)
-        names = known.names or (one.name,)
+    def add_field(self, group: argparse._ArgumentGroup, member: dataclasses.Field, hint: object) -> None:
+        changes = dict(self.changes.get(member.name, {}))
+        default = changes.pop("default", member.default)
+        known = changed_flag(member.metadata["flag"], changes)
+        names = known.names or (member.name,)
         text = known.help and known.help.replace("{unit}", self.unit)
         options = {"help": text, "dest": names[0], "default": default, **known.options}
         kind = value_type(hint)
@@ -178,22 +190,21 @@ class SettingsParser(Parser):
             options |= {"required": True, "default": None}
         group.add_argument(*(f"--{name}" for name in names), **options)
         self.defaults[names[0]] = options["default"]
-        self.flags[names[0]], self.names[one.name] = known, names[0]
+        self.flags[names[0]], self.names[member.name] = known, names[0]
 
     def parse_settings(self, words: list[str]) -> tuple[Any, ...]:
-        """(the flags by name, the settings of each section). Ranges are not checked: Given.check_ranges() does."""
+        """(the flags by name, an object of each section's class). Given.check_ranges() checks the ranges."""
         values = vars(self.parse_args(words))
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        found = []
-        for kind in self.sections.values():
-            fields = {one.name for one in dataclasses.fields(kind)}
-            own = {name: self.fixed[name] for name in fields & self.fixed.keys()}
-            own |= {name: values[self.names[name]] for name in fields & self.names.keys()}
-            found.append(kind(**own))
+        by_field = {**self.preset, **{member: values[name] for member, name in self.names.items()}}
+        settings = []
+        for section in self.sections.values():
+            members = {member.name for member in dataclasses.fields(section)}
+            settings.append(section(**{name: by_field[name] for name in members & by_field.keys()}))
         spellings = {word.partition("=")[0] for word in words}
-        named = frozenset(
+        explicit = frozenset(
             name
             for name, known in self.flags.items()
             if spellings & {f"--{spelling}" for spelling in known.names or (name,)}
         )
-        return Given(values, self.flags, self.names, named, self.defaults), *found
+        return Given(values, self.flags, self.names, explicit, self.defaults), *settings

@@ -7,7 +7,7 @@ torch.compile's CPU backend emits for a linear layer. Where uses_onednn() says n
 without oneDNN) these functions are PyTorch's own. The choice rests on the maker's name and not on a timing, so that a
 resumed run computes the same bits.
 
-A private run asks for more: the bits of a row must not depend on the other rows. See row_blocks().
+In a private run the bits of a row must not depend on the other rows either. See row_blocks().
 
 Shapes: n rows, I in_features, O out_features.
 """
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 
 def made_by_intel() -> bool:
-    """Whether the CPU says that Intel made it; Linux alone tells."""
+    """Whether the CPU is Intel's, by /proc/cpuinfo; False where there is none."""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as handle:
             return any(line.startswith("vendor_id") and "GenuineIntel" in line for line in handle)
@@ -95,9 +95,9 @@ def row_blocks(rows: int) -> Iterator[None]:
     """Inside, linear(), gelu() and by_rows() call their kernels on `rows` rows at a time, the last block filled up with
     zeros.
 
-    A kernel is chosen by the shape of its operands, and with it the order in which a row's sums are taken: the result
-    of a row would depend on how many others there are. In bfloat16 that moves a result by up to 2^-8 of itself. With
-    one shape there is one kernel, and in it every row is computed alike (tests/privacy/test_company.py holds it).
+    Libraries choose a kernel, and so the order of a row's sums, by the shape of the operands. So the result of a row
+    would depend on the number of other rows; in bfloat16 it changes by up to 2^-8 of itself. With one shape there is
+    one kernel, which computes every row alike (tests/privacy/test_company.py).
     """
     global block_rows
     before, block_rows = block_rows, rows
@@ -108,8 +108,8 @@ def row_blocks(rows: int) -> Iterator[None]:
 
 
 def by_rows(function: Callable[..., Tensor], *operands: Tensor, rows: int | None = None) -> Tensor:
-    """function(*operands) for operands (n, ...), row by row independent, in blocks of `rows` (default: as row_blocks()
-    says): (n, ...)."""
+    """function(*operands) for operands (n, ...), row by row independent, in blocks of `rows` (default: those of
+    row_blocks()): (n, ...)."""
     rows = block_rows if rows is None else rows
     n = len(operands[0])
     if not rows or n == 0:

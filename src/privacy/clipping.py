@@ -4,12 +4,12 @@ Book-keeping (Bu et al., 2023, arXiv:2210.00038): during the backward pass every
 at its output; autograd computes no weight gradient. From these notes come the norms, then the clip factors c, then
 every weight gradient once, as the sum over units of c_u g_u. A layer's per-unit gradient is one of three kinds: a sum
 of outer products (linear layers, adapters), a sum of rows (biases, layer norms), or rows sent to a table (embeddings).
-Norms, factors and the sums over units are float64: a unit's notes are float32 and its own alone, so what rounding does
-to their sum has a small bound whatever the data are (rounding_share).
+Norms, factors and the sums over units are float64. A unit's notes are float32 and do not depend on other units. So the
+rounding of the sum has a small bound for all data (rounding_share).
 For an outer product the cheaper of two ways to the norm is taken:
   ghost        |sum_s p_s q_s'|^2 = sum_{s,t} <p_s,p_t> <q_s,q_t>          S^2 (P+Q) multiply-adds   (Goodfellow, 2015)
   materialise  form the (P, Q) gradient of every unit and keep it          S P Q, and memory traffic of P Q
-This file knows layers and units, not privacy: what C means is the plan's business.
+This file knows layers and units, not privacy: the plan chooses C and accounts for it.
 
 Shapes: U units, S positions of a unit (rows_per_unit x T), P x Q a weight, n scored positions, D width, V vocabulary.
 """
@@ -38,7 +38,7 @@ ALIGNMENT = 64  # bytes; where a matrix begins otherwise, BLAS may take its sums
 # the entries of the Gram matrices, sums over a row of this length; see gram_norm_sq().
 ROUNDING = 2**17
 # The most by which a unit's positions may cancel, sum_s |p_s| |q_s| over |sum_s p_s q_s'|: a unit whose positions
-# cancel more is clipped as if it were that much larger. Ordinary texts stay below 20.
+# cancel more is clipped as if it were that much larger. Typical texts stay below 20.
 CANCELLATION = 64
 # The most by which the lookups and the head may cancel in the tied embedding, as squared norms.
 TIED_CANCELLATION = 8
@@ -46,6 +46,9 @@ TIED_CANCELLATION = 8
 # of a matrix product, BLAS wants more: 2^22 took 0.85 of the time of 2^17 for 2,048 positions of GPT-2 small.
 ADDED_ENTRIES = {"cpu": 2**17, "cuda": 2**25}
 MULTIPLIED_ENTRIES = {"cpu": 2**22, "cuda": 2**25}
+
+
+CLIPPING_RULES = ("flat", "per_layer", "automatic")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class ClippingRule:
         elif self.kind == "automatic":
             factors = (self.C / (total.sqrt() + self.gamma))[:, None].expand_as(norms_sq)
         else:
-            raise ValueError(f"clipping {self.kind!r}: expected flat, per_layer or automatic")
+            raise ValueError(f"clipping {self.kind!r}: expected one of {', '.join(CLIPPING_RULES)}")
         return torch.where(finite[:, None], factors, 0.0), finite
 
 
@@ -90,8 +93,8 @@ def rounding_share(units: float, longest: int, rows_per_unit: int) -> float:
 
     A worst-case bound, no probability in it but that of the draw: one of more than m = units + sqrt(2 t units) + t
     units, t = log 10^18, has a probability below 10^-18 (Bernstein).
-    Each coordinate of the sum is a sum of n terms c p q or c g, where p, q and g are float32 and the same bits in any
-    company, c is float64, and n <= m longest rows_per_unit. In whatever order float64 adds them, in micro-batches, in
+    Each coordinate of the sum is a sum of n terms c p q or c g, where p, q and g are float32 and the same bits whoever
+    else is drawn, c is float64, and n <= m longest rows_per_unit. In any order of float64 additions, in micro-batches,
     matrix products, over ranks, the error is at most gamma_(n+2) times the sum of the terms' sizes, gamma_k = k u/(1 -
     k u), u = 2^-53 (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, (3.5) and (4.4); two roundings make
     a term). Of a unit the norm of the terms' sizes is at most sqrt(2 TIED_CANCELLATION) CANCELLATION C: c sees to that
@@ -264,40 +267,40 @@ def zero_rows(tensor: Tensor, finite: Tensor | None) -> Tensor:
 
 Grad = Callable[[nn.Parameter | None], Tensor | None]  # the gradient's view of a trained parameter, None of another
 Contribution = Outer | Rows | Lookup | Ragged
-Found = list[tuple[nn.Parameter, Contribution]]
+Contributions = list[tuple[nn.Parameter, Contribution]]
 
 
-def linear(module: nn.Module, x: Tensor, g: Tensor, grad: Grad, transposed: bool) -> Found:
+def linear(module: nn.Module, x: Tensor, g: Tensor, grad: Grad, transposed: bool) -> Contributions:
     """The weight and bias of a linear layer; `transposed`: the weight is stored as (in, out)."""
-    found: Found = []
+    parts: Contributions = []
     if (target := grad(module.weight)) is not None:
-        found.append((module.weight, Outer(target, x, g) if transposed else Outer(target, g, x)))
+        parts.append((module.weight, Outer(target, x, g) if transposed else Outer(target, g, x)))
     if (target := grad(module.bias)) is not None:
-        found.append((module.bias, Rows(target, g)))
-    return found
+        parts.append((module.bias, Rows(target, g)))
+    return parts
 
 
-def adapted_linear(module: lora.MergedLinear, x: Tensor, g: Tensor, grad: Grad) -> Found:
-    found = linear(module, x, g, grad, module.fan_in_fan_out)
+def adapted_linear(module: lora.MergedLinear, x: Tensor, g: Tensor, grad: Grad) -> Contributions:
+    parts = linear(module, x, g, grad, module.fan_in_fan_out)
     if module.has_adapter():
         (p, q), slots = module.adapter_factors(x, wide(g))
         A, B = grad(module.lora_A), grad(module.lora_B)
         assert A is not None and B is not None  # adapters train
-        found.append((module.lora_A, Outer(A, p, q)))
-        found += [(module.lora_B, Outer(B[rows], p, q)) for rows, p, q in slots]
-    return found
+        parts.append((module.lora_A, Outer(A, p, q)))
+        parts += [(module.lora_B, Outer(B[rows], p, q)) for rows, p, q in slots]
+    return parts
 
 
-def layer_norm(module: nn.LayerNorm, x: Tensor, g: Tensor, grad: Grad) -> Found:
+def layer_norm(module: nn.LayerNorm, x: Tensor, g: Tensor, grad: Grad) -> Contributions:
     normalised = F.layer_norm(wide(x), module.normalized_shape, eps=module.eps)
     return [(module.weight, Rows(grad(module.weight), normalised * g)), (module.bias, Rows(grad(module.bias), g))]
 
 
-def embedding(module: nn.Embedding, ids: Tensor, g: Tensor, grad: Grad) -> Found:
+def embedding(module: nn.Embedding, ids: Tensor, g: Tensor, grad: Grad) -> Contributions:
     return [] if grad(module.weight) is None else [(module.weight, Lookup(grad(module.weight), ids, g))]
 
 
-RULES: dict[type, Callable[..., Found]] = {
+RULES: dict[type, Callable[..., Contributions]] = {
     nn.Linear: lambda module, x, g, grad: linear(module, x, g, grad, transposed=False),
     Conv1D: lambda module, x, g, grad: linear(module, x, g, grad, transposed=True),
     lora.MergedLinear: adapted_linear,
@@ -321,7 +324,7 @@ class BookKeeping:
         self.head_trains = id(model.lm_head.weight) in self.column
         self.batch: MicroBatch | None = None
         self.norms_sq = torch.empty(0)
-        self.noted: Found = []
+        self.noted: Contributions = []
         self.waiting: set[nn.Module] = set()
         for module in self.supported_modules():
             module.register_forward_hook(self.watch)
@@ -381,14 +384,16 @@ class BookKeeping:
         self.waiting.remove(module)
         with torch.autocast(g.device.type, enabled=False):
             if isinstance(module, TiedHead):
-                found: Found = [(module.weight, Ragged(self.flat.grad_of(module.weight), g, x, self.batch.counts))]
+                contributions: Contributions = [
+                    (module.weight, Ragged(self.flat.grad_of(module.weight), g, x, self.batch.counts))
+                ]
             else:
                 U = self.batch.units
                 x = x.reshape(U, -1) if x.dtype == torch.int64 else x.reshape(U, -1, x.shape[-1])
-                found = RULES[type(module)](module, x, g.reshape(U, -1, g.shape[-1]), self.flat.grad_of)
-            for parameter, contribution in found:
+                contributions = RULES[type(module)](module, x, g.reshape(U, -1, g.shape[-1]), self.flat.grad_of)
+            for parameter, contribution in contributions:
                 self.norms_sq[:, self.column[id(parameter)]] += contribution.norm_sq()
-        self.noted += found
+        self.noted += contributions
 
     def add_cross_term(self) -> None:
         """The tied embedding counts once: |E + H|^2 = |E|^2 + |H|^2 + 2 <E, H>.
@@ -431,7 +436,7 @@ class BookKeeping:
 
 
 class NonPrivate:
-    """Ordinary training with the same model and loss: adds the plain sum of the units' gradients, without clipping."""
+    """Non-private training with the same model and loss: adds the sum of the units' gradients, without clipping."""
 
     def __init__(self, model: GPT2LMModel, flat: FlatParameters, smoothing: float = 0.0):
         self.model, self.flat, self.smoothing = model, flat, smoothing

@@ -1,9 +1,10 @@
-"""Whether this machine's kernels keep a unit's gradient apart from its company, tried before a private run in bfloat16.
+"""Batch invariance: does a unit's gradient depend on the other units of its micro-batch (its company), or on the rank?
 
-The proof of epsilon takes a unit's clipped gradient for a function of the unit alone. base.products.row_blocks() and
-PublicLengths give every kernel one shape; that a kernel then treats all rows alike is a property of the machine's
-libraries, and that all ranks have the same. In float32 a breach costs a few units in the last place. In bfloat16 it
-costs 2^-8 of a value, the same way for all units that are alike, and the sum over them moves by several C.
+It is tested with the machine's own kernels before a private run in bfloat16. The proof of epsilon requires a unit's
+clipped gradient to be a function of the unit alone. base.products.row_blocks() and PublicLengths give every kernel one
+shape. That a kernel of one shape computes all rows alike, and all ranks compute alike, depends on the machines'
+libraries. Where it fails, float32 results change by a few units in the last place. bfloat16 results change by 2^-8 of
+themselves, equally for equal units, so the sum over them changes by several C.
 """
 
 import numpy as np
@@ -34,16 +35,16 @@ def contribution(engine, model: GPT2LMModel, flat: FlatParameters, T: int, units
     """The clipped gradient (P,) of the one unit of probe_batch(T, units) that has a loss. Leaves flat.sums zero."""
     adapters = [module for module in model.modules() if getattr(module, "lora_dropout", 0.0)]
     rates = [module.lora_dropout for module in adapters]
-    for module in adapters:  # not model.eval(): Opacus's hooks keep still there
+    for module in adapters:  # not model.eval(), in which Opacus's hooks do nothing
         module.lora_dropout = 0.0
     flat.sums.zero_()
     with torch.autocast(flat.data.device.type, torch.bfloat16, enabled=bf16):
         engine.accumulate(probe_batch(T, units, model.config.vocab_size).to(flat.data.device))
     for module, rate in zip(adapters, rates, strict=True):
         module.lora_dropout = rate
-    found = flat.grad.clone()
+    gradient = flat.grad.clone()
     flat.sums.zero_()
-    return found
+    return gradient
 
 
 def change(one: Tensor, other: Tensor) -> float:
@@ -56,8 +57,8 @@ def influence_of_company(engine, model: GPT2LMModel, flat: FlatParameters, cut: 
     """The largest relative change, over all lengths, of a unit's clipped gradient when as many others as the budget
     allows, whose own gradients are zero, come before it.
 
-    Few would not do: by PyTorch's source, which was read and not run, its attention for CPUs with AMX goes about
-    bfloat16 in a way that depends on the sizes of all texts.
+    As many as possible, because by PyTorch's source its bfloat16 attention for CPUs with AMX takes a path that depends
+    on the sizes of all texts (this was not tried).
     """
     worst = 0.0
     for T in cut.lengths:
@@ -72,13 +73,13 @@ def influence_of_rank(
 ) -> float:
     """The largest relative difference of a unit's clipped gradient between rank 0 and another. Collective.
 
-    A unit more shifts those behind it in the file to other ranks, so that where machines compute in another way, all
-    of them contribute something else.
+    One more unit moves the units after it in the file to other ranks. Where machines compute differently, all of these
+    then contribute something else.
     """
     worst = 0.0
     for T in cut.lengths:
-        own = contribution(engine, model, flat, T, 1, bf16)
-        worst = max(worst, change(world.broadcast(own.clone()), own))
+        here = contribution(engine, model, flat, T, 1, bf16)
+        worst = max(worst, change(world.broadcast(here.clone()), here))
     return max(world.gather(worst))
 
 

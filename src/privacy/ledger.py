@@ -1,14 +1,15 @@
-"""The ledger: a record for every step that was ever drawn, on disk before the step's mask is.
+"""The ledger: a record for every step that was ever drawn, on disk before the step's mask is drawn.
 
-`privacy_ledger.jsonl` is append-only. Each line stands alone (unit, N, q, sigma, clip, sampling, delta ...), so epsilon
-can be recomputed from this one file, and carries a checksum over itself and the line before, so a line that was
-changed, dropped or moved shows. A last line cut short by a kill counts as one step; damage anywhere else is refused.
-One run at a time writes there, and none writes over what another wrote: a run that finds its file changed ends.
+`privacy_ledger.jsonl` is append-only. Each line holds all settings (unit, N, q, sigma, clip, sampling, delta ...), so
+epsilon can be recomputed from this one file. Each line has a checksum over itself and the line before, which detects
+lines that were changed, dropped or moved. A last line cut short by a kill counts as one step; damage anywhere else is
+refused. One run at a time writes there. A run that finds its file changed by another ends.
 
 Each record has a format number. The formats so far, whose records may follow each other in one file:
   1  has no entry "format"; the mechanism, of which it has no entry either, is "gaussian".
   2  names both.
-A format with other keys is the next number: its keys into TYPES and KEYS, what an absent one stands for into ABSENT.
+To add a key, give FORMAT the next number. Put the key into TYPES, the new format's keys into KEYS, and the key's value
+in records of earlier formats into ABSENT.
 
 Guarantee: at any moment the ledger holds at least every noisy sum that ever reached a parameter, a file or the screen.
 """
@@ -27,8 +28,8 @@ from base.errors import fail
 from base.files import atomic_write, check_file, check_format, lock, sync_folder
 
 FILE_NAME = "privacy_ledger.jsonl"
-KEPT = ".kept"  # ends the name of the copy that a run leaves whose ledger was taken away
-# A resumed run must agree with the ledger on these, unless --resume_changed names them.
+KEPT = ".kept"  # suffix of the copy that a run leaves where its ledger was removed or replaced
+# A resumed run must have the ledger's values of these, unless --resume_changed names them.
 MUST_MATCH = (
     "unit",
     "N",
@@ -61,8 +62,8 @@ TYPES = {
     "checksum": str,
 }
 KEYS = {1: set(TYPES) - {"format", "mechanism"}, 2: set(TYPES)}  # format -> the keys of its records
-ABSENT = {"format": 1, "mechanism": "gaussian"}  # what a key stands for that a record's format does not have
-NAMES = {  # the values of what has names
+ABSENT = {"format": 1, "mechanism": "gaussian"}  # key -> its value in records whose format does not have it
+NAMES = {  # key -> its permitted values
     "mechanism": ("gaussian",),
     "sampling": ("poisson", "shuffle"),
     "noise_source": ("os", "secure", "seeded"),
@@ -70,13 +71,13 @@ NAMES = {  # the values of what has names
 
 
 def written(record: Mapping) -> dict:
-    """A record as it stands in the file: with the keys of its own format alone."""
+    """A record as the file has it: with the keys of its format alone."""
     keys = KEYS[record.get("format", ABSENT["format"])]
     return {key: record[key] for key in record if key in keys}
 
 
 def checksum(previous: str, record: Mapping) -> str:
-    """Digest of a record (without its own checksum) chained to the one before."""
+    """Digest of a record (without its checksum) and of the checksum before it."""
     body = json.dumps({key: value for key, value in written(record).items() if key != "checksum"}, sort_keys=True)
     return hashlib.sha256(f"{previous}\n{body}".encode()).hexdigest()[:16]
 
@@ -96,7 +97,7 @@ class LedgerState:
 
     @property
     def charged(self) -> int:
-        """Steps that privacy was paid for."""
+        """The number of steps that epsilon counts."""
         return len(self.records) + self.torn
 
     @property
@@ -145,7 +146,7 @@ def check_record(record: object, previous: LedgerState, where: str) -> str | Non
 
 
 def check_none_was_kept(path: str) -> None:
-    """Raise UserError where a run has left a copy of its ledger, because the file at `path` no longer was it."""
+    """Raise UserError where a run has left a copy of its ledger, because the file at `path` was removed or changed."""
     if os.path.exists(f"{path}{KEPT}"):
         fail(
             f"{path}{KEPT}: holds what a run charged whose {os.path.basename(path)} was taken away or changed; put it "
@@ -182,16 +183,16 @@ def read_ledger(path: str, opened: int | None = None) -> LedgerState:
 class Ledger:
     """The ledger of a run, open for appending, with the settings that every record of this attempt carries.
 
-    Its file is this run's alone: locked, and before each write, by the name that it has, found as the last one left it.
-    Where another wrote meanwhile, nothing more is drawn, and nothing of what was written is cut away.
+    The file belongs to this run alone: it is locked, and before each write the run checks that the file at its path is
+    as the last write left it. Where another has written, no further step is drawn, and no record is removed.
     """
 
     def __init__(
         self, work_dir: str, settings: Mapping, resume: bool, changed: tuple[str, ...] = (), flag: str = "--work_dir"
     ):
-        """settings: the MUST_MATCH keys. resume: continue the folder's ledger, which must agree with `settings`, except
-        in `changed`. Raises UserError where it is missing or differs, where a new run finds one, where another run
-        holds it."""
+        """settings: the MUST_MATCH keys. resume: continue the folder's ledger, which must equal `settings` except in
+        `changed`. Raises UserError where it is missing or differs, where a new run finds one, or where another run has
+        it locked."""
         self.path = os.path.join(work_dir, FILE_NAME)
         self.settings = {key: settings[key] for key in MUST_MATCH}
         check_none_was_kept(self.path)
@@ -304,28 +305,28 @@ class Ledger:
         self.state.size += len(line)
 
     def check(self, undone: str) -> None:
-        """Raise UserError, which says that `undone`, where the file at the path is not as this run left it.
+        """Raise UserError where the file at the path is not as this run left it. undone: the words for what then stops.
 
-        The file is opened anew: a network's file system shows what another machine wrote to whoever opens it.
+        The file is opened anew: on a network's file system, only opening it shows what another machine wrote.
         """
         try:
             check_file(self.path)  # opened, a pipe would wait for who writes
-            own = os.fstat(self.handle)
+            held = os.fstat(self.handle)
             with open(self.path, "rb", buffering=0) as there:
-                found = os.fstat(there.fileno())
+                present = os.fstat(there.fileno())
         except OSError as error:
             problem = f"cannot be opened any more ({error.strerror})"
         else:
-            if (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino):
+            if (present.st_dev, present.st_ino) != (held.st_dev, held.st_ino):
                 problem = "is no longer the file that this run has written to"
-            elif found.st_size != self.state.size:
-                problem = f"holds {found.st_size} bytes where this run left {self.state.size}"
+            elif present.st_size != self.state.size:
+                problem = f"holds {present.st_size} bytes where this run left {self.state.size}"
             else:
                 return
         fail(f"{self.path}: {problem}: another run or program has changed it; {undone}; {self.keep()}")
 
     def keep(self) -> str:
-        """See to it that this run's records are somewhere on disk; returns what to do about it."""
+        """Write this run's records to a copy, unless the file still holds them. Returns the words for the cure."""
         if not self.state.records:
             return "nothing was charged yet: start the run again"
         records = b"".join(encode(record) for record in self.state.records)
@@ -347,7 +348,7 @@ class Ledger:
 
 
 class NoLedger(Ledger):
-    """The ledger as every rank but the first sees it: it holds nothing, and nothing is written."""
+    """The ledger on every rank but the first: it holds nothing and writes nothing."""
 
     def __init__(self) -> None:
         self.path, self.locked, self.state = "", True, LedgerState()

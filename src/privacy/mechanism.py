@@ -1,8 +1,8 @@
-"""What is released of a step's clipped sum, and what the accountant is to price for it.
+"""The mechanism: how a step's clipped sum is released, and what the accountant prices for it.
 
-A mechanism is one class, with the methods of GaussianMechanism, and its line in MECHANISMS; the ledger knows its name,
-too (privacy.ledger.NAMES). The class that adds the noise also says what the noise is worth, so that the two cannot
-differ. How often a unit takes part is the sampler's to say (privacy.sampling).
+A mechanism is a class with the methods of GaussianMechanism, an entry of MECHANISMS, and a name in
+privacy.ledger.NAMES. The class that adds the noise also gives the phases for the accountant, so the two cannot differ.
+The sampler counts how often a unit takes part (privacy.sampling).
 """
 
 import math
@@ -21,7 +21,7 @@ from privacy.sampling import Uses
 class GaussianMechanism:
     """Adds N(0, sigma^2 S^2) to every coordinate of the sum and divides by the expected batch B, a public constant.
 
-    S, the sensitivity: the most by which one unit moves the sum.
+    S is the sensitivity: the most by which one unit changes the sum.
     """
 
     def __init__(self, sigma: float, sensitivity: float, batch: float, world: World, source: NoiseSource):
@@ -29,14 +29,14 @@ class GaussianMechanism:
         self.std, self.batch, self.world, self.source = sigma * sensitivity, batch, world, source
 
     def release(self, step: int, sums: Tensor, coordinates: int) -> Tensor:
-        """Turn the ranks' clipped sums of `step` into the released gradient, and sum what else the step carries.
+        """The released gradient of `step`, from the ranks' clipped sums. Collective.
 
-        sums (P + extra,) float64 (float32 without noise), changed in place; its first `coordinates` = P entries are the
-        gradient, the rest is summed over the ranks and nothing more. Returns the gradient, sum/B, in float32.
+        sums (P + extra,) float64 (float32 without noise), changed in place. Its first `coordinates` = P entries are the
+        gradient. The rest is summed over the ranks, without noise. Returns the gradient, sum/B, in float32.
 
-        Each coordinate gets its noise from one rank alone (the ranks share them out), before the one all-reduce: every
-        coordinate of the sum carries N(0, sigma^2 S^2) once, whatever the world size, and every rank holds the same
-        bits. Nothing is rounded to float32 before the noise is in.
+        One rank alone adds the noise of a coordinate, before the one all-reduce: every coordinate of the sum has
+        N(0, sigma^2 S^2) once, whatever the world size, and every rank holds the same bits. Nothing is rounded to
+        float32 before the noise is added.
         """
         if self.std > 0:
             assert sums.dtype == torch.float64
@@ -53,14 +53,14 @@ class GaussianMechanism:
 
     @staticmethod
     def phases(uses: Uses) -> list[Phase]:
-        """What the accountant is to price for the uses that a sampler counted: sampled Gaussians, which compose."""
+        """The phases that the accountant prices for a sampler's uses: compositions of sampled Gaussian mechanisms."""
         return [Phase(sigma, q, count) for (sigma, q), count in uses.items()]
 
     @staticmethod
     def smallest_sigma(target_epsilon: float, delta: float, q: float, uses: int, amplified: bool) -> float:
         """The smallest noise multiplier whose epsilon after `uses` uses stays within the target.
 
-        q, uses: as the sampler plans them, and amplified as it says: where not, q is 1 and the answer exact.
+        q, uses, amplified: of the sampler. Where it is not amplified, q is 1 and the result is exact.
         """
         if amplified:
             return accounting.calibrate_sigma(target_epsilon, delta, q, uses)

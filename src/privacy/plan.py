@@ -1,12 +1,13 @@
 """The privacy plan: the one object that owns the sampler, the clipping norm, the noise, the divisor and the accounting.
 
-Guarantees, for the unit and relation that it reports (add or remove one unit):
+Guarantees, for Poisson sampling and the relation "add or remove one unit":
   - every unit is included in a step independently with probability q (Poisson sampling);
   - the released gradient of a step is (sum of the included units' gradients, each of norm <= C, + N(0, sigma^2 S^2 I))
     / B, B = the expected batch size, a public constant; an empty draw is released like any other. S = C (1 + kappa):
-    by at most S one unit moves the sum as float64 has it, see privacy.clipping.rounding_share;
+    one unit changes the float64 sum by at most S (privacy.clipping.rounding_share);
   - the step's record is on disk before its mask is drawn, and a step is drawn only while the budget permits it.
-Nothing else may sample, scale or count: a step is open_step(), sums from the clipping engine, release().
+Nothing else samples, adds noise, divides or counts steps. A step is open_step(), sums from the clipping engine,
+release().
 """
 
 import math
@@ -31,12 +32,12 @@ SEEDED_WARNING = "seeded noise: whoever knows the seed can subtract it; the epsi
 
 
 def relation(unit: str, samplings: Iterable[str]) -> str:
-    """When two data sets are neighbours, for steps drawn by these samplers: a run that changed it is under both."""
+    """When two data sets are neighbours, for steps drawn by these samplers. A run that changed its sampler has both."""
     return " and ".join(sorted({SAMPLERS[sampling].relation.format(unit=unit) for sampling in samplings}))
 
 
 def uses(state: LedgerState) -> list[tuple[str, str, Uses]]:
-    """(mechanism, sampler, uses of a unit) of everything that a ledger charges; KeyError for what nothing prices."""
+    """(mechanism, sampler, uses of a unit) of everything that a ledger charges. KeyError for an unknown sampler."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for record in state.charges:
         groups.setdefault((record["mechanism"], record["sampling"]), []).append(record)
@@ -44,7 +45,7 @@ def uses(state: LedgerState) -> list[tuple[str, str, Uses]]:
 
 
 def spent(state: LedgerState) -> list[Phase]:
-    """Everything that a ledger charges, as the accountant prices it."""
+    """Everything that a ledger charges, as phases for the accountant. KeyError for an unknown mechanism or sampler."""
     return [phase for mechanism, _, counted in uses(state) for phase in MECHANISMS[mechanism].phases(counted)]
 
 
@@ -65,7 +66,7 @@ def epsilons(state: LedgerState, delta: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What a run promises. Public constants, all of them."""
+    """The constants that a run's epsilon follows from. All are public."""
 
     unit: str  # "example" or "author"
     N: int  # units in the training data
@@ -80,16 +81,21 @@ class PlanSettings:
     clipping: str = "flat"
     noise_source: str = "os"
     seed: int | None = None  # of noise_source "seeded" alone
-    rounding: float = 0.0  # kappa, the share of C that rounding may move the sum by
+    rounding: float = 0.0  # kappa: rounding changes the sum by at most kappa C
 
     @property
     def sensitivity(self) -> float:
-        """S: the most by which one unit moves the clipped sum, rounding included."""
+        """S: the most by which one unit changes the clipped sum, rounding included."""
         return self.clip * (1 + self.rounding)
 
     @property
     def private(self) -> bool:
         return self.sigma > 0
+
+    @property
+    def amplified(self) -> bool:
+        """Whether a unit takes part in a step with a probability below 1, which lowers epsilon."""
+        return SAMPLERS[self.sampling].amplified
 
     @property
     def q(self) -> float:
@@ -104,6 +110,7 @@ class PlanSettings:
         return 1 / (10 * self.N)
 
     def ledger_entries(self, world_size: int) -> dict:
+        """The MUST_MATCH keys of a ledger's records."""
         return {
             "unit": self.unit,
             "N": self.N,
@@ -129,10 +136,10 @@ def choose_sigma(
 
 
 class PrivacyPlan:
-    """A run's promise, kept step by step."""
+    """Charges, draws and releases the steps of a run, and says what they spent."""
 
     def __init__(self, settings: PlanSettings, world: World, ledger: Ledger, done: int = 0):
-        """ledger: open on rank 0, NoLedger on the others. done: steps that the model to be trained has behind it."""
+        """ledger: open on rank 0, NoLedger on the others. done: steps that the initial model was trained for."""
         if isinstance(ledger, NoLedger) == world.is_main:
             raise ValueError("rank 0, and no other, holds the ledger")
         self.settings, self.world, self.ledger = settings, world, ledger
@@ -174,21 +181,21 @@ class PrivacyPlan:
         """
         assert self.open is None, "open_step() before the step before was released"
         error: UserError | None = None
-        word = torch.zeros(1, device=self.world.device)
+        verdict = torch.zeros(1, device=self.world.device)  # of rank 0: 0 charged, 1 no budget left, 2 not written
         if self.world.is_main:
             try:
                 if self.permitted < 1:
-                    word.fill_(1)
+                    verdict.fill_(1)
                 else:
                     self.ledger.charge(step)
                     self.permitted -= 1
             except UserError as failure:
                 error = failure
-                word.fill_(2)
-        answer = int(self.world.broadcast(word))
-        if answer == 2:
+                verdict.fill_(2)
+        outcome = int(self.world.broadcast(verdict))
+        if outcome == 2:
             raise error or UserError(f"rank 0 could not write the ledger record of step {step}: the step was not drawn")
-        if answer == 1:
+        if outcome == 1:
             return None
         self.open = step
         return self.sampler.draw(step)
@@ -196,17 +203,16 @@ class PrivacyPlan:
     def seed_dropout(self) -> None:
         """Seed torch for this rank's dropout masks in the open step.
 
-        Masks are drawn for a whole micro-batch, so one more unit gives the others other masks: with masks that anyone
-        could draw again from a public seed, the sum would move by more than C. While they are secret, each unit's mask
-        has one law with and without the other units, the step is a mixture over masks, and C bounds it for each of
-        them.
+        Masks are drawn for a whole micro-batch, so one more unit changes the masks of the others. With masks from a
+        public seed the sum could change by more than C. With secret masks, a unit's mask has the same distribution
+        with and without the other units. A step is then a mixture over masks, and C bounds it for each of them.
         """
         assert self.open is not None, "seed_dropout() without open_step()"
         self.dropout.begin_step(self.open)
         self.dropout.seed_torch()
 
     def release(self, sums: Tensor, coordinates: int) -> Tensor:
-        """Turn the ranks' clipped sums of the open step into the released gradient, by the mechanism (see there)."""
+        """The released gradient of the open step, from the ranks' clipped sums (see the mechanism's release())."""
         assert self.open is not None, "release() without open_step()"
         grad = self.mechanism.release(self.open, sums, coordinates)
         self.open = None

@@ -2,9 +2,9 @@
 
 Every unit belongs to one rank alone (unit u to rank u mod world size), so no unit can enter a step twice.
 
-A sampler is one class, with the methods of PoissonSampler, and its line in SAMPLERS; the ledger knows its name, too
-(privacy.ledger.NAMES). The class that draws also counts the uses of a unit, which the mechanism prices, so that the two
-cannot differ. A use is a step in which a unit takes part with probability q, independently of all other uses.
+A sampler is a class with the methods of PoissonSampler, an entry of SAMPLERS, and a name in privacy.ledger.NAMES. The
+class that draws also counts the uses of a unit, which the mechanism prices, so the two cannot differ. A use is a step
+in which a unit takes part with probability q, independently of all other uses.
 """
 
 import math
@@ -21,7 +21,7 @@ Uses = Counter[tuple[float, float]]  # (sigma, q) -> uses
 
 
 class PoissonSampler:
-    """Includes every unit independently with probability q: what the accountants price.
+    """Includes every unit independently with probability q, as the accountants assume.
 
     Each rank draws for its own units with its own key. An empty draw is a draw like any other. Each step is a use.
     """
@@ -46,7 +46,7 @@ class PoissonSampler:
 
     @staticmethod
     def permitted(uses: int, N: int, batch: int, done: int) -> int:
-        """How many steps `uses` more uses permit where the model has `done` steps behind it."""
+        """How many steps `uses` more uses permit after `done` steps."""
         return uses
 
     @staticmethod
@@ -59,7 +59,7 @@ class ShuffleSampler:
     """Every unit once an epoch, in a fresh order; the last batch of an epoch is what remains. No amplification is
     claimed: each epoch is a use with q = 1.
 
-    Rank 0 draws the order and hands it to the others; each takes its share of the step's batch.
+    Rank 0 draws the order and broadcasts it. Each rank takes its share of the step's batch.
     """
 
     relation = "add or remove one {unit}, its place in the order left empty (zero-out)"
@@ -85,7 +85,7 @@ class ShuffleSampler:
 
     @staticmethod
     def permitted(uses: int, N: int, batch: int, done: int) -> int:
-        """Whole epochs; a resumed attempt pays for the one that it begins in anew, and has less of it left."""
+        """Whole epochs. A resumed attempt pays again for the epoch that it begins in, of which less is left."""
         per_epoch = steps_per_epoch(N, batch)
         return max(0, uses * per_epoch - done % per_epoch)
 
@@ -103,7 +103,7 @@ class ShuffleSampler:
 
 
 def steps_per_epoch(N: int, batch: int) -> int:
-    """Steps until every unit was in a batch once, on average or in fact."""
+    """Steps until every unit was in a batch once: on average (Poisson), or exactly (shuffling)."""
     return math.ceil(N / batch)
 
 

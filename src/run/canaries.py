@@ -1,8 +1,8 @@
-"""Canaries of a privacy audit: extra units of a training run, each in the data or not by the toss of a coin.
+"""Canaries of a privacy audit: additional units of a training run. A fair coin decides for each if it is in the data.
 
-They are units of the run like any other: units 0 .. n-1 are the examples and n .. n+m-1 the canaries, N = n + m and q
-are public, the plan draws every unit alike, and a drawn canary whose coin said no adds nothing. So to flip one coin
-is to add or remove one unit, what the plan's epsilon is about.
+Units 0 .. n-1 are the examples and n .. n+m-1 the canaries. N = n + m and q are public. The plan draws all units alike.
+A drawn canary that is not in the data adds nothing. So flipping one coin adds or removes one unit, the relation of the
+plan's epsilon.
 
   gradient  canary k's gradient is RAW C along a coordinate of its own; the run's clipping rule leaves C of it. The
             coordinates are those that the examples' own gradients move least: the adversary knows all but the coins.
@@ -31,7 +31,7 @@ from privacy.plan import PrivacyPlan
 
 RAW = 10.0  # norm of a gradient canary before clipping, in units of C
 CHUNK = 2**16  # gradient canaries of a micro-batch
-PROBE = 512  # examples from whose gradients the quiet coordinates are told
+PROBE = 512  # examples whose gradients show the quiet coordinates
 CONTEXT, COMPLETION = 8, 8  # tokens of a text canary
 
 
@@ -54,7 +54,7 @@ def text_canaries(m: int, train: Examples, vocabulary: int, world: World) -> Exa
 
 @dataclass
 class CanaryBatch:
-    """Drawn gradient canaries whose coin said yes, in place of a MicroBatch."""
+    """Drawn gradient canaries that are in the data, in place of a MicroBatch."""
 
     canaries: Tensor  # (U,) int64, their numbers
     tokens: int = 0
@@ -99,7 +99,7 @@ def quiet_coordinates(
 
 
 class CanaryEngine:
-    """The run's gradient engine, which takes gradient canaries too: through its clipping rule, into the same sum."""
+    """The run's gradient engine, which also clips gradient canaries by its rule and adds them to the same sum."""
 
     def __init__(self, engine: BookKeeping, flat: FlatParameters, rule: ClippingRule, coordinates: Tensor):
         """coordinates (m,) int64, distinct: the direction of each canary."""
@@ -127,7 +127,7 @@ class CanaryEngine:
 
 
 class Adversary:
-    """Sees every gradient that the run releases, and nothing before that; scores the gradient canaries by it.
+    """Observes every released gradient, and nothing before its release; scores the gradient canaries by it.
 
     wrap_engine() and observe() are for the run's Task.
     scores (m,) float64: log-likelihood ratio of "in the data" against "not", for the claimed q and sigma.

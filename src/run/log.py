@@ -1,5 +1,5 @@
-"""What a run leaves behind beside its weights: args.json, metrics.jsonl, event files, privacy.json, the lock; and what
-it shows meanwhile."""
+"""The files that a run writes beside its weights (args.json, metrics.jsonl, event files, privacy.json, the lock), and
+its output on the terminal."""
 
 import json
 import math
@@ -50,8 +50,8 @@ class WorkDir:
         return read_object(self.file(name), "what the run wrote; restore it or start in a new folder")
 
     def open_tensorboard(self, done: int) -> None:
-        """From now on append_metrics() writes TensorBoard's event files, too. What a killed attempt wrote of steps
-        after `done` gives way to the steps done again."""
+        """Make append_metrics() write TensorBoard's event files too. A killed attempt's events of steps after `done`,
+        which are repeated, are hidden."""
         try:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and the package need not be there
         except ImportError as error:
@@ -62,8 +62,8 @@ class WorkDir:
         self.tensorboard = SummaryWriter(self.file("tensorboard"), purge_step=done + 1)
 
     def append_metrics(self, record: dict) -> None:
-        """Append one line to metrics.jsonl: a log line or an evaluation. A last line that a kill cut short is dropped
-        before the first one: later, it would be another's that is being written."""
+        """Append one line to metrics.jsonl: a log line or an evaluation. The first call drops a line that a kill cut
+        short; a later call could drop one that another process is writing."""
         path, line = self.file("metrics.jsonl"), json.dumps(record, allow_nan=False).encode() + b"\n"
         check_file(path)
         try:
@@ -90,7 +90,7 @@ class WorkDir:
 
 
 class NoWorkDir(WorkDir):
-    """The folder as every rank but the first sees it: nothing is written."""
+    """The folder on every rank but the first: nothing is written."""
 
     def __init__(self, path: str):
         self.path = path
@@ -106,10 +106,10 @@ class NoWorkDir(WorkDir):
 
 
 class Display:
-    """Progress for people: a bar on a terminal, plain lines elsewhere. Silent on every rank but the first."""
+    """Progress output: a bar on a terminal, plain lines elsewhere. Silent on every rank but the first."""
 
     def __init__(self, is_main: bool, total: int, done: int, bar: bool = True, progress: bool = True):
-        """bar: show one on a terminal. progress: say what is neither a warning nor a result, too."""
+        """bar: show a bar on a terminal. progress: also print lines that are neither warnings nor results."""
         self.is_main, self.progress = is_main, progress
         on_terminal = is_main and sys.stderr.isatty() and bar
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if on_terminal else None

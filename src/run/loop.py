@@ -1,7 +1,7 @@
 """The step loop of both training scripts: draw, sum clipped gradients, release, update; log, evaluate, save, stop.
 
-What differs between the scripts (the unit, the data, the flags) comes in from outside: `data.micro_batches(units, cut,
-step)` cuts drawn units, `plan` draws and releases, `engine.accumulate(batch)` adds to the flat buffer.
+What differs between the scripts is in the Task. `data.micro_batches(units, cut, step)` cuts the drawn units, `plan`
+draws and releases, `engine.accumulate(batch)` adds to the flat buffer.
 """
 
 import contextlib
@@ -112,22 +112,24 @@ class Trainer:
         learner: Learner,
         plan: PrivacyPlan,
         work: WorkDir,
-        at: Position,
+        position: Position,
     ):
         self.world, self.settings, self.task, self.learner, self.plan = world, settings, task, learner, plan
-        self.model, self.work, self.done = learner.loaded.model, work, at.done
-        self.saved = at.done if at.done else -1
+        self.model, self.work, self.done = learner.loaded.model, work, position.done
+        self.saved = position.done if position.done else -1
         self.stop = StopRequest()
         self.last = min(task.steps, task.last_step or task.steps)
-        before = at.progress or {"loss": 0.0, "units": 0.0, "seconds": 0.0}
+        before = position.progress or {"loss": 0.0, "units": 0.0, "seconds": 0.0}
         self.total_loss, self.total_units = before["loss"], before["units"]
         self.peak_memory = before.get("peak_memory_bytes", 0)
         self.meter, self.started = Meter(), time.monotonic() - before["seconds"]
         self.valid_loss: float | None = None
-        # What privacy.json says beside privacy: summary(), and what the script adds. Whatever has no noise stands in a
-        # row of PRIVACY.md's table that says so; the training loss is left to the script that has to report it.
+        # Entries of privacy.json beside the plan's: summary(), and what the script adds. Entries without noise are in
+        # the table of PRIVACY.md. The training loss is one: only the script that has to report it adds it.
         self.facts: dict = {}
-        self.display = Display(world.is_main, self.last, at.done, settings.loop.show_bar, settings.loop.show_progress)
+        self.display = Display(
+            world.is_main, self.last, position.done, settings.loop.show_bar, settings.loop.show_progress
+        )
 
     def run(self) -> int:
         """Train to the last step that the plan permits. Returns the process's exit status."""
@@ -239,7 +241,7 @@ class Trainer:
         self.plan.ledger.check(f"step {self.done} was not logged")
         reading = self.meter.read(self.plan.settings.unit)
         prv, rdp = self.plan.epsilon()
-        # The norm is of what was released and costs no privacy; one of units, or of their sum before the noise, would.
+        # The norm is of the released gradient and costs no privacy. Norms of units, or of the sum without noise, would.
         record = {
             **self.head(),
             **reading,
@@ -361,7 +363,7 @@ class Trainer:
         return report
 
     def close_report(self, ended: bool = True) -> None:
-        """The last word of a run that ended, or of one that was stopped and can be continued."""
+        """Write the last privacy.json of a run that ended, or of one that was stopped and can be continued."""
         if not self.world.is_main:
             return
         if ended:
@@ -380,7 +382,7 @@ class Trainer:
 
 
 def resume(work_dir: str, model: GPT2LMModel, optimizer: AdamW) -> Position:
-    """Bring parameters and optimizer to the newest checkpoint of `work_dir`, and say where the run goes on.
+    """Load parameters and optimizer from the newest checkpoint of `work_dir`; returns the position of the run.
 
     A run that was killed before its first checkpoint starts again from its initial weights; its ledger keeps what it
     spent.

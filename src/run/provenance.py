@@ -1,10 +1,10 @@
-"""Which runs weights come from: what those spent adds to the epsilon of whoever trains the weights further.
+"""The runs that weights come from: what those spent adds to the epsilon of a run that trains the weights further.
 
-An account says what one run spent: the entries TYPES, and of OPTIONAL what is known. A report is a run's account with
-`initial_weights`, the accounts of the runs before it, the earliest first. It stands in privacy.json, a run's or that
-beside exported weights, and under `privacy` in the weights themselves, so that the chain outlives folders that are
-moved or deleted. Runs are told apart by `run`, which each draws at its first start: the ledgers of two runs with the
-same settings are the same bytes.
+An account says what one run spent: the entries TYPES, and those of OPTIONAL that are known. A report is a run's account
+with `initial_weights`, the accounts of the runs before it, the earliest first. It is in privacy.json, of a run or
+beside exported weights, and under `privacy` in the weights themselves, so the chain survives folders that are moved or
+deleted. The random name `run`, drawn at a run's first start, identifies it: two runs with the same settings have equal
+ledgers.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ OPTIONAL = {"run": (str,), "ledger_checksum": (str,), "folder": (str,)}
 
 
 def excerpt(report: dict) -> dict:
-    """Of a privacy.json what is a report in the sense of this file."""
+    """The entries of a privacy.json that make a report as defined above."""
     return {
         **{key: report[key] for key in (*OPTIONAL, *TYPES) if key in report},
         "initial_weights": report.get("initial_weights", []),
@@ -44,7 +44,7 @@ def excerpt(report: dict) -> dict:
 
 
 def checked(report: Any, where: str) -> dict:
-    """excerpt(report); a UserError that begins with `where` if it is none."""
+    """excerpt(report). Raises UserError, which begins with `where`, where `report` is not a report."""
     before = report.get("initial_weights", []) if isinstance(report, dict) else None
     for account in [report, *before] if isinstance(before, list) else [None]:
         if not isinstance(account, dict) or not all(
@@ -60,13 +60,13 @@ def checked(report: Any, where: str) -> dict:
 
 
 def accounts(report: dict) -> list[dict]:
-    """All runs of a report, the earliest first; without its own one where that was charged nothing."""
+    """The accounts of all runs of a report, the earliest first. A last run without charged steps is left out."""
     own = {key: value for key, value in report.items() if key != "initial_weights"}
     return [*report["initial_weights"], *([own] if own["steps_charged"] else [])]
 
 
 def account_of(state: LedgerState) -> dict:
-    """The account of a ledger with a whole record, at its own delta."""
+    """The account of a ledger that has a record, at the last record's delta."""
     last = state.records[-1]
     prv, rdp = epsilons(state, last["delta"])
     return {
@@ -82,12 +82,12 @@ def account_of(state: LedgerState) -> dict:
 
 
 def identity(account: dict) -> str | None:
-    """What tells runs apart. Runs of older versions drew no name and are known by their folder."""
+    """What identifies a run: its name; for runs of older versions, which have none, their folder."""
     return account.get("run") or account.get("folder") or account.get("ledger_checksum")
 
 
 def merged(lists: Iterable[list[dict]]) -> list[dict]:
-    """Every run once, where it comes first; of two accounts of a run the one with more steps, else the earlier one."""
+    """Every run once, at its first place. Of two accounts of a run the one with more steps counts, else the first."""
     found: dict[str | None, dict] = {}
     for account in (account for part in lists for account in part):
         other = found.setdefault(name := identity(account), account)
@@ -106,13 +106,13 @@ def folders(path: str) -> list[str]:
 
 
 def of_folder(folder: str, inside: dict | None) -> list[dict]:
-    """The runs that a folder with weights knows of. inside: the report in the weights."""
+    """The accounts of the runs that a folder of weights names. inside: the report in the weights."""
     path, ledger = os.path.join(folder, REPORT_NAME), os.path.join(folder, FILE_NAME)
     wanted = "the report of a run or of exported weights: restore it, or remove it where it is of something else"
     report = checked(read_object(path, wanted), path) if os.path.exists(path) else None
     check_none_was_kept(ledger)
     state = read_ledger(ledger) if os.path.exists(ledger) else LedgerState()
-    # The ledger knows best what was spent, and nothing else; where it lost records, the report knows better.
+    # The ledger is the best source for what was spent, unless it lost records: then the report counts more steps.
     if state.records and state.charged >= (report or {}).get("steps_charged", 0):
         before = report or {"initial_weights": []}
         if report is None and inside and inside.get("ledger_checksum") in {one["checksum"] for one in state.records}:
@@ -134,7 +134,7 @@ def spent_before(loaded: Loaded) -> list[dict]:
 
 
 def spent_report(loaded: Loaded) -> dict | None:
-    """The report of weights that are let out: of the last run behind them; None where no run with a ledger is."""
+    """The report for exported weights: that of the last run that trained them; None where no run with a ledger did."""
     found = spent_before(loaded)
     return {**found[-1], "initial_weights": found[:-1]} if found else None
 
@@ -142,8 +142,8 @@ def spent_report(loaded: Loaded) -> dict | None:
 def begin(spent: list[dict], report: dict | None, work_dir: str, resume: bool, seed: int | None) -> dict:
     """{"run", "initial_weights"} of the run that starts, or goes on, in `work_dir`.
 
-    spent: before, of its initial weights. report: of the checkpoint that it goes on from; None: there is none. seed: of
-    its noise, where all is to be the same when it is run again. What the run itself spent is no part of this.
+    spent: the accounts of its initial weights. report: of the checkpoint that it continues from; None without one.
+    seed: of its noise, so that a seeded run gets the same name again. What the run itself spent is not included.
     """
     report = report or {"initial_weights": []}
     own = {report.get("run"), os.path.realpath(work_dir) if resume else None}
@@ -166,7 +166,7 @@ def describe(account: dict) -> str:
 
 
 def disagreements(report: dict, state: LedgerState) -> list[str]:
-    """In what privacy.json differs from what the ledger says, a line each."""
+    """The differences between privacy.json and the ledger, a line each."""
     last = state.records[-1]
     prv, rdp = epsilons(state, last["delta"])
     strict = 1 / (10 * last["N"])

@@ -1,4 +1,4 @@
-"""A run's folder, new or continued: what a resumed run must agree with, and what its ledger must still hold."""
+"""The checks of a run's folder, new or continued: equal settings, a whole ledger, equal flags on all ranks."""
 
 import json
 import os
@@ -10,23 +10,23 @@ from privacy.ledger import Ledger
 from privacy.plan import PlanSettings
 from run.log import WorkDir
 from run.settings import Settings
+from run.task import Position
 from weights import checkpoint
 
 ARGS = "args.json"
 # Of args.json. Format 1 has no entry "format", and has "without_effect". A flag that a file lacks did not exist when
-# the run began: its default stands.
+# the run began: it had its default.
 FORMAT = 2
-# Entries of args.json beside the flags. A resumed run may differ in those that follow from its machines; the ledger
-# compares the last three.
+# Entries of args.json beside the flags in which a resumed run may differ. (The ledger compares sigma and world_size.)
 MAY_CHANGE = {"padded_lengths", "job", "versions", "without_effect", "format", "sigma", "world_size"}
 
 
 def open_ledger(work: WorkDir, settings: Settings, plan: PlanSettings, recorded: dict, world_size: int) -> Ledger:
-    """On rank 0: the run's ledger, and args.json with everything that a resumed run must agree with."""
-    loop, flag, entries = settings.loop, settings.name("work_dir"), plan.ledger_entries(world_size)
+    """On rank 0: open the run's ledger and write args.json. Raises UserError where a resumed run differs from them."""
+    loop, flag, entries = settings.loop, settings.flag_of("work_dir"), plan.ledger_entries(world_size)
     unknown = [name for name in loop.resume_changed if name not in {*recorded, *entries}]
     if unknown:
-        fail(f"--resume_changed {unknown[0]}: no setting has this name; wanted some of those that --resume says differ")
+        fail(f"--resume_changed {unknown[0]}: no setting has this name; give names that --resume reports as different")
     if not loop.resume and (found := checkpoint.numbered_checkpoints(work.path)):
         fail(
             f"{flag} {work.path}: holds {os.path.basename(found[-1][1])} of an earlier run; continue it with --resume, "
@@ -39,7 +39,7 @@ def open_ledger(work: WorkDir, settings: Settings, plan: PlanSettings, recorded:
             "infinite and meets no target; start in a new folder, or give --noise_multiplier"
         )
     recorded = json.loads(json.dumps({"format": FORMAT, **recorded}))
-    if loop.resume and ledger.state.charged:  # a run that was killed before its first step has nothing to agree with
+    if loop.resume and ledger.state.charged:  # a run that was killed before its first step may differ
         defaults = json.loads(json.dumps(settings.given.defaults))
         compare(work, recorded, defaults, {*loop.resume_changed, *settings.given.may_change, *MAY_CHANGE})
     work.write_json(ARGS, recorded)
@@ -47,8 +47,8 @@ def open_ledger(work: WorkDir, settings: Settings, plan: PlanSettings, recorded:
 
 
 def compare(work: WorkDir, recorded: dict, defaults: dict, may_change: set[str]) -> None:
-    """Raise UserError where the folder's args.json has another setting than `recorded`, except in `may_change`.
-    defaults: of the flags that the file may lack."""
+    """Raise UserError where the folder's args.json differs from `recorded`, except in `may_change`.
+    defaults: of flags that may be absent from the file."""
     before = work.read_json(ARGS)
     check_format(before.get("format"), FORMAT, work.file(ARGS))
     before = {**defaults, **before}
@@ -62,13 +62,13 @@ def compare(work: WorkDir, recorded: dict, defaults: dict, may_change: set[str])
 
 
 def steps_without_noise(ledger: Ledger) -> int:
-    """How many steps were charged without noise, by any attempt."""
+    """How many of the charged steps had no noise, over all attempts."""
     return sum(record["sigma"] == 0 for record in ledger.state.records)
 
 
 def is_restarted(work_dir: str) -> bool:
-    """Whether `work_dir` holds a run of the very job that this process belongs to: torchrun has started it again, with
-    the command line of the first start, after a rank or a machine was lost."""
+    """Whether `work_dir` holds a run of the job that this process belongs to. Then torchrun has restarted the job, with
+    its first command line, after a rank or a machine was lost."""
     job, path = distributed.job_name(), os.path.join(work_dir, ARGS)
     if job is None or not os.path.exists(path):
         return False
@@ -79,10 +79,9 @@ def is_restarted(work_dir: str) -> bool:
         return False  # then the folder is another run's, and refused
 
 
-def check_ledger_is_whole(work: WorkDir, ledger: Ledger, done: int, report: dict | None) -> None:
-    """Raise UserError where the folder knows of steps that its ledger lacks. done, report: of the checkpoint that the
-    run goes on from."""
-    charged = ledger.state.charged
+def check_ledger_is_whole(work: WorkDir, ledger: Ledger, position: Position) -> None:
+    """Raise UserError where the checkpoint or privacy.json counts steps that the ledger lacks."""
+    charged, done = ledger.state.charged, position.done
     if charged < done:
         fail(
             f"--resume: {ledger.path} records {charged} steps, the checkpoint has {done} behind it: "
@@ -94,7 +93,7 @@ def check_ledger_is_whole(work: WorkDir, ledger: Ledger, done: int, report: dict
             f"--resume: {ledger.path} records {charged} steps, privacy.json reports {reported}: "
             "records are missing; restore the ledger"
         )
-    last = (report or {}).get("ledger_checksum")  # "" where nothing was charged
+    last = (position.report or {}).get("ledger_checksum")  # "" where nothing was charged
     if last and last not in {record["checksum"] for record in ledger.state.records}:
         fail(
             f"--resume: {ledger.path} lacks the record {last}, its last one at the checkpoint of step {done}: it is "
@@ -103,10 +102,9 @@ def check_ledger_is_whole(work: WorkDir, ledger: Ledger, done: int, report: dict
 
 
 def check_ranks_agree(world: distributed.World, recorded: dict) -> None:
-    """Raise UserError, on every rank, where processes were started with other flags or read other files: q, C or the
-    noise would differ among them, and nothing that rank 0 reports would hold."""
-    own = {name: value for name, value in recorded.items() if name != "local_rank"}
-    first, *others = world.gather(own)
+    """Raise UserError, on every rank, where the processes have different flags or files. q, C or the noise could then
+    differ among them, and rank 0's report would be wrong."""
+    first, *others = world.gather({name: value for name, value in recorded.items() if name != "local_rank"})
     with world.raise_if_any_failed():
         for rank, other in enumerate(others, start=1):
             differing = [

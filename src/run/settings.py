@@ -1,7 +1,7 @@
-"""What a training script can be told: each flag once, with its range, its help, and whether a resumed run may differ.
+"""The flags of the training scripts: each once, with its range, its help, and whether a resumed run may differ in it.
 
-A script names the classes whose flags it takes, and spells some of them in its own way. The rest of a run reads the
-classes, and args.json holds the flags by their names.
+A script lists the classes whose flags it takes, and may rename some of them (base.flags.spelled). The rest of a run
+reads objects of the classes. args.json holds the flags by the names that the script gives them.
 """
 
 import importlib.util
@@ -13,11 +13,13 @@ from base.errors import fail
 from base.flags import REQUIRED, Given, flag
 from model import MODEL_CARDS, SLOTS, LoRAConfig
 from optimizer import SCHEDULES
+from privacy.clipping import CLIPPING_RULES
+from privacy.ledger import NAMES
 
 # Padded tokens of a micro-batch where --micro_batch_tokens is not given: see scripts/benchmarks/benchmark_training.py.
 DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
-DEFAULT_DELTA = 1e-5  # of an epsilon for examples
-MOST_EPOCHS = 1e6  # more is a slip of the finger, and no number of steps
+DEFAULT_DELTA = 1e-5  # where the unit is an example; for authors it is 1/N
+MOST_EPOCHS = 1e6  # a larger number is a typing error
 MOST_STEPS = 10**9  # likewise: 11 days at a millisecond each
 # C. Gradients and the squares of their coordinates are float32, whose normal numbers lie between 2^-126 and 2^128;
 # smaller ones lose their digits, and some kernels flush them to 0. A unit's squared norm must be right to 2^-20 of
@@ -26,9 +28,10 @@ MOST_STEPS = 10**9  # likewise: 11 days at a millisecond each
 #   C = 2^-20 has a margin of 2^25. (Gram matrices are float64 and lose nothing.)
 #   Most: the square of the sum of 2^31 units of norm C is below 2^127 where C is below 2^32.
 CLIP_RANGE = (1e-6, 1e8)
-# sigma C, the standard deviation of the noise. Least: draws down to 2^-24 of it are normal numbers above 2^-102.
-# Most: its square summed over 2^31 coordinates, as for the norm of a released gradient, is below 2^127 below 2^48. The
-# largest C with the largest sigma that --target_epsilon chooses stays within.
+# sigma C, the standard deviation of the noise.
+#   Least: where it is above 2^-102, draws down to 2^-24 of it are normal numbers.
+#   Most: where it is below 2^48, its square summed over 2^31 coordinates (the norm of a released gradient) is below
+#   2^127. The largest C times the largest sigma that --target_epsilon chooses is below it.
 NOISE_RANGE = (1e-30, 1.1e14)
 ANY = (0, math.inf)
 
@@ -47,13 +50,13 @@ class TokenData:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The weights that a run starts from, and the adapter that it trains."""
+    """The initial weights of a run, and the adapter that it trains."""
 
     init_checkpoint: str | None = flag(
         help="weights to start from: a file, or a folder (its newest model.{step}.pt, PEFT's or Hugging Face's file)"
     )
     base_checkpoint: str | None = flag(
-        help="the frozen weights under an adapter-only --init_checkpoint, if not where it says"
+        help="the frozen weights of an adapter-only --init_checkpoint (default: those that it names)"
     )
     model_card: str | None = flag("gpt2.md", f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout")
     lora_dim: int = flag(0, "rank of the adapters; 0 trains the whole model", least=0)
@@ -73,7 +76,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW, its learning rate, and what is done to a gradient after its release."""
+    """The loss, AdamW, its learning rate, and the bound on a released gradient."""
 
     lr: float = flag(1e-5, within=ANY)
     weight_decay: float = flag(0.01, within=ANY)
@@ -88,32 +91,33 @@ class Optimizer:
     i_lrs: str = flag("0.00025", "cycle: learning rates at those steps")
     clip: float = flag(0.0, "bound on the norm of the released gradient; 0 = none", within=ANY)
     label_smooth: float = flag(0.0, within=(0, 1))
-    torch_eps: bool = False  # where eps stands, see AdamW
+    torch_eps: bool = False  # no flag: whether AdamW places eps as torch does
 
 
 @dataclass(frozen=True, kw_only=True)
 class Privacy:
-    """What a run promises, and how."""
+    """The privacy guarantee of a run, and how it is kept."""
 
     noise_multiplier: float | None = flag(help="sigma; 0 trains without privacy", within=ANY)
     target_epsilon: float | None = flag(
-        help="budget: noise is chosen, and training ends, so that it is kept", positive=math.inf
+        help="budget of the run: the noise is chosen for it, and training ends before it is exceeded", positive=math.inf
     )
     target_delta: float | None = flag(help="delta of the reported epsilon, a public constant")
     max_grad_norm: float = flag(1.0, "C, the norm to which each {unit}'s gradient is clipped", within=CLIP_RANGE)
     sampling: str | None = flag(
         help="poisson (default with noise): what the accountants price; shuffle (default without): every unit once an "
         "epoch, reported without amplification",
-        choices=("poisson", "shuffle"),
+        choices=NAMES["sampling"],
     )
-    clipping: str = flag(
-        "flat", "how a unit's gradient is bounded by C (default flat)", choices=("flat", "per_layer", "automatic")
+    clipping: str = flag("flat", "how a unit's gradient is bounded by C (default flat)", choices=CLIPPING_RULES)
+    mechanism: str = flag(
+        "gaussian", "the noise that is added to the clipped sum (default gaussian)", choices=NAMES["mechanism"]
     )
     noise_source: str = flag(
         "os",
         "os (default): a generator seeded by the operating system; secure: a cryptographic stream; seeded: for tests, "
         "whoever knows --noise_seed can subtract the noise",
-        choices=("os", "secure", "seeded"),
+        choices=NAMES["noise_source"],
     )
     noise_seed: int | None = flag(help="the seed of --noise_source seeded")
     grad_engine: str = flag(
@@ -127,7 +131,7 @@ class Privacy:
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """The steps of a run, what it does between them, and where it works."""
+    """The steps of a run, logging, evaluation, checkpoints, and the folder."""
 
     work_dir: str = flag("gpt2_model", "folder of everything that the run writes", may_change=True)
     train_batch_size: int = flag(8, "expected {unit}s of a process in one accumulation step", least=1)
@@ -167,8 +171,8 @@ class Loop:
     collective_timeout: float = flag(
         600, "how long ranks wait for one another before the job ends (default 600)", metavar="SECONDS", may_change=True
     )
-    show_bar: bool = True  # on a terminal
-    show_progress: bool = True  # and not warnings and results alone
+    show_bar: bool = True  # no flag: a progress bar on a terminal
+    show_progress: bool = True  # no flag: False prints warnings and results only
 
 
 SHARED = {"model": Model, "optimizer": Optimizer, "privacy": Privacy, "loop": Loop}  # sections of every script
@@ -176,7 +180,7 @@ SHARED = {"model": Model, "optimizer": Optimizer, "privacy": Privacy, "loop": Lo
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a script was told. data, own: of the script's own classes."""
+    """All settings of a run. data, extra: objects of the script's own classes, of its data and of its further flags."""
 
     given: Given
     data: Any
@@ -184,14 +188,14 @@ class Settings:
     optimizer: Optimizer
     privacy: Privacy
     loop: Loop
-    own: Any = None
+    extra: Any = None
 
-    def name(self, field: str) -> str:
-        """The flag of a field, as its script spells it."""
+    def flag_of(self, field: str) -> str:
+        """The flag of a field, as its script spells it: --work_dir or --output_dir."""
         return f"--{self.given.names[field]}"
 
     def changed(self, **sections: dict) -> "Settings":
-        """These settings with other values in some sections."""
+        """A copy with other values. sections: name -> {field: value}."""
         return replace(self, **{name: replace(getattr(self, name), **values) for name, values in sections.items()})
 
     def check(self) -> None:
@@ -204,7 +208,7 @@ class Settings:
             fail("--noise_source seeded: needs --noise_seed")
         if privacy.noise_seed is not None and privacy.noise_source != "seeded":
             fail(f"--noise_seed {privacy.noise_seed}: means nothing with --noise_source {privacy.noise_source}")
-        check_noise(privacy, self.name("max_grad_norm"))
+        check_noise(privacy, self.flag_of("max_grad_norm"))
         if loop.tensorboard and importlib.util.find_spec("tensorboard") is None:
             fail(
                 "--tensorboard: the package tensorboard is not installed; pip install tensorboard, or leave the flag "
@@ -215,7 +219,7 @@ class Settings:
 
 
 def check_noise(privacy: Privacy, clip: str) -> None:
-    """Raise UserError for a noise of sigma C that float32 cannot hold. clip: the flag that gave C."""
+    """Raise UserError where float32 cannot hold noise of standard deviation sigma C. clip: the flag that gave C."""
     sigma, C, (low, high) = privacy.noise_multiplier, privacy.max_grad_norm, NOISE_RANGE
     if sigma and not low <= sigma * C <= high:
         fail(

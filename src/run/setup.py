@@ -1,4 +1,4 @@
-"""From a training script's settings and data to a Trainer that is ready for its first step."""
+"""Set-up of a run: from a training script's settings and data to a Trainer."""
 
 import dataclasses
 import platform
@@ -23,14 +23,14 @@ from run.settings import DEFAULT_TOKENS, MOST_STEPS, Settings
 from run.task import Engine, Learner, Position, Task
 from weights.checkpoint import Loaded, load_model
 
-# What every run shows beside the model, as privacy.json lists it. Nothing here has noise.
+# What every run discloses beside the model, without noise; privacy.json lists it.
 DISCLOSED = (
     "training loss and throughput of every log line, and the sums of both in optimizer.{step}.pt, not privatised",
     "args.json: the digest of the training file, by which a guess of the whole file can be checked",
     "train_runtime and peak_memory_bytes, which follow from what was drawn, not privatised",
 )
-# The same words whatever the data are. How much of the validation data is training data, too, is an exact count of
-# private data: one unit more moves it, and "none" is a figure like any other. It is said on the terminal alone.
+# This text does not depend on the data. The number of validation texts that are training texts is an exact count of
+# private data, also where it is 0: one more unit changes it. So it is printed on the terminal and written to no file.
 VALIDATION_LOSS = (
     "validation loss, of data that is not protected at all; how much of it is training data, too, is "
     "said on the terminal alone, not privatised"
@@ -38,7 +38,7 @@ VALIDATION_LOSS = (
 
 
 def check_validation(flag: str, path: str, sha256: str, train_sha256: str) -> None:
-    """Raise UserError where the validation data are the training file: their loss is shown without noise."""
+    """Raise UserError where the validation data are the training file: their loss is disclosed without noise."""
     if sha256 == train_sha256:
         fail(
             f"{flag} {path}: is the training file (same sha256), and validation data are not protected at all; give "
@@ -47,17 +47,17 @@ def check_validation(flag: str, path: str, sha256: str, train_sha256: str) -> No
 
 
 def load_weights(settings: Settings, path: str | None, card: str | None) -> Loaded:
-    """The model of a run, from `path`; a new one is drawn with the run's seed."""
+    """The model of a run, from the checkpoint `path`; None draws new weights with the run's seed."""
     torch.manual_seed(settings.loop.random_seed)
     model, longest = settings.model, settings.data.seq_len
-    loaded = load_model(path, card, model.lora_config(), model.base_checkpoint, settings.name("init_checkpoint"))
+    loaded = load_model(path, card, model.lora_config(), model.base_checkpoint, settings.flag_of("init_checkpoint"))
     if longest > loaded.model.config.n_positions:
-        fail(f"{settings.name('seq_len')} {longest}: the model has {loaded.model.config.n_positions} positions")
+        fail(f"{settings.flag_of('seq_len')} {longest}: the model has {loaded.model.config.n_positions} positions")
     return loaded
 
 
 def epochs_to_steps(epochs: float, N: int, batch: int) -> int:
-    """Logical steps of `epochs` expected uses of every unit, one at least."""
+    """The number of logical steps in which every unit is expected to be used `epochs` times; at least 1."""
     return max(1, round(epochs * N / batch))
 
 
@@ -66,33 +66,33 @@ def logical_batch(settings: Settings, world: World) -> int:
     return settings.loop.train_batch_size * settings.loop.grad_acc * world.size
 
 
-def count_steps(settings: Settings, N: int, world: World, otherwise: int = 0) -> int:
-    """Logical steps of the run: the lesser of max_step and of max_epoch passes over N units; `otherwise` without
-    either."""
+def count_steps(settings: Settings, N: int, world: World, default: int = 0) -> int:
+    """Logical steps of the run: the lesser of max_step and max_epoch passes over N units; without both, `default`."""
     loop = settings.loop
     limits = [] if loop.max_step is None else [loop.max_step]
     if loop.max_epoch is not None:
         limits.append(epochs_to_steps(loop.max_epoch, N, logical_batch(settings, world)))
-    return min(limits, default=otherwise)
+    return min(limits, default=default)
 
 
 def check_task(settings: Settings, task: Task, world: World) -> None:
-    """Raise UserError for what only the data's size shows to be wrong."""
-    batch, name = logical_batch(settings, world), settings.name
+    """Raise UserError for mistakes that show only beside the size of the data."""
+    batch, flag_of = logical_batch(settings, world), settings.flag_of
     if batch > task.N:
         fail(
-            f"{name('train_batch_size')} x {name('grad_acc')} x processes = {batch} is larger than the training data "
-            f"({task.N} {task.unit}s): lower one of them"
+            f"{flag_of('train_batch_size')} x {flag_of('grad_acc')} x processes = {batch} is larger than the training "
+            f"data ({task.N} {task.unit}s): lower one of them"
         )
     if not 1 <= task.steps <= MOST_STEPS:
-        fail(f"{name('max_step')} {task.steps}: expected at least one step, at most {MOST_STEPS:g}")
+        fail(f"{flag_of('max_step')} {task.steps}: expected at least one step, at most {MOST_STEPS:g}")
 
 
-def choose_cut(settings: Settings, task: Task, world: World, config: GPT2Config) -> PublicLengths:
-    """How a private run's draws are cut. The lengths to pad to come from validation data, which no run protects."""
+def choose_public_lengths(settings: Settings, task: Task, world: World, config: GPT2Config) -> PublicLengths:
+    """How a private run cuts its draws. The padded lengths come from the validation data, which no run protects."""
     budget = settings.loop.micro_batch_tokens or DEFAULT_TOKENS[world.device.type]
-    # On the average half a block of rows is filler, in the blocks of the transformer and in the head.
-    head = config.vocab_size / (config.n_layer * (4 * config.n_embd + 2 * config.inner))  # its work over theirs
+    # On average half a block of rows is padding, in the transformer and in the head. head: the head's work over that of
+    # the transformer.
+    head = config.vocab_size / (config.n_layer * (4 * config.n_embd + 2 * config.inner))
     lengths = choose_lengths(
         None if task.valid is None else task.valid.inputs,
         max(1, task.longest - 1),
@@ -104,8 +104,8 @@ def choose_cut(settings: Settings, task: Task, world: World, config: GPT2Config)
     return PublicLengths(lengths, budget)
 
 
-def plan_settings(settings: Settings, task: Task, world: World) -> PlanSettings:
-    """The plan of a task; rank 0 chooses the noise multiplier where there is a target, and tells the others."""
+def make_plan_settings(settings: Settings, task: Task, world: World) -> PlanSettings:
+    """The settings of the privacy plan. Rank 0 computes the noise multiplier of a target epsilon for all ranks."""
     privacy, batch = settings.privacy, logical_batch(settings, world)
     given = privacy.noise_multiplier
     sampling = privacy.sampling or ("shuffle" if given == 0 else "poisson")
@@ -116,7 +116,11 @@ def plan_settings(settings: Settings, task: Task, world: World) -> PlanSettings:
         elif world.is_main:
             assert privacy.target_epsilon is not None
             try:
-                sigma.fill_(choose_sigma(privacy.target_epsilon, task.delta, task.N, batch, task.steps, sampling))
+                sigma.fill_(
+                    choose_sigma(
+                        privacy.target_epsilon, task.delta, task.N, batch, task.steps, sampling, privacy.mechanism
+                    )
+                )
             except UserError as failure:
                 fail(f"--target_epsilon: {failure}")
     return PlanSettings(
@@ -128,6 +132,7 @@ def plan_settings(settings: Settings, task: Task, world: World) -> PlanSettings:
         sigma=world.broadcast(sigma).item(),
         delta=task.delta,
         target_epsilon=privacy.target_epsilon,
+        mechanism=privacy.mechanism,
         sampling=sampling,
         clipping=privacy.clipping,
         noise_source=privacy.noise_source,
@@ -137,15 +142,15 @@ def plan_settings(settings: Settings, task: Task, world: World) -> PlanSettings:
 
 
 def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) -> loop.Trainer:
-    """From checked settings to a Trainer. Collective: every rank calls it; an error on one rank ends all.
+    """The Trainer of checked settings. Collective: every rank calls it, and an error on one rank ends all.
 
-    A run that torchrun restarts continues as by --resume (is_restarted), or is refused where it cannot.
+    A run that torchrun restarts (is_restarted) continues as with --resume, or is refused where the task cannot resume.
     """
     recorded = {**settings.given.values, **task.digests}
     check_ranks_agree(world, recorded)
     # TF32, which some machines switch on by an environment variable, would round the norms to 10 bits.
     torch.set_float32_matmul_precision("highest")
-    folder, flag = settings.loop.work_dir, settings.name("work_dir")
+    folder, flag = settings.loop.work_dir, settings.flag_of("work_dir")
     restarted = world.gather(world.is_main and not settings.loop.resume and is_restarted(folder))[0]
     if restarted and not task.resumable:
         mistake = UserError(
@@ -157,49 +162,49 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
     if restarted:
         settings = settings.changed(loop={"resume": True})
         recorded["resume"] = True
-    cut = choose_cut(settings, task, world, loaded.model.config)
-    promised = plan_settings(settings, task, world)
-    if settings.privacy.grad_engine == "opacus" and not promised.private:
+    lengths = choose_public_lengths(settings, task, world, loaded.model.config)
+    planned = make_plan_settings(settings, task, world)
+    if settings.privacy.grad_engine == "opacus" and not planned.private:
         with world.raise_if_any_failed():
             fail(
                 "--grad_engine opacus: computes a clipped sum, and a run without noise clips nothing; give "
                 "--target_epsilon or --noise_multiplier, or leave the flag out"
             )
-    flat, optimizer = prepare_parameters(settings, world, loaded, promised.private)
-    own_cut = cut if promised.private else TightCut(cut.token_budget)
+    flat, optimizer = prepare_parameters(settings, world, loaded, planned.private)
+    cut = lengths if planned.private else TightCut(lengths.token_budget)
     resumes = settings.loop.resume
 
     work: WorkDir = NoWorkDir(folder)
     ledger: Ledger = NoLedger()
-    at = Position()
+    position = Position()
     origin: dict = {"initial_weights": []}
     with world.raise_if_any_failed():
         if world.is_main:
-            spent = provenance.spent_before(loaded)  # what it refuses, it refuses before anything is written
+            spent = provenance.spent_before(loaded)  # refuses damaged reports before anything is written
             work = WorkDir(folder, must_exist=resumes, flag=flag)
             recorded |= {
-                "sigma": promised.sigma,
-                "delta": promised.delta,
-                "N": promised.N,
-                "steps": promised.steps,
-                "expected_batch": promised.batch,
-                "sampling": promised.sampling,
-                "padded_lengths": list(cut.lengths),
+                "sigma": planned.sigma,
+                "delta": planned.delta,
+                "N": planned.N,
+                "steps": planned.steps,
+                "expected_batch": planned.batch,
+                "sampling": planned.sampling,
+                "padded_lengths": list(lengths.lengths),
                 "world_size": world.size,
                 "job": distributed.job_name(),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
             }
-            ledger = open_ledger(work, settings, promised, recorded, world.size)
+            ledger = open_ledger(work, settings, planned, recorded, world.size)
         if resumes:
-            at = loop.resume(folder, loaded.model, optimizer)
+            position = loop.resume(folder, loaded.model, optimizer)
         if world.is_main:
             if resumes:
-                check_ledger_is_whole(work, ledger, at.done, at.report)
-            origin = provenance.begin(spent, at.report, folder, resumes, settings.privacy.noise_seed)
+                check_ledger_is_whole(work, ledger, position)
+            origin = provenance.begin(spent, position.report, folder, resumes, settings.privacy.noise_seed)
         if settings.loop.tensorboard:
-            work.open_tensorboard(at.done)
-        plan = PrivacyPlan(promised, world, ledger, at.done)
-    if len(set(world.gather(at.done))) > 1:
+            work.open_tensorboard(position.done)
+        plan = PrivacyPlan(planned, world, ledger, position.done)
+    if len(set(world.gather(position.done))) > 1:
         mistake = UserError(
             f"--resume: the ranks found checkpoints of different steps in {folder}: all machines must see the same "
             "folder"
@@ -207,16 +212,18 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
         mistake.on_every_rank = True
         raise mistake
     engine = build_engine(settings, loaded, flat, plan, world)
-    if promised.private and settings.loop.bf16:
-        check_company(engine, loaded.model, flat, cut, world)
+    if planned.private and settings.loop.bf16:
+        check_company(engine, loaded.model, flat, lengths, world)
         if world.size > 1:
-            check_ranks_compute_alike(engine, loaded.model, flat, cut, world)
+            check_ranks_compute_alike(engine, loaded.model, flat, lengths, world)
     if task.wrap_engine is not None:
-        engine = task.wrap_engine(engine, flat, plan, own_cut)
+        engine = task.wrap_engine(engine, flat, plan, cut)
 
     disclosed = [*DISCLOSED, *task.disclosed, *map(provenance.describe, origin["initial_weights"])]
-    learner = Learner(loaded, flat, engine, optimizer, own_cut)
-    trainer = loop.Trainer(world, settings, dataclasses.replace(task, disclosed=disclosed), learner, plan, work, at)
+    learner = Learner(loaded, flat, engine, optimizer, cut)
+    trainer = loop.Trainer(
+        world, settings, dataclasses.replace(task, disclosed=disclosed), learner, plan, work, position
+    )
     trainer.facts.update(origin)
     if restarted:
         trainer.display.say(
@@ -227,19 +234,19 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
 
 
 def prepare_parameters(settings: Settings, world: World, loaded: Loaded, private: bool) -> tuple[FlatParameters, AdamW]:
-    """The model on its device, with one flat buffer of what is trained, the same on every rank; and its optimizer."""
-    model, given = loaded.model.to(world.device), settings.optimizer
+    """(the trained parameters in one buffer on their device, with rank 0's values on every rank; their optimizer)."""
+    model, chosen = loaded.model.to(world.device), settings.optimizer
     model.freeze_for_training()
     sums = torch.float64 if private else torch.float32
-    flat = FlatParameters(model, extra=loop.EXTRA, no_decay_bias=given.no_decay_bias, sums=sums)
+    flat = FlatParameters(model, extra=loop.EXTRA, no_decay_bias=chosen.no_decay_bias, sums=sums)
     for parameter in model.parameters():  # every rank starts from rank 0's
         parameter.data.copy_(world.broadcast(parameter.data))
-    betas = (given.adam_beta1, given.adam_beta2)
-    return flat, AdamW(flat, betas, given.adam_epsilon, given.weight_decay, given.correct_bias, given.torch_eps)
+    betas = (chosen.adam_beta1, chosen.adam_beta2)
+    return flat, AdamW(flat, betas, chosen.adam_epsilon, chosen.weight_decay, chosen.correct_bias, chosen.torch_eps)
 
 
 def build_engine(settings: Settings, loaded: Loaded, flat: FlatParameters, plan: PrivacyPlan, world: World) -> Engine:
-    """The gradient engine; the clipping norm comes from the plan. Collective."""
+    """The gradient engine, with the plan's clipping rule. Collective."""
     smoothing = settings.optimizer.label_smooth
     if not plan.settings.private:
         return NonPrivate(loaded.model, flat, smoothing)
@@ -251,7 +258,7 @@ def build_engine(settings: Settings, loaded: Loaded, flat: FlatParameters, plan:
 
 
 def warn_of_shared(trainer: loop.Trainer, what: str, shared: int, of: int) -> None:
-    """Say that validation data are training data, too (`what`: the plural of what is counted)."""
+    """Warn where validation data are training data too. what: the plural of what is counted, shared of `of`."""
     if shared:
         trainer.display.say(
             f"WARNING: {shared} of the {of} validation {what} are training {what}, too: the validation "
@@ -262,7 +269,7 @@ def warn_of_shared(trainer: loop.Trainer, what: str, shared: int, of: int) -> No
 
 
 def announce(trainer: loop.Trainer) -> None:
-    """Say once, before the first step, what the run will spend."""
+    """Print, before the first step, the settings that epsilon follows from, and warnings."""
     plan, settings, say = trainer.plan, trainer.plan.settings, trainer.display.say
     say(
         f"{settings.N} {settings.unit}s, expected batch {settings.batch} (q = {settings.q:.6g}), "
@@ -279,7 +286,7 @@ def announce(trainer: loop.Trainer) -> None:
             important=True,
         )
     if not settings.private:
-        say("noise multiplier 0: ordinary training without clipping or noise; epsilon = inf", important=True)
+        say("noise multiplier 0: non-private training without clipping or noise; epsilon = inf", important=True)
         return
     say(
         f"noise multiplier {settings.sigma:.6g}, clipping {settings.clipping} to {settings.clip:g}, "
@@ -298,5 +305,5 @@ def announce(trainer: loop.Trainer) -> None:
             "WARNING: --noise_source seeded: anyone who knows the seed can subtract the noise. For tests only.",
             important=True,
         )
-    if settings.sampling == "shuffle":
-        say("shuffled batches: epsilon is reported without amplification by sampling", important=True)
+    if not settings.amplified:
+        say(f"{settings.sampling} sampling: epsilon is reported without amplification by sampling", important=True)

@@ -1,4 +1,4 @@
-"""What a run is made of: its task, what it learns with, and where it goes on."""
+"""The parts of a run: its task, the objects that a step computes with, and the position from which it continues."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,27 +29,27 @@ class Engine(Protocol):
     def accumulate(self, batch: MicroBatch) -> Tensor: ...
 
 
-Observer = Callable[[Tensor], None]  # is shown the released gradient (P,) of every step
+Observer = Callable[[Tensor], None]  # gets the released gradient (P,) of every step
 WrapEngine = Callable[[Any, FlatParameters, PrivacyPlan, Cut], Engine]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a script makes of its flags and its data. All of it but `data` is public."""
+    """What differs between the training scripts. All but `data` is public."""
 
     unit: str  # "example" or "author"
     data: Data  # of N units
     valid: ValidationData | None
-    longest: int  # tokens of the longest text that may come
-    steps: int  # logical steps, for which noise and learning rates are made
-    lr: Callable[[int], float]  # of a step, from 0
+    longest: int  # the most tokens that a text may have
+    steps: int  # planned logical steps, for which noise and learning rates are chosen
+    lr: Callable[[int], float]  # learning rate of a step, counted from 0
     delta: float
-    disclosed: list[str]  # what the run shows beside the model
+    disclosed: list[str]  # what the run discloses beside the model
     digests: dict[str, Any]  # entries of args.json beside the flags
     rows_per_unit: int = 1  # the most texts that a unit contributes to a step
-    last_step: int | None = None  # end there, of the `steps` that are planned
+    last_step: int | None = None  # end after this one of the planned steps
     resumable: bool = True
-    wrap_engine: WrapEngine | None = None  # for an audit: makes of the run's engine the one to use
+    wrap_engine: WrapEngine | None = None  # for an audit: replaces the run's engine
     observe: Observer | None = None  # for an audit
 
     @property
@@ -59,7 +59,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Learner:
-    """What a step computes with."""
+    """The objects that a step computes with."""
 
     loaded: Loaded
     flat: FlatParameters
@@ -70,8 +70,10 @@ class Learner:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run goes on. progress, report: of the checkpoint (Trainer.progress(), provenance.py); None: there is
-    none."""
+    """Where a run starts: before its first step, or at a checkpoint.
+
+    done: steps of the checkpoint. progress, report: its entries (Trainer.progress(), provenance.py); None without one.
+    """
 
     done: int = 0
     progress: dict | None = None

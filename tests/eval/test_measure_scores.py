@@ -219,9 +219,9 @@ def test_captions_are_pycocoevalcaps(meteor):
     assert list(gts.values()) == groups and list(res.values()) == [[text] for text in outputs]
 
     total, each = Meteor().compute_score(gts, res)
-    addends = caption_metrics.summable_statistics(meteor.statistics(groups, outputs))
-    assert caption_metrics.meteor_score(addends) == pytest.approx(each, abs=1e-12)
-    assert caption_metrics.meteor_score(addends.sum(axis=0)) == pytest.approx(total, abs=1e-12)
+    summable = caption_metrics.summable_statistics(meteor.statistics(groups, outputs))
+    assert caption_metrics.meteor_score(summable) == pytest.approx(each, abs=1e-12)
+    assert caption_metrics.meteor_score(summable.sum(axis=0)) == pytest.approx(total, abs=1e-12)
     assert caption_metrics.rouge_l_segments(groups, outputs) == pytest.approx(Rouge().compute_score(gts, res)[1])
     assert caption_metrics.cider_segments(groups, outputs) == pytest.approx(Cider().compute_score(gts, res)[1])
     assert each[5] == 0.0 and min(each[:5]) > 0.1  # the empty output, and no other, scores nothing
@@ -233,15 +233,15 @@ def test_meteor_of_any_sum_is_the_jars(meteor):
     references += [["the Eagle is near a pub"], ["pub"], ["pub"]]
     outputs += ["the Eagle is near a pub", "pub", ""]
     statistics = meteor.statistics(references, outputs)
-    addends = caption_metrics.summable_statistics(statistics)
+    summable = caption_metrics.summable_statistics(statistics)
     generator = np.random.default_rng(0)
     draws = [generator.integers(0, len(outputs), size=size) for size in (1, 2, 5, 33, 33, 33, 200)]
     draws += [np.array([30]), np.array([30, 31]), np.array([32]), np.array([32, 32, 30])]
     for draw in draws:
         rows = [" ".join(map(repr, map(float, statistics[i]))) for i in draw]
         *each, total = map(float, meteor.ask([" ||| ".join(["EVAL", *rows])], len(rows) + 1))
-        assert caption_metrics.meteor_score(addends[draw]) == pytest.approx(each, abs=1e-12)
-        assert caption_metrics.meteor_score(addends[draw].sum(axis=0)) == pytest.approx(total, abs=1e-12)
+        assert caption_metrics.meteor_score(summable[draw]) == pytest.approx(each, abs=1e-12)
+        assert caption_metrics.meteor_score(summable[draw].sum(axis=0)) == pytest.approx(total, abs=1e-12)
 
 
 def test_cider_without_words():

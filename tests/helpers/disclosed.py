@@ -1,4 +1,4 @@
-"""PRIVACY.md's table of what is shown, and what a run left: files and entries, each with the row that names it."""
+"""PRIVACY.md's table of what is disclosed, and what a run left: files and entries, each with the row that names it."""
 
 import functools
 import importlib
@@ -36,7 +36,7 @@ def file_pattern(name: str) -> re.Pattern:
 @functools.cache
 def table() -> tuple[Row, ...]:
     lines = (ROOT / "PRIVACY.md").read_text(encoding="utf-8").splitlines()
-    begin = next(n for n, line in enumerate(lines) if line.startswith("  | file | what in it | covered by epsilon |"))
+    begin = next(n for n, line in enumerate(lines) if line.startswith("  | file | entries | covered by epsilon |"))
     rows, named = [], ""
     for line in lines[begin + 2:]:
         if not line.startswith("  |"):

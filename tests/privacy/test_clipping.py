@@ -356,7 +356,7 @@ def test_factors_of_hostile_norms():
         factors, finite = ClippingRule(kind, 0.5).factors(norms_sq)
         assert finite.tolist() == [True, True, False, False, False, False, False, False, True]
         assert factors.isfinite().all() and (factors[~finite] == 0).all() and (factors[finite] > 0).all()
-    with pytest.raises(ValueError, match="flat, per_layer or automatic"):
+    with pytest.raises(ValueError, match="flat, per_layer, automatic"):
         ClippingRule("mean", 0.5).factors(norms_sq)
 
 

@@ -58,6 +58,20 @@ def test_scripts_and_flags_of_commands_are_there(page):
         assert flag in OTHERS or re.search(rf"--{flag}\b|{field}", SOURCES, re.M), f"--{flag}"
 
 
+def test_the_files_of_each_change_are_there():
+    """The table "Where a change goes": ten changes of at most two files each, which contain the names beside them."""
+    table = lines_of(PAGES["CONTRIBUTING.md"].split("## Where a change goes")[1].split("\n## ")[0])
+    assert len(table) == 10
+    for line in table:
+        for alternative in line["files, tests aside"].split("; "):
+            files = re.findall(r"`((?:src|eval|scripts)/[\w./-]+)`(?: \(([^)]*)\))?", alternative)
+            assert 1 <= len(files) - alternative.count(" or ") <= 2, line
+            for file, names in files:
+                text = (ROOT / file).read_text(encoding="utf-8")
+                for name in re.findall(r"`([\w.]+)`", names):
+                    assert re.search(rf"\b{name.split('.')[-1]}\b", text), f"{file}: {name}"
+
+
 def test_the_controls_of_these_checks():
     text = "```\npython src/gpt2_ft.py --lr 1  # a word\nls\n```\n"
     assert commands(text) == ["python src/gpt2_ft.py --lr 1"] and commands(README)

@@ -50,6 +50,13 @@ def test_the_columns_of_webnlg_and_dart(tmp_path):
         assert [head for head in line if head.split()[0] in scores] == expected and line[expected[-1]] == "3.0000"
 
 
+def test_a_metric_that_the_scores_gained_has_its_column(tmp_path):
+    first = synthetic(tmp_path)
+    synthetic(tmp_path, epsilon="3", scores={**first["scores"], "new": 0.25})
+    three, eight = lines_of(run_script("scripts/results_tables.py", tmp_path).stdout)
+    assert list(eight)[8:10] == ["CIDEr", "new"] and (three["new"], eight["new"]) == ("0.2500", "-")
+
+
 def test_no_row_of_a_run_that_is_not_done(tmp_path):
     for report, words in ((None, "privacy.json"), ("[]", "privacy.json"), ('{"N": 1}', "has not come to an end")):
         if report is not None:
