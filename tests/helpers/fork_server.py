@@ -138,7 +138,7 @@ def fault_entropy(file: str) -> None:
 def fault_dump(file: str) -> None:
     """Write the parameters that this rank ends with to `file`."""
     wrap("run.loop:Trainer.close_report", "before", 1,
-         lambda arguments, _: pathlib.Path(file).write_bytes(arguments[0].flat.data.numpy().tobytes()))
+         lambda arguments, _: pathlib.Path(file).write_bytes(arguments[0].learner.flat.data.numpy().tobytes()))
 
 
 def fault_released(file: str) -> None:
