@@ -1,10 +1,14 @@
-"""Whether this machine's kernels keep a unit's gradient apart from its company, tried before a private run in bfloat16.
+"""Whether this machine's kernels keep a unit's gradient apart from its company, tried before a private run.
 
 The proof of epsilon takes a unit's clipped gradient for a function of the unit alone. base.products.row_blocks() and
 PublicLengths give every kernel one shape; that a kernel then treats all rows alike is a property of the machine's
-libraries, and that all ranks have the same. In float32 a breach costs a few units in the last place. In bfloat16 it
-costs 2^-8 of a value, the same way for all units that are alike, and the sum over them moves by several C.
+libraries, and that all ranks have the same. In float32 a breach costs a few units in the last place, which the noise
+does not pay for; in bfloat16 it costs 2^-8 of a value, the same way for all units that are alike, and the sum over them
+moves by several C.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +34,11 @@ def probe_batch(T: int, units: int, vocabulary: int) -> MicroBatch:
     return batch
 
 
-def contribution(engine, model: GPT2LMModel, flat: FlatParameters, T: int, units: int, bf16: bool) -> Tensor:
-    """The clipped gradient (P,) of the one unit of probe_batch(T, units) that has a loss. Leaves flat.sums zero."""
+def contribution(
+    engine, model: GPT2LMModel, flat: FlatParameters, T: int, units: int, bf16: bool, read: Callable = Tensor.clone
+) -> Any:
+    """What `read` says of the clipped gradient (P,) of the one unit of probe_batch(T, units) that has a loss; a copy,
+    where nothing else is asked for. Leaves flat.sums zero."""
     adapters = [module for module in model.modules() if getattr(module, "lora_dropout", 0.0)]
     rates = [module.lora_dropout for module in adapters]
     for module in adapters:  # not model.eval(): Opacus's hooks keep still there
@@ -41,7 +48,7 @@ def contribution(engine, model: GPT2LMModel, flat: FlatParameters, T: int, units
         engine.accumulate(probe_batch(T, units, model.config.vocab_size).to(flat.data.device))
     for module, rate in zip(adapters, rates, strict=True):
         module.lora_dropout = rate
-    found = flat.grad.clone()
+    found = read(flat.grad)
     flat.sums.zero_()
     return found
 
@@ -104,4 +111,25 @@ def check_ranks_compute_alike(
                 f"--bf16: the machines of this job compute a unit's gradient in different ways, by {influence:.1e} of "
                 "itself, and one unit more moves others to another rank: the epsilon would not be true; use machines "
                 "of one kind, or leave --bf16 out"
+            )
+
+
+def fingerprint(grad: Tensor) -> tuple[float, ...]:
+    """Three sums over grad (P,), for which nothing is copied: gradients of other bits differ in one of them."""
+    return grad.sum().item(), grad.norm(1).item(), grad.norm(2).item()
+
+
+def check_ranks_round_alike(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, world: World) -> None:
+    """Raise UserError, on every rank, where in float32 a unit's gradient has other bits on another rank.
+
+    CPUs of other kinds differ by 1e-6 of it, other numbers of threads by 3e-7, and the noise pays for neither.
+    """
+    own = [contribution(engine, model, flat, T, 1, False, fingerprint) for T in cut.lengths]
+    alike = all(found == own for found in world.gather(own))
+    with world.raise_if_any_failed():
+        if not alike:
+            fail(
+                f"OMP_NUM_THREADS ({torch.get_num_threads()} threads here): the processes of this job round a unit's "
+                "gradient in different ways, and one unit more moves others to another process: the epsilon would not "
+                "be true; use machines of one kind, and the same OMP_NUM_THREADS for all"
             )
