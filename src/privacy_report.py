@@ -27,7 +27,7 @@ from base.flags import Parser
 from privacy import accounting
 from privacy.accounting import Phase
 from privacy.ledger import FILE_NAME, NAMES, LedgerState, check_none_was_kept, noise_sources, read_ledger
-from privacy.plan import SEEDED_WARNING, choose_sigma, participations, relation, spent
+from privacy.plan import choose_sigma, participations, relation, spent, warnings
 from run.provenance import disagreements
 
 REPORT_NAME = "privacy.json"
@@ -118,8 +118,8 @@ def report_ledger(path: str, deltas: list[float]) -> int:
     print(epsilon_table(spent(state), wanted))
     sources = noise_sources(state)
     print(f"noise source  {' and '.join(sorted(sources))}")
-    if "seeded" in sources:
-        print(f"warning       {SEEDED_WARNING}")
+    for words in warnings(state):
+        print(f"warning       {words}")
     if report is None:
         print(f"{REPORT_NAME}  not there: what else was disclosed is not known")
         return 0

@@ -183,7 +183,7 @@ def test_a_run_without_format_numbers_is_reported_and_resumed(tmp_path):
     work, before = place / "run", contents(UNNUMBERED / "run")
     reported = server().start("src/privacy_report.py", [work])
     assert reported.wait() == 0, reported.stdout + reported.stderr
-    assert "steps charged 3 in 1 attempt" in reported.stdout
+    assert "steps charged 3 in 1 attempt" in reported.stdout and "3 steps are of ledger format 1" in reported.stdout
     assert "agrees with the ledger" in reported.stdout and contents(work) == before
     resumed = server().start("src/gpt2_ft.py", [*FLAGS, "--resume"], cwd=place)
     assert resumed.wait() == 0, resumed.stdout + resumed.stderr
@@ -198,6 +198,7 @@ def test_a_run_without_format_numbers_is_reported_and_resumed(tmp_path):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
     assert read(work)["epsilon_prv"] == pytest.approx(7.1951, abs=1e-4) == metrics(work)[-2]["epsilon"]
     assert read(work)["attempts"] == 2 and read(work)["steps_charged"] == 6
+    assert "3 steps are of ledger format 1" in read(work)["warning"] and "not proven" in read(work)["warning"]
     reported = server().start("src/privacy_report.py", [work])
     assert reported.wait() == 0 and "agrees with the ledger" in reported.stdout, reported.stdout + reported.stderr
 

@@ -1,11 +1,15 @@
 """Batch invariance: does a unit's gradient depend on the other units of its micro-batch (its company), or on the rank?
 
-It is tested with the machine's own kernels before a private run in bfloat16. The proof of epsilon requires a unit's
+It is tested with the machine's own kernels before a private run. The proof of epsilon requires a unit's
 clipped gradient to be a function of the unit alone. base.products.row_blocks() and PublicLengths give every kernel one
 shape. That a kernel of one shape computes all rows alike, and all ranks compute alike, depends on the machines'
-libraries. Where it fails, float32 results change by a few units in the last place. bfloat16 results change by 2^-8 of
+libraries. Where it fails, float32 results change by a few units in the last place, which the
+noise does not cover. bfloat16 results change by 2^-8 of
 themselves, equally for equal units, so the sum over them changes by several C.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +35,11 @@ def probe_batch(T: int, units: int, vocabulary: int) -> MicroBatch:
     return batch
 
 
-def contribution(engine, model: GPT2LMModel, flat: FlatParameters, T: int, units: int, bf16: bool) -> Tensor:
-    """The clipped gradient (P,) of the one unit of probe_batch(T, units) that has a loss. Leaves flat.sums zero."""
+def contribution(
+    engine, model: GPT2LMModel, flat: FlatParameters, T: int, units: int, bf16: bool, read: Callable = Tensor.clone
+) -> Any:
+    """What `read` says of the clipped gradient (P,) of the one unit of probe_batch(T, units) that has a loss; a copy,
+    where nothing else is asked for. Leaves flat.sums zero."""
     adapters = [module for module in model.modules() if getattr(module, "lora_dropout", 0.0)]
     rates = [module.lora_dropout for module in adapters]
     for module in adapters:  # not model.eval(), in which Opacus's hooks do nothing
@@ -42,7 +49,7 @@ def contribution(engine, model: GPT2LMModel, flat: FlatParameters, T: int, units
         engine.accumulate(probe_batch(T, units, model.config.vocab_size).to(flat.data.device))
     for module, rate in zip(adapters, rates, strict=True):
         module.lora_dropout = rate
-    gradient = flat.grad.clone()
+    gradient = read(flat.grad)
     flat.sums.zero_()
     return gradient
 
@@ -105,4 +112,25 @@ def check_ranks_compute_alike(
                 f"--bf16: the machines of this job compute a unit's gradient in different ways, by {influence:.1e} of "
                 "itself, and one unit more moves others to another rank: the epsilon would not be true; use machines "
                 "of one kind, or leave --bf16 out"
+            )
+
+
+def fingerprint(grad: Tensor) -> tuple[float, ...]:
+    """Three sums over grad (P,), for which nothing is copied: gradients of other bits differ in one of them."""
+    return grad.sum().item(), grad.norm(1).item(), grad.norm(2).item()
+
+
+def check_ranks_round_alike(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, world: World) -> None:
+    """Raise UserError, on every rank, where in float32 a unit's gradient has other bits on another rank.
+
+    CPUs of other kinds differ by 1e-6 of it, other numbers of threads by 3e-7, and the noise pays for neither.
+    """
+    own = [contribution(engine, model, flat, T, 1, False, fingerprint) for T in cut.lengths]
+    alike = all(found == own for found in world.gather(own))
+    with world.raise_if_any_failed():
+        if not alike:
+            fail(
+                f"OMP_NUM_THREADS ({torch.get_num_threads()} threads here): the processes of this job round a unit's "
+                "gradient in different ways, and one unit more moves others to another process: the epsilon would not "
+                "be true; use machines of one kind, and the same OMP_NUM_THREADS for all"
             )

@@ -16,6 +16,7 @@ Guarantee: at any moment the ledger holds at least every noisy sum that ever rea
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -28,7 +29,9 @@ from base.errors import fail
 from base.files import atomic_write, check_file, check_format, lock, sync_folder
 
 FILE_NAME = "privacy_ledger.jsonl"
-KEPT = ".kept"  # suffix of the copy that a run leaves where its ledger was removed or replaced
+KEPT = (
+    ".kept"  # suffix of the copy that a run leaves where its ledger was removed or replaced; a second one: .{process}
+)
 # A resumed run must have the ledger's values of these, unless --resume_changed names them.
 MUST_MATCH = (
     "unit",
@@ -147,9 +150,11 @@ def check_record(record: object, previous: LedgerState, where: str) -> str | Non
 
 def check_none_was_kept(path: str) -> None:
     """Raise UserError where a run has left a copy of its ledger, because the file at `path` was removed or changed."""
-    if os.path.exists(f"{path}{KEPT}"):
+    found = [f"{path}{KEPT}", *sorted(glob.glob(f"{glob.escape(path)}{KEPT}.*"))]
+    kept = [name for name in found if os.path.exists(name) and not name.endswith(".partial")]
+    if kept:
         fail(
-            f"{path}{KEPT}: holds what a run charged whose {os.path.basename(path)} was taken away or changed; put it "
+            f"{kept[0]}: holds what a run charged whose {os.path.basename(path)} was taken away or changed; put it "
             f"into the place of {path}, or remove it where that one holds all its lines"
         )
 

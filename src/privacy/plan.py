@@ -29,6 +29,10 @@ from privacy.randomness import NoiseSource
 from privacy.sampling import SAMPLERS, Uses, steps_per_epoch
 
 SEEDED_WARNING = "seeded noise: whoever knows the seed can subtract it; the epsilon holds only against the others"
+EARLIER_WARNING = (
+    "{count} steps are of ledger format 1: the noise did not pay for all that rounding may do to their sums, and if "
+    "they were drawn with --bf16 their epsilon is not proven"
+)
 
 
 def relation(unit: str, samplings: Iterable[str]) -> str:
@@ -62,6 +66,14 @@ def epsilons(state: LedgerState, delta: float) -> tuple[float, float]:
     """(PRV upper bound, RDP) of everything in the ledger, at `delta`."""
     phases = spent(state)
     return accounting.epsilon_prv(phases, delta), accounting.epsilon_rdp(phases, delta)
+
+
+def warnings(state: LedgerState) -> list[str]:
+    """What a reader of the epsilon of a ledger is to be told."""
+    earlier = sum(record["format"] == 1 and record["sigma"] > 0 for record in state.records)
+    return [SEEDED_WARNING] * ("seeded" in noise_sources(state)) + [EARLIER_WARNING.format(count=earlier)] * (
+        earlier > 0
+    )
 
 
 @dataclass(frozen=True)
@@ -234,6 +246,7 @@ class PrivacyPlan:
         """The content of privacy.json. Rank 0 alone knows."""
         settings, records = self.settings, self.state.records
         sources = noise_sources(self.state) or {settings.noise_source}
+        told = warnings(self.state) or [SEEDED_WARNING] * ("seeded" in sources)
         samplings = {record["sampling"] for record in records} or {settings.sampling}
         prv, rdp = self.epsilon()
         strict_prv, strict_rdp = self.epsilon(settings.strict_delta)
@@ -259,7 +272,7 @@ class PrivacyPlan:
             "target_epsilon": settings.target_epsilon,
             "sampling": settings.sampling,
             "noise_source": " and ".join(sorted(sources)),
-            "warning": SEEDED_WARNING if "seeded" in sources and settings.private else None,
+            "warning": ("; ".join(told) or None) if settings.private else None,
             "disclosed": disclosed,
         }
 

@@ -13,7 +13,7 @@ from corpus.batching import PublicLengths, TightCut, choose_lengths
 from model import GPT2Config
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, NonPrivate, rounding_share
-from privacy.company import check_company, check_ranks_compute_alike
+from privacy.company import check_company, check_ranks_compute_alike, check_ranks_round_alike
 from privacy.ledger import Ledger, NoLedger
 from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
 from run import loop, provenance
@@ -216,6 +216,8 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
         check_company(engine, loaded.model, flat, lengths, world)
         if world.size > 1:
             check_ranks_compute_alike(engine, loaded.model, flat, lengths, world)
+    elif planned.private and world.size > 1 and world.device.type == "cpu":  # on GPUs kernels may add in any order
+        check_ranks_round_alike(engine, loaded.model, flat, lengths, world)
     if task.wrap_engine is not None:
         engine = task.wrap_engine(engine, flat, plan, cut)
 

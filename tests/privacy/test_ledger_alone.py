@@ -346,3 +346,25 @@ def test_a_folder_that_was_copied_while_a_run_went_on(tmp_path):
     train(flags(tmp_path / "copy", resume=True))
     (tmp_path / "go").touch()
     assert first.wait() == 0 and len(ledger(work)) == STEPS and len(ledger(tmp_path / "copy")) == STEPS + 2
+
+
+def test_the_copies_of_two_runs_are_both_asked_for(tmp_path):
+    """Both lost their ledger. The first copy back in its place leaves the charges of the second still to be counted."""
+    for steps in ((1, 2), (1, 2, 3)):
+        lost = Ledger(str(tmp_path), SETTINGS, resume=False)
+        for step in steps:
+            lost.charge(step)
+        os.unlink(tmp_path / NAME)
+        with pytest.raises(errors.UserError, match="what this run charged is in"):
+            lost.charge(9)
+        lost.close()
+        if len(steps) == 2:
+            (tmp_path / f"{NAME}.kept").rename(tmp_path / "aside")
+    (tmp_path / f"{NAME}.kept").rename(tmp_path / f"{NAME}.kept.123")  # as keep() names the second one
+    (tmp_path / "aside").rename(tmp_path / NAME)
+    with pytest.raises(errors.UserError, match=f"{NAME}.kept.123: holds what a run charged"):
+        read_ledger(str(tmp_path / NAME))
+    with pytest.raises(errors.UserError, match=f"{NAME}.kept.123: holds what a run charged"):
+        Ledger(str(tmp_path), SETTINGS, resume=True)
+    (tmp_path / f"{NAME}.kept.123").rename(tmp_path / f"{NAME}.kept.123.partial")  # which a kill may leave
+    assert read_ledger(str(tmp_path / NAME)).charged == 2

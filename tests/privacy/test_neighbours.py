@@ -159,3 +159,11 @@ def test_ranks_that_compute_in_different_ways_are_refused(tmp_path, factor, stat
     assert bool(list((tmp_path / "work").glob("model.*"))) == (status == 0)
     if status:
         assert "--bf16" in ranks[0].error and "machines of one kind" in ranks[0].error and not ranks[1].stderr
+
+
+def test_ranks_that_round_in_different_ways_are_refused(tmp_path):
+    """In float32, by the last digit of each product, as with other numbers of threads."""
+    ranks = start_ranks(flags(tmp_path / "work"), 2, {1: [["unlike", {"factor": 1 + 2**-23}]]})
+    assert [rank.wait() for rank in ranks] == [2, 2], ranks[0].stderr
+    assert "OMP_NUM_THREADS" in ranks[0].error and "machines of one kind" in ranks[0].error and not ranks[1].stderr
+    assert not list((tmp_path / "work").glob("model.*"))
