@@ -13,6 +13,8 @@ layer norms do not decay. Texts get no special token, as in the published exampl
 Leaves in --output_dir: model.{step}.pt, args.json, metrics.jsonl, privacy_ledger.jsonl, privacy.json.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before torch, which takes seconds
+
 import dataclasses
 import os
 import sys
@@ -207,11 +209,8 @@ def check(settings: Settings) -> None:
 def translated(settings: Settings) -> Settings:
     """Checked settings of Hugging Face's Trainer as the rest of a run understands them."""
     loop, own, counted = settings.loop, settings.own, (settings.loop.max_step or 0) > 0
-    intervals = {
-        "no": 0,
-        "steps": loop.eval_interval or loop.log_interval,
-        "epoch": 0,
-    }  # main() counts the steps of an epoch
+    # main() counts the steps of an epoch
+    intervals = {"no": 0, "steps": loop.eval_interval or loop.log_interval, "epoch": 0}
     changed = {
         "resume": loop.resume or resume_asked(own.resume_from_checkpoint, loop.work_dir),
         "eval_interval": 1 if own.dry_run else intervals[own.eval_strategy],
@@ -447,4 +446,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, lasting=True)

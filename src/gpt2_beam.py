@@ -13,6 +13,8 @@ EOS if any]}. It appears whole or not at all; a search that was killed leaves OU
 which --resume continues.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before torch, which takes seconds
+
 import hashlib
 import json
 import math

@@ -11,6 +11,8 @@ train_batch_size x grad_acc x processes.
 Leaves in --work_dir: model.{step}.pt, args.json, metrics.jsonl, privacy_ledger.jsonl, privacy.json.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before torch, which takes seconds
+
 import sys
 from dataclasses import dataclass
 
@@ -142,4 +144,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, lasting=True)

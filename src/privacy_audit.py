@@ -17,6 +17,8 @@ Leaves in --work_dir, beside a run's files: audit.json (bound, claim, guesses), 
 audit.png.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before torch, which takes seconds
+
 import os
 import sys
 import time
@@ -243,4 +245,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, lasting=True)
