@@ -31,7 +31,7 @@ from base.distributed import World
 from base.errors import fail, run_main
 from base.files import atomic_write
 from base.flags import SettingsParser, flag, spelled
-from corpus.examples import Examples, read_examples
+from corpus.examples import Examples, check_scored, read_examples
 from optimizer import schedule
 from privacy.auditing import FEWEST, Audit, audit
 from privacy.plan import finite_or_text
@@ -111,7 +111,9 @@ def read_data(settings: Settings, loaded: Loaded) -> Examples:
     own, data = settings.own, settings.data
     if own.canary_kind == "gradient" and own.canaries > trained:
         fail(f"--canaries {own.canaries}: each gradient canary needs its own coordinate, the run trains {trained}")
-    return read_examples(data.train_data, "--train_data", loaded.model.config.vocab_size, data.seq_len)
+    train = read_examples(data.train_data, "--train_data", loaded.model.config.vocab_size, data.seq_len)
+    check_scored(train, f"--train_data {data.train_data}", data.seq_len)
+    return train
 
 
 def make_task(
