@@ -104,7 +104,7 @@ class JavaProgram:
         self.log.seek(0)
         lines = (self.log.read() + b"\n" + answered).decode("utf-8", "replace").strip().splitlines()
         started = not any(line.startswith(NO_START) for line in lines)
-        lines = [line.strip("# ") for line in lines if not line.startswith((*NO_START, "Picked up "))]
+        lines = [line.strip("# ") for line in lines if "Picked up " not in line and not line.startswith(NO_START)]
         chosen = (MEMORY, ERROR) if started else (MEMORY, ANY)
         telling = [line for form in chosen for line in lines if form.search(line)] or lines[-1:]
         said = f", saying: {telling[0][:200]}" if telling else ""

@@ -303,7 +303,8 @@ FAKES = {
     "babbles": (IS_METEOR + "while read line; do echo 0.5; done;; esac; exec JAVA \"$@\"", ["METEOR", "'0.5'", "23"]),
     "text too long": (IS_METEOR + "echo java.lang.OutOfMemoryError >&2; exit 1;; esac; exec JAVA \"$@\"",
                       ["METEOR", "segment 1 of 1", "too long", "shorten"]),
-    "no memory to start": ("echo 'Error of VM'; echo 'Could not allocate metaspace: 9 bytes'; exit 1", ["PTB tokenizer", "Could not allocate metaspace: 9 bytes", "memory limit"]),
+    "no memory to start": ("echo 'Error of VM'; echo 'Could not allocate metaspace: 9 bytes'; exit 1",
+                            ["PTB tokenizer", "Could not allocate metaspace: 9 bytes", "memory limit"]),
     "no memory to start METEOR": (
         IS_METEOR + "echo Error of VM; echo 'Could not reserve enough space'; exit 1;; esac; exec JAVA \"$@\"",
         ["METEOR", "Could not reserve enough space", "memory limit"]),
