@@ -103,5 +103,7 @@ def prepare_streams() -> None:
             dropped = os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
             os.set_inheritable(dropped, True)
             setattr(sys, name, open(dropped, "w" if handle else "r", encoding="utf-8", closefd=False))
-        elif handle and isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            continue
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and (stream.encoding.lower() != "utf-8" or stream.errors == "strict"):
             stream.reconfigure(errors="backslashreplace")

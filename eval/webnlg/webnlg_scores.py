@@ -84,9 +84,10 @@ def check_lengths(name: str, segments: Segments) -> None:
 def note_untokenized(name: str, segments: Segments) -> None:
     """Print a note where a reference was not tokenized: every score is then lower than the challenge's."""
     for number, reference in enumerate(chain.from_iterable(segments.references), start=1):
-        if found := re.search(r"\S*(\w[^\w\s]|[^\w\s]\w)\S*", reference):
+        found = next((word for word in reference.split() if re.search(r"\w[^\w\s]|[^\w\s]\w", word)), None)
+        if found is not None:
             print(
-                f"note: {name}: {found[0]!r} of reference {number} is one token here; the challenge scores what "
+                f"note: {name}: {found!r} of reference {number} is one token here; the challenge scores what "
                 "gpt2_decode.py --tokenize --lower writes",
                 file=sys.stderr,
             )

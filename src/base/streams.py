@@ -9,7 +9,9 @@ def silence(handle: int) -> None:
     """From now on what is written to the open file number `handle` is dropped."""
     dropped = os.open(os.devnull, os.O_RDWR)
     os.dup2(dropped, handle)
-    if dropped != handle:
+    if dropped == handle:
+        os.set_inheritable(handle, True)  # as dup2 makes another one
+    else:
         os.close(dropped)
 
 
@@ -41,10 +43,14 @@ def prepare(lasting: bool = False) -> None:
         mode, stream = "w" if handle else "r", getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(handle, mode, encoding="utf-8", closefd=False))
-        elif handle and lasting and stream is getattr(sys, f"__{name}__"):
+            continue
+        if not handle or not isinstance(stream, io.TextIOWrapper):
+            continue
+        if stream.encoding.lower() != "utf-8" or stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+        if lasting and stream is getattr(sys, f"__{name}__"):
             stream.flush()
             raw = io.BufferedWriter(Lasting(handle, mode, closefd=False))
-            lines = stream.line_buffering
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=lines))
-        elif handle and isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            setattr(
+                sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
+            )

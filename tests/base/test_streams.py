@@ -59,3 +59,13 @@ def test_a_character_that_the_encoding_lacks(tmp_path, more):
     script = write_script(tmp_path / "script.py", "print('Zażółć')\nerrors.fail('--data Zażółć: missing')", "errors")
     done = shell(script, "", **more)
     assert done.returncode == 2 and done.stdout.startswith("Za") and done.stderr.startswith("error: --data Za")
+
+
+def test_a_closed_stream_is_closed_to_no_child(tmp_path):
+    """A program that this one starts has /dev/null there, too."""
+    body = f"""
+        import subprocess
+        with open({str(tmp_path / 'out')!r}, "w") as out:
+            return subprocess.run(["readlink", "/proc/self/fd/1"], stderr=out).returncode"""
+    script = write_script(tmp_path / "script.py", body, "errors")
+    assert shell(script, ">&-").returncode == 0 and (tmp_path / "out").read_text() == ""
