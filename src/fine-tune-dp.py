@@ -13,6 +13,8 @@ do not decay. As in the published example, texts get no special token, and a tex
 Leaves in --output_dir: model.{step}.pt, args.json, metrics.jsonl, privacy_ledger.jsonl, privacy.json.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before torch, which takes seconds
+
 import dataclasses
 import os
 import sys
@@ -447,4 +449,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, lasting=True)

@@ -13,6 +13,8 @@ EOS if any]}. It appears whole or not at all; a search that was killed leaves OU
 which --resume continues.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before torch, which takes seconds
+
 import hashlib
 import json
 import math
@@ -280,6 +282,12 @@ def prepare(flags: Flags, world: World, journal: Journal) -> tuple[GPT2LMModel, 
     if flags.random_seed is not None:
         print("--random_seed: has no effect, nothing in a beam search is drawn at random")
     journal.take_lock()
+    if not journal.alone:
+        print(
+            f"WARNING: the file system of {flags.output} has no locks: a second search with this --output_file would "
+            "not be noticed; start none",
+            file=sys.stderr,
+        )
     return model, Work(settings, contexts, of_line, search_identity, done)
 
 

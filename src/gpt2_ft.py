@@ -11,6 +11,8 @@ train_batch_size x grad_acc x processes.
 Leaves in --work_dir: model.{step}.pt, args.json, metrics.jsonl, privacy_ledger.jsonl, privacy.json.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before torch, which takes seconds
+
 import sys
 from dataclasses import dataclass
 
@@ -19,7 +21,7 @@ from base.distributed import World
 from base.errors import fail, run_main
 from base.files import check_file
 from base.flags import SettingsParser, flag, spelled
-from corpus.examples import Examples, count_shared, read_examples
+from corpus.examples import Examples, check_scored, count_shared, describe_cut, read_examples
 from optimizer import schedule
 from run import setup
 from run.settings import DEFAULT_DELTA, SHARED, Optimizer, Settings, TokenData
@@ -82,6 +84,8 @@ def read_data(data: TokenData, vocabulary: int) -> tuple[Examples, Examples, dic
         check_file(path, name)
     train = read_examples(data.train_data, "--train_data", vocabulary, data.seq_len, data.obj)
     valid = read_examples(data.valid_data, "--valid_data", vocabulary, data.seq_len)
+    for examples, path, name in zip((train, valid), files, ("--train_data", "--valid_data"), strict=True):
+        check_scored(examples, f"{name} {path}", data.seq_len)
     setup.check_validation("--valid_data", data.valid_data, valid.sha256, train.sha256)
     return train, valid, {"train_sha256": train.sha256, "valid_sha256": valid.sha256}
 
@@ -122,11 +126,9 @@ def main() -> int:
     say = trainer.display.say
     if loaded.path is None:
         say("no --init_checkpoint: training starts from random weights")
-    if train.cut:
-        say(
-            f"{train.cut} training examples were longer than --seq_len {settings.data.seq_len} and were cut"
-            + (f"; {train.unscored} of them have no scored token left" if train.unscored else "")
-        )
+    for examples, kind in ((train, "training"), (valid, "validation")):
+        if words := describe_cut(examples, kind, settings.data.seq_len):
+            say(words + (": the validation loss is of what is left" if examples is valid else ""))
     if world.is_main:
         setup.warn_of_shared(trainer, "examples", count_shared(valid, train), len(valid))
     if settings.extra.valid_batch_size is not None:
@@ -142,4 +144,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, lasting=True)

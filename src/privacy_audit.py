@@ -17,6 +17,8 @@ Leaves in --work_dir, beside a run's files: audit.json (bound, claim, guesses), 
 audit.png.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before torch, which takes seconds
+
 import os
 import sys
 import time
@@ -29,7 +31,7 @@ from base.distributed import World
 from base.errors import fail, run_main
 from base.files import atomic_write
 from base.flags import SettingsParser, flag, spelled
-from corpus.examples import Examples, read_examples
+from corpus.examples import Examples, check_scored, read_examples
 from optimizer import schedule
 from privacy.auditing import FEWEST, Audit, audit
 from privacy.plan import finite_or_text
@@ -105,7 +107,9 @@ def read_data(settings: Settings, loaded: Loaded) -> Examples:
     audited, data = settings.extra, settings.data
     if audited.canary_kind == "gradient" and audited.canaries > trained:
         fail(f"--canaries {audited.canaries}: each gradient canary needs its own coordinate, the run trains {trained}")
-    return read_examples(data.train_data, "--train_data", loaded.model.config.vocab_size, data.seq_len)
+    train = read_examples(data.train_data, "--train_data", loaded.model.config.vocab_size, data.seq_len)
+    check_scored(train, f"--train_data {data.train_data}", data.seq_len)
+    return train
 
 
 def make_task(
@@ -239,4 +243,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, lasting=True)

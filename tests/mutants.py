@@ -69,6 +69,8 @@ VALIDATION = ("test_gpt2_ft.py::test_the_training_file_is_no_validation_data",)
 ALONE = tuple(f"test_ledger_alone.py::{name}" for name in (
     "test_a_second_writer_finds_what_the_first_wrote_and_the_first_stops",
     "test_what_another_writes_at_the_same_moment_is_never_cut"))
+UNSYNCED = ("test_ledger_alone.py::test_where_a_ledger_cannot_be_synced_nothing_is_drawn",)
+ASKED = ("test_faults.py::test_asked_to_stop",)
 TAKEN = ("test_ledger_alone.py::test_a_copy_of_the_whole_ledger_is_not_the_run_s_file_either",)
 UNKNOWN = ("test_formats.py::test_a_ledger_of_an_unknown_format_is_refused",)
 KEPT = ("test_formats.py::test_what_is_kept_of_an_earlier_format_is_what_was_written",)
@@ -194,6 +196,11 @@ MUTANTS = (
            (("setup.VALIDATION_LOSS,", 'f"validation loss; {count_shared(valid, train)} shared",'),), SHOWN),
     Mutant("the training file taken for validation data", "run/setup.py",
            (("if sha256 == train_sha256:", "if False:"),), VALIDATION),
+    Mutant("a record that cannot be synced counts as written", LEDGER,
+           (("            os.fsync(self.handle)\n", "            sync(self.handle)\n"),
+            ("lock, sync_folder", "lock, sync, sync_folder")), UNSYNCED),
+    Mutant("SIGHUP is no request to stop", "base/signals.py",
+           (("signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)", "signal.SIGINT, signal.SIGQUIT)"),), ASKED),
     Mutant("ledger written over another's records", LEDGER,
            (("os.O_RDWR | os.O_APPEND | (0", "os.O_RDWR | (0"), ("        self.check(undone)\n", ""),
             ("written = os.write(self.handle, line)",

@@ -1,5 +1,6 @@
 """gpt2_beam.py as a user runs it: references, ranks, kill and resume, every mistake. Loopback only."""
 
+import errno
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import torch
 
 import gpt2_beam
 from base.errors import UserError
+from decoding.journal import Journal
 from helpers.processes import LAUNCHER, ROOT, assert_user_error, environment, free_port, run_script
 from helpers.small_runs import server
 from model import GPT2Config, GPT2LMModel, LoRAConfig
@@ -345,3 +347,15 @@ def test_end_of_text_is_the_last_id_of_a_small_vocabulary(project, tmp_path, mon
     ended = read_predictions(tmp_path / "predict.jsonl")
     assert all(not {89, *often} & set(tokens[:-1]) for tokens in ended)
     assert {tokens[-1] for tokens in ended} >= set(often)
+
+
+def test_a_file_system_without_locks_or_room(project, tmp_path, monkeypatch, capsys):
+    def flock(handle, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    run_here(monkeypatch, flags(project, tmp_path, "--beam", 1))
+    assert capsys.readouterr().err.count("has no locks: a second search") == 1
+    with open("/dev/full", "wb", buffering=0) as full:
+        with pytest.raises(UserError, match="/dev/full: No space left .*--resume"):
+            Journal.add(full, {"context": 1})

@@ -421,16 +421,16 @@ def test_without_weights_a_run_says_so(tmp_path):
 
 def test_examples_that_are_cut_are_counted(tmp_path):
     draw, lengths = random.Random(5), [(3, 4), (10, 5), (12, 2), (11, 1), (20, 9), (2, 10), (2, 11)]
-    lines = [json.dumps({"context": [draw.randrange(60) for _ in range(c)],
-                         "completion": [draw.randrange(60) for _ in range(t)]})
+    lines = [json.dumps({"context": draw.choices(range(60), k=c), "completion": draw.choices(range(60), k=t)})
              for c, t in lengths]
     data = tmp_path / "long.jsonl"
     data.write_text("\n".join(lines) + "\n")
-    (rank,) = train(flags(tmp_path / "run", train_data=data, valid_data=write_tokens(tmp_path / "v.jsonl", 3, 7),
-                          seq_len=12,
+    (tmp_path / "v.jsonl").write_text("\n".join(lines[:1] + lines[2:4]) + "\n")
+    (rank,) = train(flags(tmp_path / "run", train_data=data, valid_data=tmp_path / "v.jsonl", seq_len=12,
                           train_batch_size=7, noise_multiplier=1))
     # longer than 12: (10, 5), (12, 2), (20, 9), (2, 11); of these (12, 2) and (20, 9) have nothing left to score
     assert "4 training examples were longer than --seq_len 12 and were cut; 2 of them" in rank.stdout
+    assert "1 validation examples were longer than --seq_len 12 and were cut; 1 of them" in rank.stdout
     assert read(tmp_path / "run")["N"] == 7
     assert all(math.isfinite(value.sum()) for value in weights(tmp_path / "run").values())
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -55,7 +56,8 @@ def whole_file(path: str) -> Iterator[IO[str]]:
         with open(aside, "w", encoding="utf-8", newline="\n") as handle:
             yield handle
             handle.flush()
-            os.fsync(handle.fileno())
+            with contextlib.suppress(OSError):  # some file systems cannot; no room shows at the flush
+                os.fsync(handle.fileno())
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -64,10 +66,12 @@ def whole_file(path: str) -> Iterator[IO[str]]:
 
 
 def run(main: Callable[[], None]) -> int:
-    """main() as a process status: a user's mistake is one line on standard error and 2."""
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # unwinds the with blocks, which end Java
+    """main() as a process status: a user's mistake is one line on standard error and 2; signal n is 128 + n."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores one
+            # unwinds the with blocks, which end Java
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    prepare_streams()
     try:
         main()
         sys.stdout.flush()
@@ -80,7 +84,26 @@ def run(main: Callable[[], None]) -> int:
         return 130
     except OSError as error:
         message = f"{error.filename or 'input/output'}: {error.strerror}"
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was standard output: another try, as the interpreter ends, would hide the status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         return 0
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody is left to read it
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 2
+
+
+def prepare_streams() -> None:
+    """Standard streams that were closed become /dev/null, so that no file of ours gets their number; characters that
+    the locale's encoding lacks are escaped. As src/base/streams.py does."""
+    for handle, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            dropped = os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+            os.set_inheritable(dropped, True)
+            setattr(sys, name, open(dropped, "w" if handle else "r", encoding="utf-8", closefd=False))
+            continue
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and (stream.encoding.lower() != "utf-8" or stream.errors == "strict"):
+            stream.reconfigure(errors="backslashreplace")

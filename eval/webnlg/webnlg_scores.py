@@ -34,6 +34,9 @@ import java
 from command import Parser, check_files, run, whole_file
 from segments import Segments, UserError, load_segments
 
+# Cells of sacrebleu's table of edits, words of an output times words of a reference: it takes 8 bytes for each, and
+# keeps some tables. A text of this length has lost its line ends.
+MOST_CELLS = 25_000_000
 NAMES = ("BLEU", "METEOR", "TER", "chrF++")
 
 
@@ -67,12 +70,24 @@ def score(segments: Segments, statistics: np.ndarray) -> tuple[dict[str, float],
     return {name: scores[name] for name in NAMES}, {**signatures, "METEOR": f"{java.versions()['meteor']} -l en -norm"}
 
 
+def check_lengths(name: str, segments: Segments) -> None:
+    """Raise UserError for a text whose TER would take more memory than a machine may have."""
+    for number, (group, output) in enumerate(zip(segments.references, segments.outputs, strict=True), start=1):
+        longest, words = max(len(reference.split()) for reference in group), len(output.split())
+        if longest * words > MOST_CELLS:
+            raise UserError(
+                f"{name}: text {number}: {words} words against a reference of {longest}: TER would take memory for "
+                f"their product, at most {MOST_CELLS}; were line ends lost?"
+            )
+
+
 def note_untokenized(name: str, segments: Segments) -> None:
     """Print a note where a reference was not tokenized: every score is then lower than the challenge's."""
     for number, reference in enumerate(chain.from_iterable(segments.references), start=1):
-        if found := re.search(r"\S*(\w[^\w\s]|[^\w\s]\w)\S*", reference):
+        found = next((word for word in reference.split() if re.search(r"\w[^\w\s]|[^\w\s]\w", word)), None)
+        if found is not None:
             print(
-                f"note: {name}: {found[0]!r} of reference {number} is one token here; the challenge scores what "
+                f"note: {name}: {found!r} of reference {number} is one token here; the challenge scores what "
                 "gpt2_decode.py --tokenize --lower writes",
                 file=sys.stderr,
             )
@@ -83,6 +98,7 @@ def main() -> None:
     args = parse_arguments()
     sets = {name: load_segments(*pair) for name, pair in args.pairs.items()}
     for name, segments in sets.items():
+        check_lengths(name, segments)
         note_untokenized(name, segments)
     with java.Meteor(args.java_timeout) as meteor:
         rows = meteor.statistics(

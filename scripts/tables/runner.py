@@ -25,6 +25,7 @@ from typing import NoReturn
 from base.errors import fail
 from base.files import atomic_write
 from base.flags import Parser
+from base.signals import on_request, stays_ignored
 from row import ROOT, output_of, write_row
 from tasks import TASKS, AnyTask, Run
 
@@ -180,6 +181,8 @@ class Table:
         if self.args.dry_run:
             return
         env = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **os.environ}
+        if stays_ignored(signal.SIGHUP):  # torchrun's agent would heed it all the same
+            env.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
         # a terminal sends SIGINT to both; the command gets one signal, from here
         child = subprocess.Popen(
             [env["PYTHON"] if words[0] == "python" else words[0], *words[1:]],
@@ -256,8 +259,7 @@ class Table:
                     "by this variable"
                 )
             os.makedirs(f"{self.folder}/rows", exist_ok=True)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, stop)
+            on_request(stop)
         self.task.prepare(self)
         folders = []
         for run in self.runs():
@@ -281,9 +283,7 @@ class Table:
                 handle.write(f"{self.command}\n")
 
 
-def stop(number: int, frame: object) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+def stop(number: int) -> NoReturn:
     raise Stopped(number)
 
 

@@ -73,10 +73,12 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            raise UserError(
+            mistake = UserError(
                 f"rank {self.rank}: the job ends, another rank died or did not answer in time "
                 f"({str(error).splitlines()[0][:200]}); the cause is in that rank's output"
-            ) from error
+            )
+            mistake.elsewhere = True
+            raise mistake from error
 
     def barrier(self) -> None:
         """Wait until every rank is here: reading the sum makes the process wait, not the GPU's stream alone."""

@@ -10,6 +10,8 @@ from typing import IO, Any
 
 from base.errors import fail
 
+UNABLE = (errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system says that does not have a call
+
 
 def is_text(value: str) -> bool:
     """False where `value` holds half of a surrogate pair, which JSON can spell and no file can hold."""
@@ -99,7 +101,7 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
         with open(aside, mode, encoding=encoding, newline=newline) as handle:
             yield handle
             handle.flush()
-            os.fsync(handle.fileno())
+            sync(handle.fileno())
         os.replace(aside, path)
         sync_folder(os.path.dirname(path))
     except BaseException as error:
@@ -118,16 +120,34 @@ def lock(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno not in (errno.ENOLCK, *UNABLE):
             raise
         return False
     return True
 
 
-def sync_folder(folder: str) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    handle = os.open(folder or ".", os.O_RDONLY)
+def sync(handle: int) -> bool:
+    """Flush an open file or folder to its disk; False where its file system has no such call."""
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, *UNABLE):
+            raise
+        return False
+    return True
+
+
+def sync_folder(folder: str) -> bool:
+    """Make a rename inside `folder` survive a power cut; False where that cannot be had.
+
+    Old CIFS, VirtualBox's shared folders and some of FUSE cannot sync a folder, and nobody can open one that may be
+    written to and not read.
+    """
+    try:
+        handle = os.open(folder or ".", os.O_RDONLY)
+    except PermissionError:
+        return False
+    try:
+        return sync(handle)
     finally:
         os.close(handle)

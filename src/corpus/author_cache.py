@@ -172,12 +172,19 @@ def work(part: Part) -> tuple | UserError:
 
 def tokenised_parts(parts: list[Part], source: Source, processes: int) -> Iterator[tuple | UserError]:
     """tokenise() of every part, in order, on several processes where there are several parts."""
-    if len(parts) < 2 or processes < 2:
+    pool = None
+    if len(parts) > 1 and processes > 1:
+        try:
+            # Forked, so that they start at once: they only parse and count, and touch neither the GPU nor the ranks.
+            pool = multiprocessing.get_context("fork").Pool(min(processes, len(parts)), start_worker, (source,))
+        except (OSError, ImportError) as error:  # no /dev/shm for its semaphores, or none left; no more processes
+            why = getattr(error, "strerror", None) or error
+            print(f"WARNING: one process tokenises {source.path}, no more can be started ({why})", file=sys.stderr)
+    if pool is None:
         start_worker(source)
         yield from map(work, parts)
         return
-    # Forked, so that they start at once: they only parse and count, and touch neither the GPU nor the process group.
-    with multiprocessing.get_context("fork").Pool(min(processes, len(parts)), start_worker, (source,)) as pool:
+    with pool:
         yield from pool.imap(work, parts)
 
 
@@ -277,8 +284,9 @@ def open_cache(folder: str) -> Corpus:
             arrays = {name: index[name] for name in ("starts", "lengths", "first", "keys")}
         tokens = np.memmap(os.path.join(folder, "tokens.bin"), dtype=token_type(facts["vocab_size"]), mode="r")
     except (OSError, ValueError, KeyError) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
         fail(
-            f"{folder}: a damaged cache, or one that this machine does not see ({type(error).__name__}); remove the "
+            f"{folder}: a damaged cache, or one that this machine does not see or cannot map ({why}); remove the "
             "folder, or name one with --cache_dir that all machines share"
         )
     if len(tokens) != arrays["lengths"].sum(dtype=np.int64):

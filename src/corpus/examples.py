@@ -109,6 +109,24 @@ def read_examples(path: str, flag: str, vocab_size: int, seq_len: int, objective
     return Examples(np.concatenate(pieces), starts, np.array(first_scored), cut, unscored, digest.hexdigest())
 
 
+def check_scored(examples: Examples, given: str, seq_len: int) -> None:
+    """Raise UserError where no example has a scored token: nothing can be learned, and a mean loss is not defined.
+    given: the flag and its path."""
+    if examples.unscored == len(examples):
+        fail(
+            f"{given}: all {len(examples)} contexts fill --seq_len {seq_len}, so that no scored token is left; give a "
+            "larger --seq_len or shorter contexts"
+        )
+
+
+def describe_cut(examples: Examples, kind: str, seq_len: int) -> str:
+    """What was cut of the examples of a `kind`, in words; "" where nothing was."""
+    if not examples.cut:
+        return ""
+    left = f"; {examples.unscored} of them have no scored token left" if examples.unscored else ""
+    return f"{examples.cut} {kind} examples were longer than --seq_len {seq_len} and were cut{left}"
+
+
 def count_shared(valid: Any, train: Any) -> int:
     """How many texts of `valid` are texts of `train`, too: the same tokens, cut as the run cuts them, wherever the
     context ends. Both have tokens, starts and lengths, as Examples and AuthorTexts do."""

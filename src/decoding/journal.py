@@ -6,7 +6,9 @@ OUTPUT.journal.RANK, one file a rank, holds a line of JSON a record. The first s
 again.
 """
 
+import errno
 import glob
+import io
 import json
 import os
 from typing import IO
@@ -27,6 +29,7 @@ class Journal:
     def __init__(self, output: str):
         self.output = output
         self.locked: IO[str] | None = None
+        self.alone = True  # False: its file system has no locks, and nothing keeps a second search out
         self.left_over = False  # whether take_lock() found files of a search that did not end
 
     def files(self) -> list[str]:
@@ -44,7 +47,7 @@ class Journal:
         while True:
             self.locked = open(path, "a")
             try:
-                lock(self.locked.fileno())
+                self.alone = lock(self.locked.fileno())
             except BlockingIOError:
                 fail(f"--output_file {self.output}: another search is writing it; wait for its end, or name another")
             if os.path.exists(path) and os.path.samestat(os.fstat(self.locked.fileno()), os.stat(path)):
@@ -78,21 +81,25 @@ class Journal:
                     found[record["context"]] = record["predict"]
         return found
 
-    def open(self, rank: int, identity: dict, fresh: bool) -> IO[str]:
+    def open(self, rank: int, identity: dict, fresh: bool) -> io.FileIO:
         """A rank's file, to be added to; begun anew where it is `fresh` or a kill left not even its first line."""
         path = self.path(rank)
         keep = not fresh and os.path.exists(path) and b"\n" in open(path, "rb").read(4096)
-        handle = open(path, "a" if keep else "w", encoding="utf-8")
+        handle = open(path, "ab" if keep else "wb", buffering=0)  # what a full disk refuses is not tried again
         if keep:
-            handle.write("\n")  # ends a torn line; an empty one is ignored like it
+            handle.write(b"\n")  # ends a torn line; an empty one is ignored like it
         else:
             self.add(handle, {"format": FORMAT, **identity})
         return handle
 
     @staticmethod
-    def add(handle: IO[str], record: dict) -> None:
-        handle.write(json.dumps(record) + "\n")
-        handle.flush()
+    def add(handle: io.FileIO, record: dict) -> None:
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            if handle.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            fail(f"{handle.name!s}: {error.strerror}; what was found before is kept: make room and --resume")
 
     def remove(self) -> None:
         for file in self.files():

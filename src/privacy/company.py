@@ -1,11 +1,10 @@
 """Batch invariance: does a unit's gradient depend on the other units of its micro-batch (its company), or on the rank?
 
-It is tested with the machine's own kernels before a private run. The proof of epsilon requires a unit's
-clipped gradient to be a function of the unit alone. base.products.row_blocks() and PublicLengths give every kernel one
-shape. That a kernel of one shape computes all rows alike, and all ranks compute alike, depends on the machines'
-libraries. Where it fails, float32 results change by a few units in the last place, which the
-noise does not cover. bfloat16 results change by 2^-8 of
-themselves, equally for equal units, so the sum over them changes by several C.
+It is tested with the machine's own kernels before a private run. The proof of epsilon requires a unit's clipped
+gradient to be a function of the unit alone. base.products.row_blocks() and PublicLengths give every kernel one shape.
+That a kernel of one shape computes all rows alike, and all ranks compute alike, depends on the machines' libraries.
+Where it fails, float32 results change by a few units in the last place, which the noise does not cover. bfloat16
+results change by 2^-8 of themselves, equally for equal units, so the sum over them changes by several C.
 """
 
 from collections.abc import Callable

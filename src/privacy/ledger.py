@@ -220,7 +220,7 @@ class Ledger:
             if self.state.records:
                 self.compare(self.state.records[-1], changed)
             self.attempt = self.state.attempts + 1
-            sync_folder(work_dir)
+            self.synced = sync_folder(work_dir)  # False: its name on the disk may not survive a power cut
             if self.state.torn:
                 self.repair_torn_line()
         except BlockingIOError:
@@ -356,7 +356,7 @@ class NoLedger(Ledger):
     """The ledger on every rank but the first: it holds nothing and writes nothing."""
 
     def __init__(self) -> None:
-        self.path, self.locked, self.state = "", True, LedgerState()
+        self.path, self.locked, self.synced, self.state = "", True, True, LedgerState()
 
     def charge(self, step: int) -> None:
         raise RuntimeError("rank 0 alone charges a step")

@@ -35,8 +35,11 @@ class WorkDir:
             self.lock.seek(0)
             fail(f"{flag} {path}: another run is writing there ({self.lock.read().strip() or 'unknown process'})")
         self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self.lock.flush()
+        try:
+            self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self.lock.flush()
+        except OSError as error:
+            fail(f"{flag} {path}: cannot be written ({error.strerror})")
 
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)

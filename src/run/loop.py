@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from base import signals
 from base.distributed import World
 from base.errors import UserError, fail
 from corpus.batching import Cut, TightCut
@@ -32,26 +33,14 @@ EXTRA = 5
 
 
 class StopRequest:
-    """Remembers a SIGTERM or SIGINT, so that the step under way can be finished; a later one ends the process at once.
-
-    A scheduler signals every process of a job and torchrun hands its own signal on, so a rank gets the same request
-    twice: what comes within ECHO seconds of the first is not a later one.
-    """
-
-    ECHO = 5.0
+    """Remembers the first signal that asks to stop, so that the step under way can be finished and saved."""
 
     def __init__(self):
         self.signal: int | None = None
-        self.since = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.remember)
+        signals.on_request(self.remember)
 
-    def remember(self, number: int, frame: object) -> None:
-        if self.signal is None:
-            self.signal, self.since = number, time.monotonic()
-        elif time.monotonic() - self.since > self.ECHO:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+    def remember(self, number: int) -> None:
+        self.signal = number
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

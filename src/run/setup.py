@@ -287,6 +287,12 @@ def announce(trainer: loop.Trainer) -> None:
             "folder, but the length of that file; start none",
             important=True,
         )
+    if not plan.ledger.synced:
+        say(
+            f"WARNING: the file system of {plan.ledger.path} cannot sync a folder: a power cut may take the file away "
+            "that counts what this run spends; look for it before you use a checkpoint",
+            important=True,
+        )
     if not settings.private:
         say("noise multiplier 0: non-private training without clipping or noise; epsilon = inf", important=True)
         return

@@ -1,8 +1,10 @@
 """Files are read by lines as they are, and written whole or not at all."""
 
+import contextlib
 import errno
 import os
 import signal
+import stat
 
 import pytest
 
@@ -55,3 +57,36 @@ def test_atomic_write_survives_a_kill_and_a_full_disk(tmp_path):
     os.unlink(tmp_path / partial[0])
     assert_user_error(run_script(script, path, "full"), os.strerror(errno.EFBIG))
     assert path.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["file", "script.py"]
+
+
+@pytest.mark.parametrize("number, folder_alone, done", [
+    (errno.EINVAL, True, True), (errno.EINVAL, False, True), (errno.EOPNOTSUPP, False, True),
+    (errno.ENOSYS, True, True),
+    (errno.EIO, True, False), (errno.EDQUOT, False, False),
+])
+def test_a_file_system_that_cannot_sync(tmp_path, monkeypatch, number, folder_alone, done):
+    """A call that is not there is no error; one that is there and fails is."""
+    real = os.fsync
+
+    def fsync(handle):
+        if folder_alone and not stat.S_ISDIR(os.fstat(handle).st_mode):
+            return real(handle)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with contextlib.nullcontext() if done else pytest.raises(OSError, match=os.strerror(number)):
+        with files.atomic_write(str(tmp_path / "file")) as handle:
+            handle.write("new")
+        assert not files.sync_folder(str(tmp_path))
+    assert (tmp_path / "file").exists() == (done or folder_alone)
+
+
+@pytest.mark.parametrize("number, found", [(errno.ENOLCK, False), (errno.ENOSYS, False), (errno.EOPNOTSUPP, False),
+                                           (errno.EWOULDBLOCK, None), (errno.EIO, None)])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number, found):
+    def flock(handle, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with open(tmp_path / "file", "w") as handle, contextlib.nullcontext() if found is False else pytest.raises(OSError):
+        assert files.lock(handle.fileno()) is found

@@ -125,6 +125,22 @@ def test_a_full_disk_leaves_no_cache(tmp_path, monkeypatch, nth):
     assert len(open_cache(prepare_cache(source(path), str(tmp_path / "cache"), 1)).first) == 10
 
 
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOSYS, errno.ENOSPC, errno.EAGAIN])
+def test_where_no_process_can_be_added_one_tokenises(tmp_path, monkeypatch, capsys, number):
+    """No /dev/shm for semaphores, a full one, no more processes: not the fault of --cache_dir."""
+    def refuse(*arguments, **keywords):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(author_cache, "CHUNK", 1000)
+    path = write(tmp_path / "train.jsonl", records(50, 9))
+    usual = texts_by_author(open_cache(prepare_cache(source(path), str(tmp_path / "several"), 2)))
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    alone = texts_by_author(open_cache(prepare_cache(source(path), str(tmp_path / "one"), 2)))
+    assert alone == usual
+    err = capsys.readouterr().err
+    assert err.count("WARNING") == 1 and f"no more can be started ({os.strerror(number)})" in err
+
+
 def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     """After its digest, before its texts: the digest would be of what the run does not train on."""
     path, real = write(tmp_path / "train.jsonl", records(50, 9)), author_cache.write_cache

@@ -303,6 +303,13 @@ FAKES = {
     "babbles": (IS_METEOR + "while read line; do echo 0.5; done;; esac; exec JAVA \"$@\"", ["METEOR", "'0.5'", "23"]),
     "text too long": (IS_METEOR + "echo java.lang.OutOfMemoryError >&2; exit 1;; esac; exec JAVA \"$@\"",
                       ["METEOR", "segment 1 of 1", "too long", "shorten"]),
+    "no memory to start": ("echo 'Error of VM'; echo 'Could not allocate metaspace: 9 bytes'; exit 1",
+                            ["PTB tokenizer", "Could not allocate metaspace: 9 bytes", "memory limit"]),
+    "no memory to start METEOR": (
+        IS_METEOR + "echo Error of VM; echo 'Could not reserve enough space'; exit 1;; esac; exec JAVA \"$@\"",
+        ["METEOR", "Could not reserve enough space", "memory limit"]),
+    "killed": ("kill -9 $$", ["PTB tokenizer", "killed by signal 9", "memory", "2 GB"]),
+    "killed in METEOR": (IS_METEOR + "kill -11 $$;; esac; exec JAVA \"$@\"", ["METEOR", "killed by signal 11"]),
     "hangs": ("sleep 600", ["PTB tokenizer", "silent for 2 s", "--java_timeout"]),
     "hangs in METEOR": (IS_METEOR + "sleep 600;; esac; exec JAVA \"$@\"", ["METEOR", "silent for 2 s", "segment 1"]),
     "writes nothing": ("exit 0", ["PTB tokenizer", "wrote nothing"]),
@@ -322,6 +329,24 @@ def test_broken_java(tmp_path, fault):
                       env={**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"})  # fmt: skip
     assert_user_error(done, *words)
     assert done.stdout == "" and not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize("name, value", [("_JAVA_OPTIONS", "-Xmx1k"), ("JAVA_TOOL_OPTIONS", "-Xmx64m -Xms900m")])
+def test_an_option_of_the_environment(tmp_path, name, value):
+    reference, output = write_lines(tmp_path / "r.txt", ["a b"]), write_lines(tmp_path / "s.txt", ["a b"])
+    done = run_script(SCRIPT, reference, output, "-p", env={**os.environ, name: value})
+    assert_user_error(done, f"{name}={value}", "unset it")
+
+
+def test_a_folder_with_an_accent_and_no_locale(tmp_path):
+    """Java of versions 8 to 17 reads its arguments in the locale's encoding."""
+    package = tmp_path / "Müller" / "pycocoevalcap"
+    package.parent.mkdir()
+    package.symlink_to(pathlib.Path(java.PTB_JAR).parents[1], target_is_directory=True)
+    reference, output = write_lines(tmp_path / "r.txt", ["a b"]), write_lines(tmp_path / "s.txt", ["a b"])
+    env = {name: value for name, value in os.environ.items() if name not in ("LANG", "LC_CTYPE")}
+    done = run_script(SCRIPT, reference, output, "-p", env={**env, "LC_ALL": "C", "PYTHONPATH": str(package.parent)})
+    assert done.returncode == 0 and "METEOR: 1.0000" in done.stdout, done.stderr
 
 
 def test_absent_java(tmp_path):
@@ -400,3 +425,10 @@ def test_two_runs_at_once(tmp_path):
     runs = [subprocess.Popen([*command, *lines], stdout=subprocess.PIPE, text=True) for lines in texts]
     for run, lines in zip(runs, texts, strict=True):
         assert run.communicate(timeout=100)[0].strip() == str([line.removesuffix(" .") for line in lines])
+
+
+@pytest.mark.parametrize("redirected, status", [(">&- 2>&-", 2), ("> /dev/full", 2)])
+def test_without_standard_streams(tmp_path, redirected, status):
+    command = f"{sys.executable} {SCRIPT} {tmp_path}/none {tmp_path}/none {redirected}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == status and "Traceback" not in done.stderr

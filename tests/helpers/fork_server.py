@@ -189,7 +189,7 @@ FAULTS = {"signal": fault_signal, "tear": fault_tear, "count": fault_count, "sle
 
 def execute(job: dict) -> None:
     """Become `python SCRIPT ARGUMENTS`."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     for handle, (path, flags) in enumerate(((os.devnull, os.O_RDONLY),
                                             (job["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND),

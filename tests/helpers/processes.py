@@ -22,11 +22,12 @@ def run_script(*arguments: object, cwd: pathlib.Path = ROOT, timeout: float = 30
     return subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True, **options)
 
 
-def write_script(path: pathlib.Path, body: str) -> pathlib.Path:
-    """A script with src/ on its path whose main() is `body`."""
-    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\nimport os\n"
-                    "from base import distributed, errors, files\n"
-                    f"def main():\n{textwrap.indent(textwrap.dedent(body), '    ')}\nerrors.run_main(main)\n")
+def write_script(path: pathlib.Path, body: str, modules: str = "distributed, errors, files",
+                 lasting: bool = False) -> pathlib.Path:
+    """A script with src/ on its path whose main() is `body`; of `modules`, distributed imports torch for seconds."""
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\nimport os\nfrom base import {modules}\n"
+                    f"def main():\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
+                    f"errors.run_main(main, {lasting})\n")
     return path
 
 

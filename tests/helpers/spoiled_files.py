@@ -48,6 +48,7 @@ def make_world(root: pathlib.Path) -> pathlib.Path:
         "sys.txt": "a b\nd\n"}
     spoiled = {
         "empty": "", "cut.jsonl": GOOD + '{"context": [1, 2], "comple', "text.jsonl": GOOD + "name : A||A is\n",
+        "unscored.jsonl": f'{{"context": {[7] * 32}, "completion": [1]}}\n' * 3,
         "list.jsonl": GOOD + "[1, 2]\n", "strings.jsonl": GOOD + '{"context": "a", "completion": "b"}\n',
         "half_strings.jsonl": GOOD + '{"context": [1], "completion": "b"}\n',
         "booleans.jsonl": GOOD + '{"context": [true, 2], "completion": [3]}\n',

@@ -109,6 +109,20 @@ def reference() -> pathlib.Path:
     return work
 
 
+def test_where_a_folder_cannot_be_synced_the_run_says_so(tmp_path):
+    """EINVAL, which the first sync gives: that of the ledger's folder."""
+    fault = ["error", {"point": "os:fsync", "nth": 1, "number": errno.EINVAL}]
+    (run,) = train(flags(tmp_path / "run"), 1, {0: [fault]})
+    assert run.stdout.count("cannot sync a folder") == 1 and equal(weights(tmp_path / "run"), weights(reference()))
+
+
+def test_where_a_ledger_cannot_be_synced_nothing_is_drawn(tmp_path):
+    fault = ["error", {"point": "os:fsync", "nth": 0, "number": errno.EINVAL}]
+    (run,) = start_ranks(flags(tmp_path / "run"), 1, {0: [*counted(tmp_path / "run"), fault]})
+    assert run.wait() == 2 and f"{NAME}: Invalid argument: step 1 was not drawn" in run.error
+    assert not counter(tmp_path / "run", "drawn").exists()
+
+
 def test_a_lock_that_cannot_be_had_for_another_reason_is_no_lock(tmp_path):
     for nth, words in ((1, "Input/output error"), (2, "Input/output error")):  # .lock, the ledger
         fault = ["error", {"point": "fcntl:flock", "nth": nth, "number": errno.EIO}]

@@ -107,6 +107,7 @@ CHANGES = [
     ({"collective_timeout": 0}, ["--collective_timeout 0"]), ({"resume_changed": "lr"}, ["--resume_changed"]),
     ({"no_such_flag": 1}, ["--no_such_flag"]), ({"train_batch": 8}, ["--train_batch"]),
     ({"valid_data": "@cut.jsonl"}, ["cut.jsonl:2"]),
+    ({"valid_data": "@unscored.jsonl"}, ["--valid_data", "all 3 contexts fill --seq_len", "larger --seq_len"]),
     ({"valid_data": "@train.jsonl"}, ["--valid_data", "train.jsonl", "is the training file", "give other data"]),
     ({"valid_data": None}, ["--valid_data"]), ({"work_dir": "@e2e.txt/run"}, ["--work_dir", "e2e.txt"]),
     ({"work_dir": "/proc/run"}, ["/proc/run"]),

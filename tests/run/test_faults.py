@@ -181,7 +181,7 @@ def test_a_torn_line_of_metrics_is_dropped(tmp_path):
 # ------------------------------------------------------------------ signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 @pytest.mark.parametrize("size, rank", [(1, 0), (2, 1)])
 def test_asked_to_stop(tmp_path, number, size, rank):
     """The step under way is finished and saved, on all ranks, whichever was asked; then it is resumed. What comes right

@@ -33,6 +33,16 @@ def start(script: str, *arguments: object, **variables: object) -> subprocess.Po
                             env=environment(**{"PYTHON": sys.executable, **variables}))
 
 
+@pytest.mark.parametrize("number, kept", [(signal.SIGHUP, "SIGTERM,SIGINT,SIGQUIT"), (signal.SIGUSR1, "None")])
+def test_under_nohup_no_launcher_heeds_the_hangup(number, kept):
+    """torchrun's agent would end its job at a SIGHUP that nohup has it ignore."""
+    code = ("import types, start, runner; runner.Table.start(types.SimpleNamespace(args=types.SimpleNamespace("
+            "dry_run=False)), 'python', '-c', 'import os; print(os.environ.get(\"PET_SIGNALS_TO_HANDLE\"))')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True,
+                          env=environment(), preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == kept, done.stderr
+
+
 def run(script: str, *arguments: object, **variables: object) -> subprocess.CompletedProcess:
     process = start(script, *arguments, **variables)
     out, err = process.communicate(timeout=600)
