@@ -11,6 +11,7 @@ privacy.json beside them, so that a run that starts from here can name it (run/p
 """
 
 import json
+import math
 import os
 import sys
 
@@ -20,14 +21,14 @@ from torch import Tensor
 import loralib as lora
 from base.errors import fail, run_main
 from base.files import atomic_write, read_object
-from base.flags import Parser
+from base.flags import Parser, check_least, check_positive
 from corpus.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
-from model import GPT2Config, GPT2LMModel
+from model import SLOTS, GPT2Config, GPT2LMModel
 from privacy.ledger import FILE_NAME
 from run import provenance
 from weights import peft_format
-from weights.checkpoint import Loaded, load_model
-from weights.foreign import fingerprint
+from weights.checkpoint import Loaded, load_trained
+from weights.foreign import WEIGHT_FILES, fingerprint
 
 WEIGHTS = {"merged": "model.safetensors", "peft": "adapter_model.safetensors"}
 # The tokenizer's files: ours, and Hugging Face's names for the same content.
@@ -95,7 +96,7 @@ def name_base(loaded: Loaded, given: str | None) -> str:
             "--base_name, or export --format merged"
         )
     folder, name = os.path.split(loaded.base["absolute"])
-    whole = name in ("model.safetensors", "pytorch_model.bin") and os.path.isfile(os.path.join(folder, "config.json"))
+    whole = name in WEIGHT_FILES and os.path.isfile(os.path.join(folder, "config.json"))
     return folder if whole else loaded.base["absolute"]
 
 
@@ -127,6 +128,9 @@ def main() -> None:
     add("--init_checkpoint", required=True, help="a file or folder: a training's, Hugging Face's or PEFT's")
     add("--model_card", help="needed where the checkpoint does not say its shape")
     add("--base_checkpoint", help="the frozen weights under an adapter-only checkpoint, if not where it says")
+    add("--lora_dim", type=int, help="rank of the adapters, where a checkpoint of the published code does not say it")
+    add("--lora_alpha", type=float, help="their alpha, likewise")
+    add("--lora_target", nargs="+", choices=SLOTS, help="their parts, likewise (default query value)")
     add("--vocab", help="folder with encoder.json and vocab.bpe: adds the tokenizer's files")
     add("--format", choices=tuple(WEIGHTS), default="merged", help="what to write (default merged)")
     add(
@@ -136,12 +140,15 @@ def main() -> None:
     )
     add("--output", required=True, help="folder to write; it must hold no model yet")
     args = parser.parse_args(sys.argv[1:])
+    check_least(args, lora_dim=0)
+    check_positive(args, lora_alpha=math.inf)
     if args.base_name is not None and args.format != "peft":
         fail(f"--base_name {args.base_name}: means nothing with --format {args.format}")
     for name in (*WEIGHTS.values(), FILE_NAME):
         if os.path.exists(os.path.join(args.output, name)):
             fail(f"--output {args.output}: holds a {name}; choose another folder")
-    loaded = load_model(args.init_checkpoint, args.model_card, None, args.base_checkpoint)
+    adapter = (args.lora_dim, args.lora_alpha, args.lora_target)
+    loaded = load_trained(args.init_checkpoint, args.model_card, args.base_checkpoint, *adapter)
     model = loaded.model
     tokenizer = open_vocabulary(args.vocab, model.config) if args.vocab else None
     spent = provenance.spent_report(loaded)

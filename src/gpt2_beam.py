@@ -32,8 +32,8 @@ from base.flags import Parser, check_least, check_positive
 from decoding.beam_search import SearchSettings, beam_search
 from decoding.journal import Journal
 from decoding.tree_decoder import TreeDecoder
-from model import SLOTS, GPT2LMModel, LoRAConfig
-from weights.checkpoint import load_model
+from model import SLOTS, GPT2LMModel
+from weights.checkpoint import load_trained
 from weights.foreign import fingerprint
 
 END_OF_TEXT_ID = 50256  # GPT-2's <|endoftext|>
@@ -210,24 +210,8 @@ def read_contexts(flags: Flags, vocab_size: int) -> tuple[list[list[int]], list[
 
 def load(flags: Flags) -> GPT2LMModel:
     """The model, on the CPU in float32. UserError where it is not as the flags say."""
-    adapter, enable = None, LoRAConfig().enable
-    if flags.lora_target is not None:
-        enable = tuple(slot in flags.lora_target for slot in SLOTS)
-    if flags.lora_dim is not None and flags.lora_alpha is not None:
-        adapter = LoRAConfig(flags.lora_dim, flags.lora_alpha, enable=enable)
-    loaded = load_model(flags.init_checkpoint, flags.model_card, adapter, flags.base_checkpoint)
-    found = loaded.model.lora_config
-    if flags.lora_dim and loaded.base is not None and loaded.base["absolute"] == os.path.abspath(loaded.path or ""):
-        fail(f"--lora_dim {flags.lora_dim}: {loaded.path} holds no adapter; leave the flag out")
-    if flags.lora_dim is not None and flags.lora_dim != found.dim:
-        fail(f"--lora_dim {flags.lora_dim}: {loaded.path} has rank {found.dim}; leave the flag out")
-    if flags.lora_alpha is not None and found.dim and flags.lora_alpha != found.alpha:
-        fail(f"--lora_alpha {flags.lora_alpha:g}: {loaded.path} was trained with {found.alpha:g}; leave the flag out")
-    if flags.lora_target is not None and found.dim and enable != found.enable:
-        fail(
-            f"--lora_target {' '.join(flags.lora_target)}: {loaded.path} was trained with {found.targets}; leave the "
-            "flag out"
-        )
+    adapter = (flags.lora_dim, flags.lora_alpha, flags.lora_target)
+    loaded = load_trained(flags.init_checkpoint, flags.model_card, flags.base_checkpoint, *adapter)
     positions = loaded.model.config.n_positions
     if flags.seq_len > positions:
         fail(f"--seq_len {flags.seq_len}: more than the model's {positions} positions; choose at most {positions}")
