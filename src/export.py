@@ -22,7 +22,7 @@ import loralib as lora
 from base.errors import fail, run_main
 from base.files import atomic_write, read_object
 from base.flags import Parser, check_least, check_positive
-from corpus.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from corpus.tokenizer import END_OF_TEXT, FORMS, Tokenizer, load_tokenizer, vocabulary_files
 from model import SLOTS, GPT2Config, GPT2LMModel
 from privacy.ledger import FILE_NAME
 from run import provenance
@@ -31,8 +31,8 @@ from weights.checkpoint import Loaded, load_trained
 from weights.foreign import WEIGHT_FILES, fingerprint
 
 WEIGHTS = {"merged": "model.safetensors", "peft": "adapter_model.safetensors"}
-# The tokenizer's files: ours, and Hugging Face's names for the same content.
-VOCABULARY = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
+# The tokenizer's files: OpenAI's names, and Hugging Face's for the same content.
+VOCABULARY = dict(zip(*FORMS[:2], strict=True))
 
 
 def hugging_face_config(config: GPT2Config, end_of_text: int) -> dict:
@@ -107,10 +107,11 @@ def write_json(path: str, content: dict) -> None:
 
 
 def write_tokenizer(vocab: str, output: str, config: GPT2Config) -> None:
-    for name, target in VOCABULARY.items():
-        with open(os.path.join(vocab, name), "rb") as source:
+    for path in vocabulary_files(vocab):
+        with open(path, "rb") as source:
             content = source.read()
-        with atomic_write(os.path.join(output, target), "wb") as handle:
+        name = os.path.basename(path)
+        with atomic_write(os.path.join(output, VOCABULARY.get(name, name)), "wb") as handle:
             handle.write(content)
     write_json(os.path.join(output, "tokenizer_config.json"), tokenizer_config(config))
 
@@ -131,7 +132,7 @@ def main() -> None:
     add("--lora_dim", type=int, help="rank of the adapters, where a checkpoint of the published code does not say it")
     add("--lora_alpha", type=float, help="their alpha, likewise")
     add("--lora_target", nargs="+", choices=SLOTS, help="their parts, likewise (default query value)")
-    add("--vocab", help="folder with encoder.json and vocab.bpe: adds the tokenizer's files")
+    add("--vocab", help="folder of the vocabulary: adds the tokenizer's files")
     add("--format", choices=tuple(WEIGHTS), default="merged", help="what to write (default merged)")
     add(
         "--base_name",

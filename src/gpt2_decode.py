@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from base.errors import fail, run_main
 from base.files import atomic_write, is_text, read_lines
 from base.flags import Parser
-from corpus.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from corpus.tokenizer import END_OF_TEXT, VOCAB_HELP, Tokenizer, load_tokenizer
 
 DEFAULT_REF_NUM = 4
 # Whatever any reader could take for the end of a line.
@@ -165,7 +165,7 @@ def reference_files(groups: list[Group], ref_type: str, folder_or_file: str, ref
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", required=True, help="folder of encoder.json and vocab.bpe")
+    parser.add_argument("--vocab", required=True, help=VOCAB_HELP)
     parser.add_argument("--sample_file", required=True, help="what gpt2_beam.py wrote")
     parser.add_argument("--input_file", required=True, help="the formatted examples that were searched over")
     parser.add_argument("--output_ref_file", required=True, help="references to write; a folder for webnlg and dart")

@@ -110,7 +110,7 @@ REFUSED = {
     "nanoGPT": (nano_gpt, ["_orig_mod.transformer.h.0.attn.c_attn.weight is (24, 8)", "nanoGPT", "transpose"]),
     "another model": (lambda model: {"encoder.layer.0.weight": torch.ones(2), "encoder.layer.1.weight": torch.ones(2),
                                      "a": torch.ones(1), "b": torch.ones(1)},
-                      ["holds unknown encoder.layer.0.weight, encoder.layer.1.weight, a and 1 more", "save_pretrained()"]),
+                      ["holds unknown encoder.layer.0.weight, encoder.layer.1.weight, a and 1 more", "save_pretra"]),
     "a weight twice": (lambda model: {**model.state_dict(), "module.transformer.wpe.weight": torch.ones(6, 8)},
                        ["holds wpe.weight twice", "module.transformer.wpe.weight"]),
     "two heads": (two_heads, ["two heads that differ"]),
