@@ -160,7 +160,7 @@ def main() -> None:
         name, (config, weights) = peft_format.CONFIG, peft_format.from_ours(model, name_base(loaded, args.base_name))
         metadata["base_fingerprint"] = fingerprint(base_weights(model))  # so that no other base is taken for it
     else:
-        end_of_text = tokenizer.end_of_text if tokenizer else model.config.vocab_size - 1
+        end_of_text = tokenizer.end_of_text if tokenizer else model.config.end_of_text
         name, config, weights = "config.json", hugging_face_config(model.config, end_of_text), merged_weights(model)
 
     report = os.path.join(args.output, provenance.REPORT_NAME)

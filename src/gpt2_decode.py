@@ -126,7 +126,10 @@ def read_predictions(path: str, examples: int, tokenizer: Tokenizer) -> list[tup
             fail(f"{where}: id {index}, but --input_file ends at {examples - 1}; give the file searched over")
         wrong = [token for token in tokens if not 0 <= token < tokenizer.vocab_size]
         if wrong:
-            fail(f"{where}: token {wrong[0]} is outside --vocab's {tokenizer.vocab_size}; give the one searched with")
+            fail(
+                f"{where}: token {wrong[0]} is outside --vocab's {tokenizer.vocab_size}; give the one searched with, "
+                f"or, where the model has padded rows, search with gpt2_beam.py --vocab_size {tokenizer.vocab_size}"
+            )
         predictions.append((index, cut(tokenizer.decode(tokens))))
     return predictions
 

@@ -218,9 +218,11 @@ def load_strictly(model: GPT2LMModel, weights: dict[str, Tensor], path: str, fla
         for name in wanted
         if name in weights and weights[name].shape != wanted[name].shape
     ]
+    rows = "; for another vocabulary, a padded one too, name a folder whose config.json has its vocab_size"
+    rows = rows if any(text.startswith(PREFIX + "wte") for text in shaped) else ""
     held = f"; it holds {some(list(weights)) or 'nothing'}"
     for names, what, more in (
-        (shaped, "has another shape", ""),
+        (shaped, "has another shape", rows),
         (missing, "lacks", held),
         (unknown, "holds unknown", ""),
     ):

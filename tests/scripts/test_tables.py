@@ -30,7 +30,7 @@ def start(script: str, *arguments: object, **variables: object) -> subprocess.Po
     """A script as the leader of a process group of its own."""
     return subprocess.Popen(["bash", script, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, start_new_session=True,
-                            env=environment(PYTHON=sys.executable, **variables))
+                            env=environment(**{"PYTHON": sys.executable, **variables}))
 
 
 def run(script: str, *arguments: object, **variables: object) -> subprocess.CompletedProcess:
