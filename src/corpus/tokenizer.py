@@ -20,7 +20,7 @@ WHOLE = "tokenizer.json"
 # What a folder of a vocabulary holds: OpenAI's names, Hugging Face's for the same two files, or both in one.
 FORMS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), (WHOLE,))
 VOCAB_HELP = "folder of encoder.json and vocab.bpe, of vocab.json and merges.txt, or of tokenizer.json"
-KEEPS_IDS = ("ByteLevel", "TemplateProcessing")  # post-processors that add nothing but special tokens
+KEEPS_IDS = (None, "ByteLevel", "TemplateProcessing")  # post-processors that add nothing but special tokens
 ADDED = "added_tokens.json"  # beside them: tokens that transformers finds in a text before the merges are looked at
 DOWNLOAD = "bash scripts/download_vocab.sh fetches GPT-2's own"
 # What tokenizer.json must say, for the ids to be those of OpenAI's encoder: the entries of "model" and of the whole.
@@ -130,12 +130,18 @@ def _read_whole(path: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
             f"{path}: its pre_tokenizer is {str(split)[:120]}, wanted ByteLevel without add_prefix_space, as GPT-2's; "
             + DOWNLOAD
         )
-    if isinstance(after, dict) and (after.get("special_tokens") or after.get("type") not in KEEPS_IDS):
+    after = after if isinstance(after, dict) else {"type": after}
+    if after.get("special_tokens") or after.get("type") not in KEEPS_IDS:
         fail(f"{path}: its post_processor, {after.get('type')}, adds tokens to a text; wanted a GPT-2's; {DOWNLOAD}")
-    vocab = model.get("vocab")
+    vocab, rows = model.get("vocab"), model.get("merges")
     added = content.get("added_tokens") or []
-    if not isinstance(vocab, dict) or not isinstance(added, list) or not all(isinstance(one, dict) for one in added):
-        fail(f"{path}: has no vocab, or added_tokens that are no objects; fetch it again")
+    if (
+        not isinstance(vocab, dict)
+        or not isinstance(rows, list)
+        or not isinstance(added, list)
+        or not all(isinstance(one, dict) for one in added)
+    ):
+        fail(f"{path}: has no vocab or merges, or added_tokens that are no objects; fetch it again")
     others = [str(one.get("content")) for one in added if one.get("content") != END_OF_TEXT]
     if others:
         _refuse_added(path, others)
@@ -144,7 +150,7 @@ def _read_whole(path: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
             fail(f"{path}: {END_OF_TEXT} is {vocab[END_OF_TEXT]} in vocab, {one.get('id')} in added_tokens; {DOWNLOAD}")
     _check_vocab(vocab, path)
     merges = []
-    for number, entry in enumerate(model.get("merges") or []):
+    for number, entry in enumerate(rows):
         pair = entry.split(" ") if isinstance(entry, str) else entry
         where = f"{path}: merge {number}"
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):

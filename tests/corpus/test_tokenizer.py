@@ -277,6 +277,8 @@ OTHER_TOKENIZERS = {
     "no words": (lambda c: c.update(pre_tokenizer=None), "wanted ByteLevel"),
     "no pattern": (lambda c: c["pre_tokenizer"].update(use_regex=False), "wanted ByteLevel"),
     "a template": (lambda c: c["post_processor"].update(special_tokens={"[CLS]": {}}), "adds tokens to a text"),
+    "another step": (lambda c: c.update(post_processor=[{"type": "BertProcessing"}]), "adds tokens to a text"),
+    "no merges": (lambda c: c["model"].update(merges=3), "has no vocab or merges"),
     "another id": (lambda c: c["added_tokens"][0].update(id=7), "is 1499 in vocab, 7 in added_tokens"),
     "no vocab": (lambda c: c["model"].pop("vocab"), "has no vocab"),
     "an id of text": (lambda c: c["model"]["vocab"].update(a="64"), "is not a JSON object of symbol"),
@@ -310,7 +312,7 @@ def beside_the_merges(folder):
 
 
 @pytest.mark.parametrize("write, file, words", [
-    (behind_the_merges, "merges.txt", "vocab.json beside it wants 1244: it has 1 symbol more than the merges make: '[P"),
+    (behind_the_merges, "merges.txt", "wants 1244: it has 1 symbol more than the merges make: '[PAD]'"),
     (beside_the_merges, "added_tokens.json", "adds '[PAD]'"),
     (lambda folder: by_transformers(folder, pad_token="[PAD]"), "tokenizer.json", "adds '[PAD]'"),
 ])
