@@ -11,6 +11,7 @@ privacy.json beside them, so that a run that starts from here can name it (run/p
 """
 
 import json
+import math
 import os
 import sys
 
@@ -20,18 +21,18 @@ from torch import Tensor
 import loralib as lora
 from base.errors import fail, run_main
 from base.files import atomic_write, read_object
-from base.flags import Parser
-from corpus.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
-from model import GPT2Config, GPT2LMModel
+from base.flags import Parser, check_least, check_positive
+from corpus.tokenizer import END_OF_TEXT, FORMS, Tokenizer, load_tokenizer, vocabulary_files
+from model import SLOTS, GPT2Config, GPT2LMModel
 from privacy.ledger import FILE_NAME
 from run import provenance
 from weights import peft_format
-from weights.checkpoint import Loaded, load_model
-from weights.foreign import fingerprint
+from weights.checkpoint import Loaded, load_trained
+from weights.foreign import WEIGHT_FILES, fingerprint
 
 WEIGHTS = {"merged": "model.safetensors", "peft": "adapter_model.safetensors"}
-# The tokenizer's files: ours, and Hugging Face's names for the same content.
-VOCABULARY = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
+# The tokenizer's files: OpenAI's names, and Hugging Face's for the same content.
+VOCABULARY = dict(zip(*FORMS[:2], strict=True))
 
 
 def hugging_face_config(config: GPT2Config, end_of_text: int) -> dict:
@@ -95,7 +96,7 @@ def name_base(loaded: Loaded, given: str | None) -> str:
             "--base_name, or export --format merged"
         )
     folder, name = os.path.split(loaded.base["absolute"])
-    whole = name in ("model.safetensors", "pytorch_model.bin") and os.path.isfile(os.path.join(folder, "config.json"))
+    whole = name in WEIGHT_FILES and os.path.isfile(os.path.join(folder, "config.json"))
     return folder if whole else loaded.base["absolute"]
 
 
@@ -106,10 +107,11 @@ def write_json(path: str, content: dict) -> None:
 
 
 def write_tokenizer(vocab: str, output: str, config: GPT2Config) -> None:
-    for name, target in VOCABULARY.items():
-        with open(os.path.join(vocab, name), "rb") as source:
+    for path in vocabulary_files(vocab):
+        with open(path, "rb") as source:
             content = source.read()
-        with atomic_write(os.path.join(output, target), "wb") as handle:
+        name = os.path.basename(path)
+        with atomic_write(os.path.join(output, VOCABULARY.get(name, name)), "wb") as handle:
             handle.write(content)
     write_json(os.path.join(output, "tokenizer_config.json"), tokenizer_config(config))
 
@@ -127,7 +129,10 @@ def main() -> None:
     add("--init_checkpoint", required=True, help="a file or folder: a training's, Hugging Face's or PEFT's")
     add("--model_card", help="needed where the checkpoint does not say its shape")
     add("--base_checkpoint", help="the frozen weights under an adapter-only checkpoint, if not where it says")
-    add("--vocab", help="folder with encoder.json and vocab.bpe: adds the tokenizer's files")
+    add("--lora_dim", type=int, help="rank of the adapters, where a checkpoint of the published code does not say it")
+    add("--lora_alpha", type=float, help="their alpha, likewise")
+    add("--lora_target", nargs="+", choices=SLOTS, help="their parts, likewise (default query value)")
+    add("--vocab", help="folder of the vocabulary: adds the tokenizer's files")
     add("--format", choices=tuple(WEIGHTS), default="merged", help="what to write (default merged)")
     add(
         "--base_name",
@@ -136,12 +141,15 @@ def main() -> None:
     )
     add("--output", required=True, help="folder to write; it must hold no model yet")
     args = parser.parse_args(sys.argv[1:])
+    check_least(args, lora_dim=0)
+    check_positive(args, lora_alpha=math.inf)
     if args.base_name is not None and args.format != "peft":
         fail(f"--base_name {args.base_name}: means nothing with --format {args.format}")
     for name in (*WEIGHTS.values(), FILE_NAME):
         if os.path.exists(os.path.join(args.output, name)):
             fail(f"--output {args.output}: holds a {name}; choose another folder")
-    loaded = load_model(args.init_checkpoint, args.model_card, None, args.base_checkpoint)
+    adapter = (args.lora_dim, args.lora_alpha, args.lora_target)
+    loaded = load_trained(args.init_checkpoint, args.model_card, args.base_checkpoint, *adapter)
     model = loaded.model
     tokenizer = open_vocabulary(args.vocab, model.config) if args.vocab else None
     spent = provenance.spent_report(loaded)
@@ -152,7 +160,7 @@ def main() -> None:
         name, (config, weights) = peft_format.CONFIG, peft_format.from_ours(model, name_base(loaded, args.base_name))
         metadata["base_fingerprint"] = fingerprint(base_weights(model))  # so that no other base is taken for it
     else:
-        end_of_text = tokenizer.end_of_text if tokenizer else model.config.vocab_size - 1
+        end_of_text = tokenizer.end_of_text if tokenizer else model.config.end_of_text
         name, config, weights = "config.json", hugging_face_config(model.config, end_of_text), merged_weights(model)
 
     report = os.path.join(args.output, provenance.REPORT_NAME)

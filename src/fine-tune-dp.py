@@ -30,6 +30,7 @@ from base.flags import REQUIRED, SettingsParser, flag, spelled
 from corpus.author_cache import Source, describe_left_out, digest_vocab, open_cache, prepare_cache
 from corpus.authors import AuthorTexts, Corpus, split_authors
 from corpus.examples import count_shared
+from corpus.tokenizer import VOCAB_HELP
 from optimizer import HUGGING_FACE_SCHEDULES, hugging_face_schedule
 from run import setup
 from run.loop import Trainer
@@ -62,9 +63,7 @@ class AuthorData:
     )
     author_field: str = flag("author", "name of the author's field")
     content_field: str = flag("content", "name of the text's field")
-    vocab: str = flag(
-        os.path.join(ROOT, "vocab"), "folder of encoder.json and vocab.bpe (default: the repository's)", may_change=True
-    )
+    vocab: str = flag(os.path.join(ROOT, "vocab"), f"{VOCAB_HELP} (default: the repository's)", may_change=True)
     cache_dir: str | None = flag(
         help="where the tokenised texts are kept (default: .author_cache beside the file)", may_change=True
     )

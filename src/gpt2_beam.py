@@ -34,11 +34,10 @@ from base.flags import Parser, check_least, check_positive
 from decoding.beam_search import SearchSettings, beam_search
 from decoding.journal import Journal
 from decoding.tree_decoder import TreeDecoder
-from model import SLOTS, GPT2LMModel, LoRAConfig
-from weights.checkpoint import load_model
+from model import END_OF_TEXT_ID, SLOTS, GPT2LMModel
+from weights.checkpoint import load_trained
 from weights.foreign import fingerprint
 
-END_OF_TEXT_ID = 50256  # GPT-2's <|endoftext|>
 WAIT_SECONDS = 24 * 3600  # how long a rank that is done waits for the others
 
 
@@ -60,6 +59,7 @@ class Flags:
     lora_dim: int | None
     lora_alpha: float | None
     lora_target: list[str] | None
+    vocab_size: int | None
     beam: int
     length_penalty: float
     no_repeat_ngram_size: int
@@ -135,6 +135,12 @@ def parse_flags() -> Flags:
         help="parts of the fused projection that have an adapter; default: "
         "the checkpoint's, with which it must agree, or query value where it does not say",
     )
+    add(
+        "--vocab_size",
+        type=int,
+        help="ids of the vocabulary, where the model has more rows than that: the others are padding, and are never "
+        f"predicted (default: all of a model's, but at most GPT-2's {END_OF_TEXT_ID + 1})",
+    )
     add("--beam", type=int, default=1, help="beams of each context")
     add("--length_penalty", type=float, default=1.0, help="a finished beam scores total / length**length_penalty")
     add("--no_repeat_ngram_size", type=int, default=4, help="forbid generating an n-gram twice; 0 allows it")
@@ -166,7 +172,15 @@ def check(flags: Flags) -> None:
     if flags.fp16:
         fail("--fp16: refused, GPT-2's activations overflow float16 and spoil the search; use --bf16")
     check_least(
-        flags, batch_size=1, token_budget=0, eval_len=1, min_length=0, beam=1, no_repeat_ngram_size=0, lora_dim=0
+        flags,
+        batch_size=1,
+        token_budget=0,
+        eval_len=1,
+        min_length=0,
+        beam=1,
+        no_repeat_ngram_size=0,
+        lora_dim=0,
+        vocab_size=1,
     )
     check_positive(flags, lora_alpha=math.inf, repetition_penalty=math.inf)
     if flags.eval_len >= flags.seq_len:
@@ -201,7 +215,7 @@ def read_contexts(flags: Flags, vocab_size: int) -> tuple[list[list[int]], list[
             token = next(token for token in context if not 0 <= token < vocab_size)
             fail(
                 f"{where}: token id {token} is outside the model's vocabulary of {vocab_size} tokens; "
-                "was the file made with another --vocab?"
+                "was the file made with another --vocab, or does --vocab_size leave it out?"
             )
         cut += len(context) > room
         of_line.append(index_of.setdefault(tuple(context[-room:]), len(index_of)))
@@ -212,28 +226,26 @@ def read_contexts(flags: Flags, vocab_size: int) -> tuple[list[list[int]], list[
 
 def load(flags: Flags) -> GPT2LMModel:
     """The model, on the CPU in float32. UserError where it is not as the flags say."""
-    adapter, enable = None, LoRAConfig().enable
-    if flags.lora_target is not None:
-        enable = tuple(slot in flags.lora_target for slot in SLOTS)
-    if flags.lora_dim is not None and flags.lora_alpha is not None:
-        adapter = LoRAConfig(flags.lora_dim, flags.lora_alpha, enable=enable)
-    loaded = load_model(flags.init_checkpoint, flags.model_card, adapter, flags.base_checkpoint)
-    found = loaded.model.lora_config
-    if flags.lora_dim and loaded.base is not None and loaded.base["absolute"] == os.path.abspath(loaded.path or ""):
-        fail(f"--lora_dim {flags.lora_dim}: {loaded.path} holds no adapter; leave the flag out")
-    if flags.lora_dim is not None and flags.lora_dim != found.dim:
-        fail(f"--lora_dim {flags.lora_dim}: {loaded.path} has rank {found.dim}; leave the flag out")
-    if flags.lora_alpha is not None and found.dim and flags.lora_alpha != found.alpha:
-        fail(f"--lora_alpha {flags.lora_alpha:g}: {loaded.path} was trained with {found.alpha:g}; leave the flag out")
-    if flags.lora_target is not None and found.dim and enable != found.enable:
-        fail(
-            f"--lora_target {' '.join(flags.lora_target)}: {loaded.path} was trained with {found.targets}; leave the "
-            "flag out"
-        )
+    adapter = (flags.lora_dim, flags.lora_alpha, flags.lora_target)
+    loaded = load_trained(flags.init_checkpoint, flags.model_card, flags.base_checkpoint, *adapter)
     positions = loaded.model.config.n_positions
     if flags.seq_len > positions:
         fail(f"--seq_len {flags.seq_len}: more than the model's {positions} positions; choose at most {positions}")
     return loaded.model
+
+
+def without_padding(model: GPT2LMModel, vocab_size: int | None) -> GPT2LMModel:
+    """The model with the rows of its vocabulary alone. Many are padded to a multiple of 64 or 128 for speed: such a row
+    is no token, but has a probability. vocab_size None: GPT-2's where the model has more."""
+    rows = model.config.vocab_size
+    kept = min(rows, END_OF_TEXT_ID + 1) if vocab_size is None else vocab_size
+    if kept > rows:
+        fail(f"--vocab_size {kept}: the model has {rows} ids; give at most that many, or leave it out")
+    if kept < rows:
+        weight = model.transformer.wte.weight  # the head's, too
+        weight.data = weight.data[:kept].clone()
+        model.config = replace(model.config, vocab_size=kept)
+    return model
 
 
 def identity(model: GPT2LMModel, contexts: list[list[int]], settings: SearchSettings, bf16: bool) -> dict:
@@ -262,6 +274,8 @@ def prepare(flags: Flags, world: World, journal: Journal) -> tuple[GPT2LMModel, 
     """
     check(flags)
     model = load(flags)
+    rows = model.config.vocab_size
+    model = without_padding(model, flags.vocab_size)
     settings = flags.settings(model.config.vocab_size)
     contexts, of_line, cut = read_contexts(flags, model.config.vocab_size)
     if not world.is_main:
@@ -274,6 +288,8 @@ def prepare(flags: Flags, world: World, journal: Journal) -> tuple[GPT2LMModel, 
         fail(f"--work_dir {flags.work_dir}: cannot be made ({error.strerror}); name another folder")
     if not os.access(os.path.dirname(flags.output) or ".", os.W_OK | os.X_OK):
         fail(f"--work_dir {flags.work_dir}: cannot be written to; name another folder")
+    if rows > (kept := model.config.vocab_size):
+        print(f"the model's rows {kept} to {rows - 1} are padding beyond --vocab_size {kept}, and are never predicted")
     if cut:
         print(
             f"{cut} of {len(of_line)} contexts are longer than --seq_len - --eval_len = "

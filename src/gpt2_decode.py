@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from base.errors import fail, run_main
 from base.files import atomic_write, is_text, read_lines
 from base.flags import Parser
-from corpus.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from corpus.tokenizer import END_OF_TEXT, VOCAB_HELP, Tokenizer, load_tokenizer
 
 DEFAULT_REF_NUM = 4
 # Whatever any reader could take for the end of a line.
@@ -126,7 +126,10 @@ def read_predictions(path: str, examples: int, tokenizer: Tokenizer) -> list[tup
             fail(f"{where}: id {index}, but --input_file ends at {examples - 1}; give the file searched over")
         wrong = [token for token in tokens if not 0 <= token < tokenizer.vocab_size]
         if wrong:
-            fail(f"{where}: token {wrong[0]} is outside --vocab's {tokenizer.vocab_size}; give the one searched with")
+            fail(
+                f"{where}: token {wrong[0]} is outside --vocab's {tokenizer.vocab_size}; give the one searched with, "
+                f"or, where the model has padded rows, search with gpt2_beam.py --vocab_size {tokenizer.vocab_size}"
+            )
         predictions.append((index, cut(tokenizer.decode(tokens))))
     return predictions
 
@@ -165,7 +168,7 @@ def reference_files(groups: list[Group], ref_type: str, folder_or_file: str, ref
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", required=True, help="folder of encoder.json and vocab.bpe")
+    parser.add_argument("--vocab", required=True, help=VOCAB_HELP)
     parser.add_argument("--sample_file", required=True, help="what gpt2_beam.py wrote")
     parser.add_argument("--input_file", required=True, help="the formatted examples that were searched over")
     parser.add_argument("--output_ref_file", required=True, help="references to write; a folder for webnlg and dart")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from base.errors import fail, run_main
 from base.files import atomic_write, is_text, read_lines
 from base.flags import Parser, check_output
-from corpus.tokenizer import load_tokenizer
+from corpus.tokenizer import VOCAB_HELP, load_tokenizer
 
 # Lines handed to the library at a time: enough to keep its threads busy, few enough for the progress bar to move.
 CHUNK = 2048
@@ -47,7 +47,7 @@ def read_examples(path: str) -> Iterator[tuple[str, str]]:
 
 def main() -> None:
     parser = Parser(description="GPT-2 BPE of formatted examples")
-    parser.add_argument("--vocab", default="vocab", help="folder of encoder.json and vocab.bpe (default: vocab)")
+    parser.add_argument("--vocab", default="vocab", help=f"{VOCAB_HELP} (default: vocab)")
     parser.add_argument("--input", required=True, help="formatted JSON lines to read")
     parser.add_argument("--output", required=True, help="JSON lines of token ids to write")
     parser.add_argument("--add_bos", action="store_true", help="append <|endoftext|> to the context")

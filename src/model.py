@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import loralib as lora
 from base.products import gelu, linear
 
+END_OF_TEXT_ID = 50256  # the last of GPT-2's own vocabulary
+
 
 @dataclass(frozen=True)
 class GPT2Config:
@@ -32,6 +34,11 @@ class GPT2Config:
     @property
     def inner(self) -> int:
         return self.n_inner or 4 * self.n_embd
+
+    @property
+    def end_of_text(self) -> int:
+        """The id of <|endoftext|>: GPT-2's, behind which rows are padding, or the last one of a smaller vocabulary."""
+        return min(END_OF_TEXT_ID, self.vocab_size - 1)
 
 
 SLOTS = ("query", "key", "value")  # the parts of the fused projection, in its order

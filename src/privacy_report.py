@@ -194,6 +194,11 @@ def plan(
         print(f"relation      {relation('unit', [sampling])} ({sampling})")
     chosen = "" if target is None else f", the smallest that keeps epsilon within {target:g}"
     print(f"sigma         {sigma:.6g}{chosen}")
+    even = (batch / sigma) * (batch / sigma)  # not **, which has no infinity
+    print(
+        f"noise         sigma/batch {sigma / batch:.6g}, in units of C, a coordinate of a step; over d parameters its "
+        f"norm is sqrt(d) times that, which reaches C, the most that the signal can have, at d = {even:.6g}"
+    )
     deltas = {delta: "--delta", strict: "1/(10 N)"}
     print(epsilon_table(phases, deltas))
     shuffled = accounting.epsilon_shuffle(sigma, uses, delta)

@@ -76,6 +76,7 @@ UNKNOWN = ("test_formats.py::test_a_ledger_of_an_unknown_format_is_refused",)
 KEPT = ("test_formats.py::test_what_is_kept_of_an_earlier_format_is_what_was_written",)
 EARLIER = ("test_formats.py::test_a_ledger_without_format_numbers_counts_as_it_did",)
 CHAIN = ("test_provenance.py::test_the_chain_outlives_its_folders",)
+FOREIGN, SHARDS = "weights/foreign.py", ("test_foreign.py::test_runs_are_found_behind_shards",)
 LINKS = ("test_provenance.py::test_weights_under_a_link",)
 
 STD = "self.std, self.batch, self.world, self.source = sigma * sensitivity,"
@@ -224,6 +225,9 @@ MUTANTS = (
            (('return [*report["initial_weights"], *([own]', "return [*([own]"),), CHAIN),
     Mutant("links to weights not followed", PROVENANCE,
            (("while os.path.islink(path):", "while False:"),), LINKS),
+    Mutant("runs behind a shard not looked for", FOREIGN,
+           (("return [(file, privacy_entry(file, {})) for file in shards(path, flag)]", "return [(path, None)]"),),
+           SHARDS),
     Mutant("chance of being drawn rounded to zero", ACCOUNTING,
            (("-math.expm1(sum(phase.steps * math.log1p(-phase.q) for phase in phases))",
              "1 - math.prod((1 - phase.q) ** phase.steps for phase in phases)"),), CHANCE),

@@ -76,6 +76,30 @@ def test_the_tokenizer_gives_our_ids(which, form, tmp_path, request):
     assert theirs.convert_ids_to_tokens(ours.end_of_text) == END_OF_TEXT
 
 
+def test_what_is_exported_is_read_by_every_script(tmp_path):
+    """The folder as --vocab: exported again, for encoding, for decoding and for authors' texts."""
+    write_run(tmp_path / "run", 1500)
+    first = export(tmp_path / "run", tmp_path / "first", "--vocab", DEMO)
+    folder = export(first, tmp_path / "second", "--vocab", first)
+    (tmp_path / "whole").mkdir()
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "whole")
+    whole = export(first, tmp_path / "third", "--vocab", tmp_path / "whole")
+    theirs = transformers.AutoTokenizer.from_pretrained(whole)
+    assert theirs("a pub").input_ids == load_tokenizer(str(DEMO)).encode("a pub")
+    example = {"context": "name : The Vaults", "completion": "The Vaults is a pub ."}
+    (tmp_path / "f.jsonl").write_text(json.dumps(example) + "\n")
+    for vocab in (DEMO, folder, whole):
+        arguments = ["--vocab", vocab, "--input", tmp_path / "f.jsonl", "--output", tmp_path / "tokens.jsonl"]
+        assert server().start("src/gpt2_encode.py", arguments).wait() == 0
+        tokens = json.loads((tmp_path / "tokens.jsonl").read_text())
+        assert tokens["completion"] == load_tokenizer(str(DEMO)).encode(" " + example["completion"])
+        (tmp_path / "p.jsonl").write_text(json.dumps({"id": 0, "predict": tokens["completion"]}) + "\n")
+        arguments = ["--vocab", vocab, "--sample_file", tmp_path / "p.jsonl", "--input_file", tmp_path / "f.jsonl",
+                     "--output_ref_file", tmp_path / "ref.txt", "--output_pred_file", tmp_path / "pred.txt"]
+        assert server().start("src/gpt2_decode.py", arguments).wait() == 0
+        assert (tmp_path / "pred.txt").read_text() == example["completion"] + "\n"
+
+
 def test_generation_ends_where_the_vocabulary_says(tmp_path):
     """The end of text need not be the last id: it is that of --vocab."""
     vocabulary = json.loads((DEMO / "encoder.json").read_text(encoding="utf-8"))

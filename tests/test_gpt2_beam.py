@@ -124,6 +124,37 @@ def test_a_training_folder_needs_no_other_flag_and_its_adapter_counts(project, a
     assert read_predictions(tmp_path / "predict.jsonl") != alone
 
 
+def test_padded_rows_are_never_predicted(project, alone, tmp_path, monkeypatch, capsys):
+    """A vocabulary of 90 padded to 128 by rows that every state likes best: the same predictions as without them."""
+    weights = safetensors.torch.load_file(project / "base" / "model.safetensors")
+    trained = torch.load(project / "run" / "model.10.pt", weights_only=True)["model_state_dict"]
+    wte = weights["transformer.wte.weight"]
+    weights["transformer.wte.weight"] = torch.cat([wte, 9 * wte[:38]])
+    config = GPT2Config(32, 2, 4, vocab_size=128, n_positions=64)
+    model = GPT2LMModel(config, LoRAConfig(4, 32.0))
+    model.load_state_dict({**weights, **trained, "lm_head.weight": weights["transformer.wte.weight"]}, strict=False)
+    (tmp_path / "padded").mkdir()
+    save_checkpoint(str(tmp_path / "padded"), 1, model, None, {})
+    arguments = [*flags(project, tmp_path, *PUBLISHED), "--init_checkpoint", tmp_path / "padded"]
+    run_here(monkeypatch, [*arguments, "--eos_token_id", 89])
+    assert any(token >= 90 for line in read_predictions(tmp_path / "predict.jsonl") for token in line)
+    run_here(monkeypatch, [*arguments, "--vocab_size", 90])
+    assert read_predictions(tmp_path / "predict.jsonl") == alone
+    assert "rows 90 to 127 are padding beyond --vocab_size 90" in capsys.readouterr().out
+    for given, words in ((129, "has 128 ids"), (0, "--vocab_size 0"), (20, "does --vocab_size leave it out")):
+        with pytest.raises(UserError, match=words):
+            run_here(monkeypatch, [*arguments, "--vocab_size", given])
+
+
+def test_rows_behind_gpt_2s_own_are_padding_by_default():
+    model = GPT2LMModel(GPT2Config(4, 1, 1, vocab_size=50304, n_positions=2))
+    kept = model.transformer.wte.weight[:50257].clone()
+    model = gpt2_beam.without_padding(model, None)
+    assert torch.equal(model.lm_head.weight, kept) and model.config.vocab_size == 50257
+    assert GPT2Config(4, 1, 1, vocab_size=50304).end_of_text == model.config.end_of_text == 50256
+    assert gpt2_beam.without_padding(model, 50257) is model and GPT2Config(4, 1, 1, vocab_size=90).end_of_text == 89
+
+
 def test_ranks_give_what_one_process_gives(project, alone, tmp_path):
     done = launch(2, flags(project, tmp_path / "two", *PUBLISHED), "torch.distributed.launch")
     assert done.returncode == 0, done.stderr

@@ -174,9 +174,9 @@ def test_wrong_prefix_is_refused(tmp_path):
     """The original skipped such keys in silence and trained from noise."""
     theirs = oracle(2, 3)
     theirs.config.save_pretrained(tmp_path)
-    weights = {f"model.{name}": value for name, value in weights_of(theirs, prefix=False).items()}
+    weights = {f"teacher.{name}": value for name, value in weights_of(theirs, prefix=False).items()}
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="lacks: transformer.wte.weight"):
+    with pytest.raises(UserError, match="holds unknown teacher.wte.weight, teacher.wpe.weight"):
         load_model(str(tmp_path))
 
 

@@ -197,6 +197,7 @@ def test_plan_with_sigma(report, tmp_path):
     table = printed(process.stdout)
     assert table[1e-5] == (pytest.approx(5.4253, abs=1e-4), pytest.approx(6.3534, abs=1e-4))
     assert "= 6572 steps" in process.stdout and "epsilon 58.7774 at delta 1e-05" in process.stdout
+    assert "sigma/batch 0.0046875," in process.stdout and "at d = 45511.1" in process.stdout  # (128/0.6)^2
     # The last row of the table over steps is the run itself; the middle one of the table over sigma too.
     run = r"5\.4253 +6\.3534 +6\.0246 +58\.7774"
     assert re.search(rf"^ +6572 +20\.00 +{run}$", process.stdout, re.MULTILINE)

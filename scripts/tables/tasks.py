@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from base.errors import fail
 from base.files import read_object
+from corpus.tokenizer import load_tokenizer, vocabulary_files
 
 HUGGING_FACE = {"gpt2.sm": "gpt2", "gpt2.md": "gpt2-medium", "gpt2.lg": "gpt2-large", "gpt2.xl": "gpt2-xl"}
 LORA = "--lora_dim 4 --lora_alpha 32 --lora_dropout 0.0".split()
@@ -142,17 +143,19 @@ class TextTask(Task):
                     "vocabulary" + " and of its own test set" * (flag == "--test")
                 )
         args.vocab = args.vocab or "vocab"
-        for file in self.sources(args) if args.data is not None else ():
+        for file in self.texts(args) if args.data is not None else ():
             if not os.path.isfile(file):
-                fail(
-                    f"--data {args.data}, --vocab {args.vocab}: there is no {file}; wanted {', '.join(self.parts)} "
-                    "(or --test FILE), and encoder.json and vocab.bpe (GPT-2's: bash scripts/download_vocab.sh)"
-                )
+                fail(f"--data {args.data}: there is no {file}; wanted {', '.join(self.parts)} (or --test FILE)")
+        if args.data is not None:
+            vocabulary_files(args.vocab)
+
+    def texts(self, args: argparse.Namespace) -> list[str]:
+        train, valid, test = (os.path.join(args.data, part) for part in self.parts)
+        return [train, valid, args.test or test]
 
     def sources(self, args: argparse.Namespace) -> list[str]:
         """The files of which the tokens are made."""
-        train, valid, test = (os.path.join(args.data, part) for part in self.parts)
-        return [train, valid, args.test or test, *(f"{args.vocab}/{name}" for name in ("encoder.json", "vocab.bpe"))]
+        return [*self.texts(args), *vocabulary_files(args.vocab)]
 
     def prepare(self, table) -> None:
         """Make or fetch data, vocabulary and checkpoints that are missing."""
@@ -177,8 +180,8 @@ class TextTask(Task):
         self.fetch_checkpoints(table)
         end: object = 628  # GPT-2's token of two line feeds, which ends a text in the published command
         if args.vocab != "vocab":
-            wanted = "a JSON object of tokens and their numbers; make the vocabulary anew"
-            end = read_object(f"{args.vocab}/encoder.json", wanted).get("\u010a\u010a")
+            two, *others = load_tokenizer(args.vocab).encode("\n\n")
+            end = None if others else two
         args.end = [] if end is None else ["--eos_token_id", str(end)]
 
     def steps(self, table, run: Run) -> tuple[list[str], list[Step]]:
@@ -303,7 +306,7 @@ def text_task(name: str, title: str, epsilons: str, parts: tuple[str, str, str],
     options: list[Option] = [
         ("data", "DIR", None, f"folder of {', '.join(parts)} (default: data/{name}, fetched where it is missing)"),
         ("test", "FILE", None, f"with --data: another test set than its {parts[2]}"),
-        ("vocab", "DIR", None, "with --data: folder of encoder.json and vocab.bpe to encode it with (default: vocab)"),
+        ("vocab", "DIR", None, "with --data: folder of the vocabulary to encode it with (default: vocab)"),
         ("seq_len", "T", 512, "longest example in tokens (default 512)"),
     ]
     return TextTask(
@@ -352,7 +355,7 @@ AUTHOR_OPTIONS: list[Option] = [
         None,
         "JSON lines with author and content (default: data/reddit/train.jsonl, made where missing)",
     ),
-    ("vocab", "DIR", None, "folder of encoder.json and vocab.bpe (default: vocab, fetched where it is missing)"),
+    ("vocab", "DIR", None, "folder of the vocabulary (default: vocab, fetched where it is missing)"),
 ]
 DART_PARTS = ("dart-v1.1.1-full-train.json", "dart-v1.1.1-full-dev.json", "dart-v1.1.1-full-test.json")
 SIX_REFERENCES = "--ref_type {} --ref_num 6 --tokenize --lower"

@@ -5,12 +5,14 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from base.errors import fail
 
 UNABLE = (errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system says that does not have a call
+LFS_POINTER = b"version https://git-lfs"
 
 
 def is_text(value: str) -> bool:
@@ -33,6 +35,7 @@ def open_text(path: str, flag: str = "") -> IO[str]:
 def read_object(path: str, wanted: str, flag: str = "") -> dict:
     """The JSON object that a file holds. UserError ends in "wanted" and `wanted`: what it should be, and the cure."""
     check_file(path, flag)
+    check_pointer(path, flag)
     with open_text(path, flag) as handle:
         try:
             content = json.load(handle)
@@ -41,6 +44,31 @@ def read_object(path: str, wanted: str, flag: str = "") -> dict:
     if not isinstance(content, dict):
         fail(f"{flag} {path}: holds a {type(content).__name__}; wanted {wanted}".strip())
     return content
+
+
+def check_pointer(path: str, flag: str = "") -> None:
+    """Raise UserError for the line that Git LFS leaves in place of a large file until it is fetched."""
+    with contextlib.suppress(OSError), open(path, "rb") as handle:  # whoever reads the file says why it cannot be read
+        if handle.read(len(LFS_POINTER)) == LFS_POINTER:
+            what = f"{flag} {path}".strip()
+            fail(f"{what}: is a Git LFS pointer, not the file itself; run git lfs pull where it was cloned")
+
+
+def folder_below(folder: str, names: Iterable[str]) -> str | None:
+    """A folder below that holds one of `names`: the newest checkpoint-N that transformers' Trainer left, a snapshot in
+    the hub's cache, or any other child."""
+    names = tuple(names)
+    found = []
+    for pattern in ("", "snapshots"):
+        with contextlib.suppress(OSError), os.scandir(os.path.join(folder, pattern)) as entries:
+            found += [(entry.name, entry.path) for entry in entries if entry.is_dir()]
+    found = [(name, path) for name, path in found if any(os.path.isfile(os.path.join(path, file)) for file in names)]
+
+    def rank(pair: tuple[str, str]) -> tuple[int, str]:
+        match = re.fullmatch(r"checkpoint-(\d+)", pair[0])
+        return int(match[1]) if match else -1, pair[1]
+
+    return max(found, key=rank)[1] if found else None
 
 
 def check_format(found: object, newest: int, where: str) -> int:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from base.errors import UserError, fail
 from base.files import atomic_write, check_file, is_text, open_text
 from corpus.authors import Corpus
-from corpus.tokenizer import Tokenizer, load_tokenizer
+from corpus.tokenizer import Tokenizer, load_tokenizer, vocabulary_files
 
 PSEUDO_AUTHORS = ("[deleted]", "AutoModerator")
 FORMAT = 1  # of the cache; another number makes every older cache void
@@ -72,7 +72,7 @@ class Source:
 
     path: str
     flag: str
-    vocab: str  # folder of encoder.json and vocab.bpe
+    vocab: str  # folder of the vocabulary
     length: int  # longer texts are cut to so many tokens
     author_field: str = "author"
     content_field: str = "content"
@@ -198,8 +198,8 @@ def name_key(author: str) -> int:
 def digest_vocab(folder: str) -> str:
     digest = hashlib.sha256()
     try:
-        for name in ("encoder.json", "vocab.bpe"):
-            with open(os.path.join(folder, name), "rb") as handle:
+        for path in vocabulary_files(folder):
+            with open(path, "rb") as handle:
                 digest.update(handle.read())
     except OSError:
         load_tokenizer(folder)  # a UserError for a file that is missing

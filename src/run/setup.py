@@ -23,6 +23,8 @@ from run.settings import DEFAULT_TOKENS, MOST_STEPS, Settings
 from run.task import Engine, Learner, Position, Task
 from weights.checkpoint import Loaded, load_model
 
+# Noise beyond so many times C is warned of. The published command has 2.9 (393,216 parameters, sigma 0.6, batch 128).
+LOUD = 5.0
 # What every run discloses beside the model, without noise; privacy.json lists it.
 DISCLOSED = (
     "training loss and throughput of every log line, and the sums of both in optimizer.{step}.pt, not privatised",
@@ -270,6 +272,23 @@ def warn_of_shared(trainer: loop.Trainer, what: str, shared: int, of: int) -> No
         )
 
 
+def announce_noise(trainer: loop.Trainer) -> None:
+    """Say how large a step's noise is beside what it could teach. Both are public: neither looks at the data."""
+    plan, settings, name = trainer.plan, trainer.plan.settings, trainer.settings.flag_of
+    noise, d = plan.noise_norm(trainer.learner.flat.size), trainer.learner.flat.size
+    trainer.display.say(
+        f"norm of a step's noise {noise:.3g} (sigma C sqrt({d})/{settings.batch}), of its signal at most "
+        f"C = {settings.clip:g}, with {settings.batch} {settings.unit}s drawn"
+    )
+    if noise > LOUD * settings.clip:
+        trainer.display.say(
+            f"WARNING: a step's noise is {noise / settings.clip:.3g} times the most that its signal can have: raise "
+            f"{name('train_batch_size')}, {name('grad_acc')} or the number of processes (their product, the batch, is "
+            f"{settings.batch}; the published command has 8 over 16 processes, 128), or train fewer parameters",
+            important=True,
+        )
+
+
 def announce(trainer: loop.Trainer) -> None:
     """Print, before the first step, the settings that epsilon follows from, and warnings."""
     plan, settings, say = trainer.plan, trainer.plan.settings, trainer.display.say
@@ -300,6 +319,7 @@ def announce(trainer: loop.Trainer) -> None:
         f"noise multiplier {settings.sigma:.6g}, clipping {settings.clipping} to {settings.clip:g}, "
         f"{settings.sampling} sampling, noise from {settings.noise_source}, delta {settings.delta:.3g}"
     )
+    announce_noise(trainer)
     if count := steps_without_noise(plan.ledger):
         say(
             f"WARNING: {count} of the steps charged so far had no noise: epsilon is infinite, whatever noise follows",

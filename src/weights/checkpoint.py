@@ -16,24 +16,28 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from base.errors import fail
-from base.files import atomic_write, check_format
-from model import GPT2Config, GPT2LMModel, LoRAConfig
+from base.files import atomic_write, check_format, folder_below
+from model import SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
 from weights import peft_format
 from weights.foreign import (
+    SHARD,
+    WEIGHT_FILES,
     canonical_weights,
     checked_config,
     fingerprint,
     load_strictly,
-    privacy_entry,
+    privacy_entries,
     read_config,
     read_file,
     resolve_card,
     same_shape,
+    some,
 )
 
 FORMAT = 1  # the newest that this version reads, and the one that it writes
@@ -48,18 +52,29 @@ def numbered_checkpoints(folder: str) -> list[tuple[int, str]]:
 
 
 def find_checkpoint(path: str, flag: str = "--init_checkpoint") -> str:
-    """The weight file that `path` names: itself, or a folder's newest model.{step}.pt, or PEFT's or Hugging Face's."""
+    """The weight file that `path` names: itself, or a folder's newest model.{step}.pt, or PEFT's or Hugging Face's,
+    which is an index where the weights are in shards."""
     if os.path.isfile(path):
+        if SHARD.fullmatch(path):
+            fail(f"{flag} {path}: is one of several files of a model; give their folder, with the index in it")
         return path
     if not os.path.isdir(path):
         fail(f"{flag} {path}: no such file or folder")
     numbered = numbered_checkpoints(path)
     if numbered:
         return numbered[-1][1]
-    for name in (*peft_format.WEIGHTS, "model.safetensors", "pytorch_model.bin"):
+    known = (*peft_format.WEIGHTS, *WEIGHT_FILES)
+    for name in known:
         if os.path.isfile(os.path.join(path, name)):
             return os.path.join(path, name)
-    fail(f"{flag} {path}: the folder holds no model.{{step}}.pt, model.safetensors, pytorch_model.bin or PEFT adapter")
+    wanted = (
+        "the folder holds no model.{step}.pt, model.safetensors, pytorch_model.bin, index of their shards or PEFT "
+        "adapter"
+    )
+    if below := folder_below(path, (*known, "config.json")):
+        fail(f"{flag} {path}: {wanted}; give {below}")
+    found = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    fail(f"{flag} {path}: {wanted}; it holds {some(found) or 'nothing'}")
 
 
 def read_weights(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
@@ -111,7 +126,7 @@ def load_model(
     if peft_format.is_adapter(path):
         return load_adapter(path, config, lora_config, base_checkpoint, flag)
     content, weights = read_weights(path, flag)
-    base, step, files = None, 0, [(path, privacy_entry(path, content))]
+    base, step, files = None, 0, privacy_entries(path, content, flag)
     if "model_state_dict" in content and "config" in content:
         stored_config, stored_lora, base, step = stored_entries(content, path, flag)
         if config is not None and not same_shape(config, stored_config):
@@ -119,6 +134,8 @@ def load_model(
         config = stored_config
         if stored_lora.dim:
             lora_config = agreed(lora_config, stored_lora, path)
+    elif weights and all("lora_" in name for name in weights):
+        return load_factors(path, weights, files, config, lora_config, base_checkpoint, flag)
     elif config is None:
         config = read_config(path, "--model_card not given, and beside " + flag)
     lora_config = lora_config or LoRAConfig()
@@ -126,11 +143,11 @@ def load_model(
     if base is not None:
         base_path = find_base(base, path, base_checkpoint)
         base_content, base_weights = read_weights(base_path, "--base_checkpoint")
-        files.insert(0, (base_path, privacy_entry(base_path, base_content)))
+        files = [*privacy_entries(base_path, base_content, "--base_checkpoint"), *files]
         base = describe_base(base_path, base_weights, base["fingerprint"], path)
         weights = {**base_weights, **weights}
     elif base_checkpoint is not None:
-        fail(f"--base_checkpoint {base_checkpoint}: {path} does not say that it needs one; leave the flag out")
+        fail(f"--base_checkpoint {base_checkpoint}: {path} holds whole weights; leave the flag out")
     elif not any("lora_" in name for name in weights):
         base = describe_base(path, weights)
     # A drawn adapter follows the caller's seed; where nothing that is drawn stays, the generator does not move.
@@ -138,6 +155,35 @@ def load_model(
         model = build(config, lora_config, f"{flag} {path}")
     load_strictly(model, weights, path, flag)
     return Loaded(model, base, path, step, files)
+
+
+def load_trained(
+    init_checkpoint: str,
+    model_card: str | None,
+    base_checkpoint: str | None,
+    lora_dim: int | None,
+    lora_alpha: float | None,
+    lora_target: Sequence[str] | None,
+) -> Loaded:
+    """load_model() for use, not for training: no adapter is drawn. The flags of the adapter are None where they are not
+    given, and are needed where the file does not say what it holds. UserError where the model is not as they say."""
+    given, slots = None, LoRAConfig().enable
+    if lora_target is not None:
+        query, key, value = (slot in lora_target for slot in SLOTS)
+        slots = (query, key, value)
+    if lora_dim is not None and lora_alpha is not None:
+        given = LoRAConfig(lora_dim, lora_alpha, enable=slots)
+    loaded = load_model(init_checkpoint, model_card, given, base_checkpoint)
+    path, found = loaded.path, loaded.model.lora_config
+    if lora_dim and loaded.base is not None and loaded.base["absolute"] == os.path.abspath(path or ""):
+        fail(f"--lora_dim {lora_dim}: {path} holds no adapter; leave the flag out")
+    if lora_dim is not None and lora_dim != found.dim:
+        fail(f"--lora_dim {lora_dim}: {path} has rank {found.dim}; leave the flag out")
+    if lora_alpha is not None and found.dim and lora_alpha != found.alpha:
+        fail(f"--lora_alpha {lora_alpha:g}: {path} was trained with {found.alpha:g}; leave the flag out")
+    if lora_target is not None and found.dim and slots != found.enable:
+        fail(f"--lora_target {' '.join(lora_target)}: {path} was trained with {found.targets}; leave the flag out")
+    return loaded
 
 
 def agreed(given: LoRAConfig | None, stored: LoRAConfig, path: str) -> LoRAConfig:
@@ -165,26 +211,69 @@ def load_adapter(
             f"{flag} {path}: adapts {adapter.base or 'a model that it does not name'}, which is no file or folder "
             "here; give --base_checkpoint"
         )
-    base_path = find_checkpoint(place, "--base_checkpoint")
-    base_content, base_weights = read_weights(base_path, "--base_checkpoint")
-    if any("lora_" in name for name in base_weights):
-        fail(
-            f"--base_checkpoint {base_path}: holds adapters, and {path} would come on top; merge them with "
-            "src/export.py first"
-        )
-    base = describe_base(base_path, base_weights, adapter.fingerprint, path)
-    if config is None:
-        config = (
-            stored_entries(base_content, base_path, "--base_checkpoint")[0]
-            if "config" in base_content
-            else read_config(base_path, "--model_card not given, and beside --base_checkpoint")
-        )
+    base, base_weights, config, files = read_base(place, path, config, adapter.fingerprint)
     stored, weights = peft_format.to_ours(adapter, content, config, lora_config, f"{flag} {path}")
     lora_config = agreed(lora_config, stored, path)
+    files += privacy_entries(path, content, flag)
+    return on_base(base, base_weights, weights, config, lora_config, path, flag, files)
+
+
+def load_factors(
+    path: str,
+    weights: dict[str, Tensor],
+    files: list[tuple[str, object]],
+    config: GPT2Config | None,
+    lora_config: LoRAConfig | None,
+    base_checkpoint: str | None,
+    flag: str,
+) -> Loaded:
+    """load_model() of a file of adapters that says nothing of itself, as the published code saves them, on the frozen
+    weights of --base_checkpoint. The flags say alpha and the slots."""
+    if base_checkpoint is None:
+        fail(f"{flag} {path}: holds adapters alone; give the weights under them as --base_checkpoint")
+    rank = next((value.shape[-1] for name, value in weights.items() if name.endswith("lora_B") and value.dim()), 0)
+    if lora_config is None or lora_config.dim != rank:
+        fail(
+            f"{flag} {path}: holds adapters of rank {rank} and does not say their alpha; give --lora_dim {rank}, and "
+            "--lora_alpha and --lora_target as they were trained with"
+        )
+    base, base_weights, config, base_files = read_base(base_checkpoint, path, config)
+    return on_base(base, base_weights, weights, config, lora_config, path, flag, [*base_files, *files])
+
+
+def read_base(
+    place: str, adapters: str, config: GPT2Config | None, wanted: str | None = None
+) -> tuple[dict, dict[str, Tensor], GPT2Config, list[tuple[str, object]]]:
+    """(`base` entry, weights, shape, files) of the frozen weights at `place`, for the file `adapters`. wanted: their
+    fingerprint, where that is known."""
+    flag = "--base_checkpoint"
+    path = find_checkpoint(place, flag)
+    content, weights = ({}, {}) if peft_format.is_adapter(path) else read_weights(path, flag)
+    if not weights or any("lora_" in name for name in weights):
+        fail(f"{flag} {path}: holds adapters, and {adapters} would come on top; merge them with src/export.py first")
+    base = describe_base(path, weights, wanted, adapters)
+    if config is None:
+        if "config" in content and "model_state_dict" in content:
+            config = stored_entries(content, path, flag)[0]
+        else:
+            config = read_config(path, f"--model_card not given, and beside {flag}")
+    return base, weights, config, privacy_entries(path, content, flag)
+
+
+def on_base(
+    base: dict,
+    base_weights: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    config: GPT2Config,
+    lora_config: LoRAConfig,
+    path: str,
+    flag: str,
+    files: list[tuple[str, object]],
+) -> Loaded:
+    """The model of adapters `weights` on frozen weights; torch's generator does not move."""
     with torch.random.fork_rng(devices=[]):
         model = build(config, lora_config, f"{flag} {path}")
     load_strictly(model, {**base_weights, **weights}, path, flag)
-    files = [(base_path, privacy_entry(base_path, base_content)), (path, privacy_entry(path, content))]
     return Loaded(model, base, path, files=files)
 
 

@@ -1,4 +1,5 @@
-"""Weight files of others: Hugging Face's pytorch_model.bin and model.safetensors with the config.json beside them.
+"""Weight files of others: Hugging Face's pytorch_model.bin and model.safetensors, whole or in shards with an index,
+with the config.json beside them; and files of models that something had wrapped when they were saved.
 
 They are read strictly: nothing in a file is executed, every weight of the file finds its place in the model, and every
 weight of the model gets a value. Each function takes `flag`, the flag that gave the path, for its messages.
@@ -18,17 +19,44 @@ import torch
 from torch import Tensor
 
 from base.errors import fail
-from base.files import read_object
+from base.files import check_pointer, folder_below, read_object
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel
 
 PREFIX = "transformer."  # of this project's names; Hugging Face's files of the bare GPT2Model lack it
 # Constant buffers of Hugging Face's older files (the causal mask), not weights.
 MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 HEAD_NAMES = ("lm_head.weight", "lm_head.decoder.weight")
+WEIGHT = re.compile(  # the names of a GPT-2's weights and of this project's adapters, behind PREFIX
+    r"(wte|wpe)\.weight|ln_f\.(weight|bias)|h\.\d+\.attn\.c_attn\.lora_[AB]|"
+    r"h\.\d+\.(ln_1|ln_2|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(weight|bias)"
+)
+# Parts of names that wrappers put in and that change no arithmetic. A GPT-2's own names have none of them.
+WRAPPERS = {
+    "module",  # DistributedDataParallel and DataParallel
+    "_module",  # Opacus's GradSampleModule
+    "_orig_mod",  # torch.compile
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",  # activation checkpointing
+    "_forward_module",  # Lightning Fabric
+    "model",  # the usual attribute of a LightningModule
+    "base_model",  # PEFT's "base_model.model."
+}
+# Where a file holds more than weights, the entry that holds them: the published code's, Lightning's, nanoGPT's and
+# DeepSpeed's.
+ENTRIES = ("model_state_dict", "state_dict", "model", "module")
+MERGE = "merge the adapter into its base with peft (merge_and_unload(), save_pretrained()) and load that"
+INDEX = ".index.json"
+SHARD = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)")
+# Hugging Face's weight files, in the order in which transformers looks for them.
+WEIGHT_FILES = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
 
 
 def read_file(path: str, flag: str = "--init_checkpoint") -> dict:
-    """The dict inside a weight file. Nothing in it is executed: tensors and plain values alone are accepted."""
+    """The dict inside a weight file, or of all shards of an index. Nothing in it is executed: tensors and plain values
+    alone are accepted."""
+    if path.endswith(INDEX):
+        return read_shards(path, flag)
+    check_pointer(path, flag)
     try:
         if path.endswith(".safetensors"):
             return safetensors.torch.load_file(path)
@@ -40,7 +68,10 @@ def read_file(path: str, flag: str = "--init_checkpoint") -> dict:
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {asked[1]}" if asked else "it is no pickle of tensors"
-        fail(f"{flag} {path}: refused, {reason}; nothing in it was run; wanted tensors and plain values alone")
+        fail(
+            f"{flag} {path}: refused, {reason}; nothing in it was run; wanted tensors and plain values alone, as "
+            "torch.save(model.state_dict(), ...) writes them"
+        )
     except Exception as error:  # the parsers raise whatever bytes of another kind lead them to
         fail(
             f"{flag} {path}: not a checkpoint, or a truncated one ({type(error).__name__}); "
@@ -49,6 +80,44 @@ def read_file(path: str, flag: str = "--init_checkpoint") -> dict:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         fail(f"{flag} {path}: not a checkpoint: holds a {type(content).__name__}, wanted a dict of named tensors")
     return content
+
+
+def shards(path: str, flag: str) -> dict[str, set[str]]:
+    """file -> names of its weights, of the files beside an index that hold the weights."""
+    wanted = "the index of a model's shards: fetch it again"
+    names = read_object(path, wanted, flag).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        fail(f"{flag} {path}: its weight_map is no object of weight: file; wanted {wanted}")
+    found: dict[str, set[str]] = {}
+    for name, file in names.items():
+        if os.path.basename(file) != file or not file.endswith((".safetensors", ".bin")):
+            fail(f"{flag} {path}: {name} is in {file!r}, wanted a .safetensors or .bin beside the index")
+        found.setdefault(os.path.join(os.path.dirname(path), file), set()).add(name)
+    absent = [file for file in found if not os.path.isfile(file)]
+    if absent:
+        more = f" ({len(absent)} of its {len(found)} files are missing)" if len(absent) > 1 else ""
+        fail(f"{flag} {path}: names {os.path.basename(absent[0])}, which is not beside it{more}; fetch it, too")
+    return found
+
+
+def read_shards(path: str, flag: str) -> dict:
+    """All weights of an index; each shard holds what the index says of it, no more and no less."""
+    content: dict = {}
+    for file, names in shards(path, flag).items():
+        part = read_file(file, flag)
+        for name in sorted(names ^ part.keys()):
+            what = f"lacks {name}, which" if name in names else f"holds {name}, of which"
+            but = "says it holds" if name in names else "says nothing"
+            fail(f"{flag} {file}: {what} {path} {but}; fetch all files of one model again")
+        content |= part
+    return content
+
+
+def privacy_entries(path: str, content: dict, flag: str) -> list[tuple[str, object]]:
+    """(file, privacy_entry()) of each file that was read for `path`: itself, or its shards."""
+    if path.endswith(INDEX):  # a shard of pickles holds weights alone: read_shards()
+        return [(file, privacy_entry(file, {})) for file in shards(path, flag)]
+    return [(path, privacy_entry(path, content))]
 
 
 def privacy_entry(path: str, content: dict) -> object:
@@ -64,16 +133,28 @@ def privacy_entry(path: str, content: dict) -> object:
         return text
 
 
+def unwrapped(name: str) -> str:
+    """The name of a weight without what wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def state_dict(content: dict, path: str, flag: str) -> dict:
+    """What of a file's content is weights by name."""
+    entry = next((entry for entry in ENTRIES if entry in content), None)
+    raw = content if entry is None else content[entry]
+    if not isinstance(raw, dict) or not all(isinstance(name, str) for name in raw):
+        fail(f"{flag} {path}: its entry {entry!r} is no dict of named tensors")
+    return raw
+
+
 def canonical_weights(content: dict, path: str, flag: str) -> dict[str, Tensor]:
     """A file's weights under this project's names, without constant buffers and the copy of the tied embedding."""
-    raw = content.get("model_state_dict", content)
-    if not isinstance(raw, dict) or not all(isinstance(name, str) for name in raw):
-        fail(f"{flag} {path}: its entry 'model_state_dict' is no dict of named tensors")
     weights: dict[str, Tensor] = {}
     head: Tensor | None = None
-    for name, value in raw.items():
-        name = name.removeprefix("module.")
-        bare = name.removeprefix(PREFIX)
+    unknown = []
+    for name, value in state_dict(content, path, flag).items():
+        short = unwrapped(name)
+        bare = short.removeprefix(PREFIX)
         if MASK_BUFFERS.fullmatch(bare):
             continue
         if not isinstance(value, Tensor):
@@ -83,16 +164,43 @@ def canonical_weights(content: dict, path: str, flag: str) -> dict[str, Tensor]:
                 f"{flag} {path}: {name} is {value.dtype}, {value.layout}, {value.device}, "
                 "wanted a dense floating-point tensor"
             )
-        if name in HEAD_NAMES:
+        if short in HEAD_NAMES:
+            if head is not None and not torch.equal(head, value):
+                fail(f"{flag} {path}: holds two heads that differ; only a tied head is supported")
             head = value
+        elif not WEIGHT.fullmatch(bare):
+            unknown.append(name)
         elif PREFIX + bare in weights:
-            fail(f"{flag} {path}: holds {bare} twice, with and without the prefix {PREFIX!r}")
+            fail(f"{flag} {path}: holds {bare} twice, under its own name and a wrapper's, such as {name}")
+        elif bare.endswith("attn.c_attn.weight") and value.dim() == 2 and value.shape[0] == 3 * value.shape[1]:
+            fail(
+                f"{flag} {path}: {name} is {tuple(value.shape)}, (out, in) as nanoGPT stores it; wanted (in, out): "
+                "transpose the weights of c_attn, c_proj and c_fc, and mind that nanoGPT's GELU is the exact one, this "
+                "project's GPT-2's that of OpenAI"
+            )
         else:
-            weights[PREFIX + bare] = value
+            weights[PREFIX + bare] = value.detach()  # a file of named_parameters() holds Parameters
+    if unknown:
+        fail(f"{flag} {path}: holds unknown {some(unknown)}, which are no GPT-2's; {cure(unknown)}")
     embedding = weights.get(PREFIX + "wte.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         fail(f"{flag} {path}: its head lm_head.weight differs from wte.weight; only a tied head is supported")
     return weights
+
+
+def some(names: list[str]) -> str:
+    """Up to three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def cure(names: list[str]) -> str:
+    """What to do about weights of names that are no GPT-2's."""
+    if any("lora_" in name or ".base_layer." in name for name in names):
+        return (
+            "adapters of PEFT are read from the folder that its save_pretrained() writes, with --base_checkpoint; or "
+            + MERGE
+        )
+    return "save the GPT-2 alone, as transformers names its weights (save_pretrained())"
 
 
 def load_strictly(model: GPT2LMModel, weights: dict[str, Tensor], path: str, flag: str) -> None:
@@ -110,12 +218,16 @@ def load_strictly(model: GPT2LMModel, weights: dict[str, Tensor], path: str, fla
         for name in wanted
         if name in weights and weights[name].shape != wanted[name].shape
     ]
-    for names, what in ((shaped, "has another shape"), (missing, "lacks"), (unknown, "holds unknown")):
+    rows = "; for another vocabulary, a padded one too, name a folder whose config.json has its vocab_size"
+    rows = rows if any(text.startswith(PREFIX + "wte") for text in shaped) else ""
+    held = f"; it holds {some(list(weights)) or 'nothing'}"
+    for names, what, more in (
+        (shaped, "has another shape", rows),
+        (missing, "lacks", held),
+        (unknown, "holds unknown", ""),
+    ):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            fail(
-                f"{flag} {path}: {what}: {', '.join(names[:3])}{more}; does --model_card or --lora_dim match the file?"
-            )
+            fail(f"{flag} {path}: {what}: {some(names)}{more}; does --model_card or --lora_dim match the file?")
     with torch.no_grad():
         for name, value in weights.items():
             wanted[name].copy_(value)
@@ -142,9 +254,11 @@ def read_config(path: str, flag: str = "--model_card") -> GPT2Config:
     if not os.path.exists(path):
         fail(f"{flag} {path}: no such file or folder; {wanted}")
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    file = path if path.endswith(".json") else os.path.join(folder, "config.json")
+    named = path.endswith(".json") and not path.endswith(INDEX)
+    file = path if named else os.path.join(folder, "config.json")
     if not os.path.exists(file):
-        fail(f"{flag} {path}: there is no {file}; {wanted}")
+        below = folder_below(folder, ["config.json"]) if os.path.isdir(path) else None
+        fail(f"{flag} {path}: there is no {file}; {f'give {below}' if below else wanted}")
     content = read_object(file, "the config.json of a GPT-2", flag)
     for key, only in (
         ("model_type", "gpt2"),

@@ -23,10 +23,12 @@ from torch import Tensor
 from base.errors import fail
 from base.files import read_object
 from model import SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
+from weights.foreign import MERGE, some, unwrapped
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-FACTOR = re.compile(r"base_model\.model\.(?:transformer\.)?h\.(\d+)\.attn\.c_attn\.lora_([AB])\.weight")
+# Without what wrappers put in. save_pretrained() leaves the adapter's name out; a state_dict saved by hand has it.
+FACTOR = re.compile(r"(?:transformer\.)?h\.(\d+)\.attn\.c_attn\.lora_([AB])(?:\.(\w+))?\.weight")
 # Entries that are read below, or that do not change what the factors mean: who made them and how. Which modules are
 # adapted is read off the tensors' names; fan_in_fan_out is the layout of the frozen weight.
 UNDERSTOOD = {
@@ -94,10 +96,7 @@ def read_adapter(path: str, flag: str) -> Adapter:
         fail(f"{flag} {file}: peft_type is {content.get('peft_type')!r}, wanted 'LORA'")
     for name, value in content.items():
         if name not in UNDERSTOOD and value not in (None, False, "none", [], {}):
-            fail(
-                f"{flag} {file}: {name} is {str(value)[:60]}; wanted plain LoRA without it: merge the adapter into "
-                "its base with peft and load that"
-            )
+            fail(f"{flag} {file}: {name} is {str(value)[:60]}; wanted plain LoRA without it: {MERGE}")
     initial = content.get("init_lora_weights", True)
     if not any(initial is sound or (isinstance(initial, str) and initial == sound) for sound in SOUND_INITIALISATIONS):
         fail(
@@ -159,14 +158,22 @@ def read_factors(adapter: Adapter, content: dict, config: GPT2Config, where: str
     D, L = config.n_embd, config.n_layer
     wanted = {"A": (adapter.r, D), "B": (3 * D, adapter.r)}
     found = {}
+    matches = {name: FACTOR.fullmatch(unwrapped(name)) for name in content}
+    others = [name for name, match in matches.items() if not match or int(match[1]) >= L]
+    if others:
+        fail(f"{where}: holds {some(others)}; wanted the factors of h.0 to h.{L - 1}.attn.c_attn alone: {MERGE}")
+    adapters = sorted({match[3] or "" for match in matches.values() if match})
+    if len(adapters) > 1:
+        fail(f"{where}: holds the adapters {adapters[0]!r} and {adapters[1]!r}; wanted one: save it with peft alone")
     for name, value in content.items():
-        match = FACTOR.fullmatch(name)
-        if not match or int(match[1]) >= L:
-            fail(f"{where}: holds {name}; wanted the factors of h.0 to h.{L - 1}.attn.c_attn alone")
+        match = matches[name]
+        assert match
+        if (match[2], int(match[1])) in found:
+            fail(f"{where}: holds {name} twice, under several wrappers; save the adapter with peft's save_pretrained()")
         if not isinstance(value, Tensor) or not value.is_floating_point() or tuple(value.shape) != wanted[match[2]]:
             what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             fail(f"{where}: {name} is {what}, wanted {wanted[match[2]]} numbers: does {CONFIG} or --model_card match?")
-        found[match[2], int(match[1])] = value.float()
+        found[match[2], int(match[1])] = value.detach().float()
     missing = [
         f"h.{layer}.attn.c_attn.lora_{factor}" for layer in range(L) for factor in "AB" if (factor, layer) not in found
     ]

@@ -7,8 +7,11 @@ import shutil
 
 import pytest
 import regex
+import tokenizers
+import transformers
 
 from base.errors import UserError
+from corpus.author_cache import digest_vocab
 from corpus.tokenizer import load_tokenizer
 from helpers.processes import ROOT
 
@@ -199,3 +202,133 @@ def test_files_of_two_vocabularies_do_not_go_together(tmp_path, shared):
     shutil.copy(shared / "vocab/vocab.bpe", tmp_path)
     with pytest.raises(UserError, match=r"vocab.bpe:\d+: .* is not in encoder.json"):
         load_tokenizer(str(tmp_path))
+
+
+# ------------------------------------------------------------------ the forms in which others keep a vocabulary
+
+DEMO = ROOT / "vocab/demo"
+
+
+def hugging_face_pair(folder):
+    shutil.copy(DEMO / "encoder.json", folder / "vocab.json")
+    shutil.copy(DEMO / "vocab.bpe", folder / "merges.txt")
+
+
+def by_transformers(folder, **special):
+    """tokenizer.json and tokenizer_config.json, as save_pretrained() writes them."""
+    pair = folder.parent / f"{folder.name}_pair"
+    pair.mkdir()
+    hugging_face_pair(pair)
+    made = transformers.GPT2Tokenizer(str(pair / "vocab.json"), str(pair / "merges.txt"))
+    made.add_special_tokens(special)
+    made.save_pretrained(folder)
+    assert not (folder / "vocab.json").exists() and (folder / "tokenizer.json").exists()
+
+
+def by_tokenizers(folder):
+    """The library's own class of a GPT-2, which writes pairs as it likes."""
+    hugging_face_pair(folder)
+    made = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    made.save(str(folder / "tokenizer.json"))
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+
+
+def merges_as_text(folder):
+    """Older versions write a merge as one text."""
+    by_transformers(folder)
+    edit_whole(lambda c: c["model"].update(merges=[" ".join(merge) for merge in c["model"]["merges"]]))(folder)
+
+
+def edit_whole(change):
+    def edit(folder):
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        change(content)
+        path.write_text(json.dumps(content), encoding="utf-8")
+
+    return edit
+
+
+@pytest.mark.parametrize("write", [hugging_face_pair, by_transformers, by_tokenizers, merges_as_text])
+def test_every_form_of_a_vocabulary_gives_the_same_ids(write, tmp_path):
+    write(tmp_path)
+    found, plain = load_tokenizer(str(tmp_path)), PlainEncoder(DEMO)
+    assert (found.vocab_size, found.end_of_text) == (1500, plain.vocab["<|endoftext|>"])
+    for text in TEXTS:
+        assert found.encode(text) == plain.encode(text)
+        assert found.decode(found.encode(text)) == text
+    if write is hugging_face_pair:  # the same bytes are the same vocabulary: no cache is made anew
+        assert digest_vocab(str(tmp_path)) == digest_vocab(str(DEMO))
+    assert len(digest_vocab(str(tmp_path))) == 64
+    for name in ("encoder.json", "vocab.bpe"):  # OpenAI's names come first, and a part of them is no other form's
+        shutil.copy(DEMO / name, tmp_path)
+    assert digest_vocab(str(tmp_path)) == digest_vocab(str(DEMO))
+
+
+OTHER_TOKENIZERS = {
+    "no BPE": (lambda c: c["model"].update(type="WordPiece"), "is no BPE"),
+    "dropout": (lambda c: c["model"].update(dropout=0.1), "has dropout '0.1'"),
+    "whole words": (lambda c: c["model"].update(ignore_merges=True), "has ignore_merges"),
+    "a prefix": (lambda c: c["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix"),
+    "a normalizer": (lambda c: c.update(normalizer={"type": "Lowercase"}), "has a normalizer"),
+    "a space first": (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "without add_prefix_space"),
+    "other words": (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "wanted ByteLevel"),
+    "no words": (lambda c: c.update(pre_tokenizer=None), "wanted ByteLevel"),
+    "no pattern": (lambda c: c["pre_tokenizer"].update(use_regex=False), "wanted ByteLevel"),
+    "a template": (lambda c: c["post_processor"].update(special_tokens={"[CLS]": {}}), "adds tokens to a text"),
+    "another step": (lambda c: c.update(post_processor=[{"type": "BertProcessing"}]), "adds tokens to a text"),
+    "no merges": (lambda c: c["model"].update(merges=3), "has no vocab or merges"),
+    "another id": (lambda c: c["added_tokens"][0].update(id=7), "is 1499 in vocab, 7 in added_tokens"),
+    "no vocab": (lambda c: c["model"].pop("vocab"), "has no vocab"),
+    "an id of text": (lambda c: c["model"]["vocab"].update(a="64"), "is not a JSON object of symbol"),
+    "a byte missing": (lambda c: c["model"]["vocab"].update({"@@": c["model"]["vocab"].pop("a")}), "no id for 'a'"),
+    "half a merge": (lambda c: c["model"]["merges"].__setitem__(4, ["a"]), "merge 4: wanted two symbols"),
+    "foreign merge": (lambda c: c["model"]["merges"].__setitem__(4, ["q", "zzzz"]), "4: 'zzzz' is not in its vocab"),
+    "merges cut": (lambda c: c["model"].update(merges=c["model"]["merges"][:-2]), "has 1241 merges where its vocab"),
+    "no model": (lambda c: c.pop("model"), "is no BPE"),
+}
+
+
+@pytest.mark.parametrize("damage", OTHER_TOKENIZERS)
+def test_a_tokenizer_json_that_gives_other_ids_is_refused(damage, tmp_path):
+    by_transformers(tmp_path)
+    change, words = OTHER_TOKENIZERS[damage]
+    edit_whole(change)(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_tokenizer(str(tmp_path))
+    assert "tokenizer.json" in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+
+
+def behind_the_merges(folder):
+    hugging_face_pair(folder)
+    path = folder / "vocab.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "[PAD]": 1500}))
+
+
+def beside_the_merges(folder):
+    hugging_face_pair(folder)
+    (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": 1500, "<|endoftext|>": 1499}))
+
+
+@pytest.mark.parametrize("write, file, words", [
+    (behind_the_merges, "merges.txt", "wants 1244: it has 1 symbol more than the merges make: '[PAD]'"),
+    (beside_the_merges, "added_tokens.json", "adds '[PAD]'"),
+    (lambda folder: by_transformers(folder, pad_token="[PAD]"), "tokenizer.json", "adds '[PAD]'"),
+])
+def test_added_tokens_are_named(write, file, words, tmp_path):
+    write(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_tokenizer(str(tmp_path))
+    assert str(error.value).startswith(f"{tmp_path / file}: ") and words in str(error.value)
+
+
+def test_a_vocabulary_that_is_not_there_or_a_pointer(tmp_path):
+    below = tmp_path / "snapshots" / "0123abc"
+    below.mkdir(parents=True)
+    hugging_face_pair(below)
+    with pytest.raises(UserError, match=f"encoder.json does not exist; .* or give {below}"):
+        load_tokenizer(str(tmp_path))
+    (below / "merges.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match="merges.txt: is a Git LFS pointer"):
+        load_tokenizer(str(below))

@@ -4,16 +4,20 @@ hypothesis chooses the damage, so what it finds is shrunk to the least damage th
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import random
+import shutil
 import time
 
 import pytest
+import safetensors.torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies
 from hypothesis import seed as seeded
 
 from base import errors
+from corpus.tokenizer import ALPHABET, END_OF_TEXT
 from helpers.small_runs import VOCABULARY, material
 
 
@@ -42,7 +46,9 @@ def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
         list(format_converting_webnlg.convert(path, "2017", "en"))
     elif kind == "ledger":
         epsilons(read_ledger(path), 1e-5)
-    elif kind in ("safetensors", "bin", "ours"):
+    elif kind == "tokenizer":
+        load_tokenizer(os.path.dirname(path)).encode("a pub")
+    elif kind in ("safetensors", "bin", "ours", "index"):
         checkpoint.load_model(path, str(material() / "tiny"))
     elif kind == "config":
         foreign.read_config(path)
@@ -96,7 +102,18 @@ def fuzz(world: pathlib.Path, folder: pathlib.Path, seconds: float, seed: int) -
     sound["authors"].write_text('{"author": "a", "content": "one two"}\n{"author": "b", "content": "x \\u00e9"}\n')
     sound["webnlg"].write_text('{"entries": [{"1": {"category": "Food", "lexicalisations": [{"lex": "a", "comment": '
                                '"good"}], "modifiedtripleset": [{"subject": "a", "property": "b", "object": "c"}]}}]}')
-    names = {"config": "config.json", "safetensors": "x.safetensors", "bin": "x.bin", "ours": "model.2.pt"}
+    sound["index"], sound["tokenizer"] = folder / "sound.index", folder / "sound.tokenizer"
+    weights = safetensors.torch.load_file(world / "tiny/model.safetensors")
+    shutil.copy(world / "tiny/model.safetensors", folder / "shard.safetensors")
+    sound["index"].write_text(json.dumps({"weight_map": dict.fromkeys(weights, "shard.safetensors")}))
+    symbols = [*sorted(ALPHABET), "ab", END_OF_TEXT]
+    model = {"type": "BPE", "vocab": {symbol: i for i, symbol in enumerate(symbols)}, "merges": [["a", "b"]]}
+    sound["tokenizer"].write_text(json.dumps({
+        "model": model, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}, "normalizer": None,
+        "added_tokens": [{"id": 257, "content": END_OF_TEXT}], "post_processor": {"type": "ByteLevel"}}))
+    (folder / "vocabulary").mkdir()
+    names = {"index": "x.safetensors.index.json", "tokenizer": "vocabulary/tokenizer.json",
+             "config": "config.json", "safetensors": "x.safetensors", "bin": "x.bin", "ours": "model.2.pt"}
     count, refused = dict.fromkeys(sound, 0), dict.fromkeys(sound, 0)
 
     def read(kind: str, content: bytes) -> None:

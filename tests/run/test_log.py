@@ -60,6 +60,24 @@ def test_much_noise_has_the_norm_that_is_said_of_it(tmp_path):
         assert record["grad_norm"] / record["noise_norm"] == pytest.approx(1, abs=tolerance)
 
 
+@pytest.mark.parametrize("of, sigma, loud", [("texts", 0.8, False), ("texts", 40, True), ("texts", 0, False),
+                                             ("authors", 0.9, False), ("authors", 40, True)])
+def test_the_noise_is_said_beside_c_before_the_first_step(of, sigma, loud, tmp_path):
+    """The terminal says what metrics.jsonl has later, and warns where a step is next to all noise."""
+    runs = {"texts": (flags, train), "authors": (author_runs.flags, author_runs.train)}[of]
+    batch = {"texts": "train_batch_size", "authors": "per_device_train_batch_size"}[of]
+    given = {"noise_multiplier": sigma, batch: 4, "max_step" if of == "texts" else "max_steps": 1}
+    given |= {"max_grad_norm": 0.5} if of == "texts" else {"per_sample_max_grad_norm": 0.5, "target_epsilon": None}
+    (rank,) = runs[1](runs[0](tmp_path, **given))
+    (line,) = [line for line in rank.stdout.splitlines() if "norm of a step's noise" in line] if sigma else [""]
+    noise = next(record["noise_norm"] for record in metrics(tmp_path) if "noise_norm" in record)
+    if sigma:
+        assert f"noise {noise:.3g} (" in line and "at most C = 0.5, with 4 " in line
+        assert rank.stdout.index(line) < rank.stdout.index("| epoch")
+    assert loud == (noise > 5 * 0.5)
+    assert rank.stdout.count(f"is {noise / 0.5:.3g} times the most that its signal can have: raise --{batch}") == loud
+
+
 def test_norms_of_large_buffers():
     """Far more float32 than a chunk. The negative control: torch's own norm of as many loses digits on one thread."""
     values = torch.randn(200 * CACHE_CHUNK + 3, generator=torch.Generator().manual_seed(0))

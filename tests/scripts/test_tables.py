@@ -161,7 +161,7 @@ def test_the_steps_of_webnlg_and_dart(dry):
     ("e2e", ["--colour", "red"], ["--colour: unknown flag"]), ("e2e", ["gpt3"], ["gpt3: no such model"]),
     ("e2e", ["--data", "/no/such"], ["--data /no/such", "there is no /no/such/train.txt"]),
     ("e2e", ["--name", "a/b"], ["--name a/b"]), ("e2e", ["--vocab", "vocab/demo"], ["--vocab vocab/demo", "--data"]),
-    ("e2e", ["--data", "data/demo", "--vocab", "nosuch"], ["--vocab nosuch", "there is no nosuch/encoder.json"]),
+    ("e2e", ["--data", "data/demo", "--vocab", "nosuch"], ["--vocab nosuch", "nosuch/encoder.json does not exist"]),
     ("e2e", ["gpt2.sm", "--", "--train_batch_size", "4"], ["--train_batch_size after --", "--batch"]),
     ("e2e", ["gpt2.sm", "--", "--noise_multiplier=1"], ["--noise_multiplier after --", "--epsilon"]),
     ("author", ["--epsilon", "published"], ["--epsilon published"]), ("author", ["--nproc", "48"], ["does not divide"]),
