@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from base.errors import fail, run_main
-from base.files import atomic_write, is_text, read_lines
+from base.files import BOM, atomic_write, is_text, read_lines
 from base.flags import Parser, check_output
 from corpus.tokenizer import load_tokenizer
 
@@ -37,6 +37,8 @@ def read_example(line: str, where: str) -> tuple[str, str]:
             fail(f"{where}: wanted a text that is not empty as {key!r}, got {str(example.get(key))[:60]!r}")
         if not is_text(example[key]):
             fail(f"{where}: {key!r} holds half of a surrogate pair, which is not text; correct or remove the line")
+        if example[key].startswith(BOM):
+            fail(f"{where}: {key!r} begins with a byte-order mark (U+FEFF); format its source again with this version")
     return example["context"], example["completion"]
 
 
