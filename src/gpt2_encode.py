@@ -37,14 +37,15 @@ def read_example(line: str, where: str) -> tuple[str, str]:
             fail(f"{where}: wanted a text that is not empty as {key!r}, got {str(example.get(key))[:60]!r}")
         if not is_text(example[key]):
             fail(f"{where}: {key!r} holds half of a surrogate pair, which is not text; correct or remove the line")
-        if example[key].startswith(BOM):
-            fail(f"{where}: {key!r} begins with a byte-order mark (U+FEFF); format its source again with this version")
     return example["context"], example["completion"]
 
 
 def read_examples(path: str) -> Iterator[tuple[str, str]]:
     for number, line in read_lines(path, "--input"):
-        yield read_example(line, f"{path}:{number}")
+        context, completion = read_example(line, f"{path}:{number}")
+        if number == 1 and context.startswith(BOM):  # it stood at the start of the source; elsewhere it may be a text's
+            fail(f"{path}:1: 'context' begins with a byte-order mark (U+FEFF); format its source again")
+        yield context, completion
 
 
 def main() -> None:
