@@ -363,6 +363,7 @@ def test_plain_text(tmp_path):
     assert load(tmp_path, "\ufeffa\n\nb\n", "\ufeffx\ny").outputs == ["x", "y"]  # a byte order mark is no text
     assert load(tmp_path, "a\nb\n", "x\ny").references == [["a"], ["b"]]  # no empty line: single references
     assert load(tmp_path, "a\nb\n", "x\n").references == [["a", "b"]]  # and one output: one segment
+    assert load(tmp_path, "a\n\nb\n", '{"x\n||y').outputs == ['{"x', "||y"]  # texts that begin as other forms do
     assert load(tmp_path, "a\r\n\r\nb\r\n", "x\u2028x\r\ny\r\n").outputs == ["x\u2028x", "y"]  # only \n ends a line
 
 
@@ -389,6 +390,9 @@ def test_tables(tmp_path):
     ("a\n", b"x\n\xff\n", {}, ["s.txt:2", "0xff", "UTF-8"]),
     ("a\n\nb\n", "x\ry\r", {}, ["s.txt:1", "carriage return"]),
     ("a\n\nb\rc\n", "x\ny\n", {}, ["r.txt:3", "carriage return"]),
+    ("a\n\nb\n", '{"id": 0, "predict": [5]}\n{"id": 1, "predict": []}\n', {},
+     ["s.txt: is JSON lines", "gpt2_decode.py"]),
+    ("n : A||a\nn : B||b\n", "x\ny\n", {}, ["r.txt: is E2E's context||text"]),
     ("a\n\nb\n", "x\ny\0\n", {}, ["s.txt:2", "NUL"]), ("a\n\n\ufeffb\n", "x\ny\n", {}, ["r.txt:3", "byte-order mark"]),
     ("m1\ta\n\ufeffm2\tb\n", "x\ny\n", {"reference_name": "r.tsv"}, ["r.tsv:2", "byte-order mark"]),
     ("a\n\nb\n", "MR\tsys\nm1\tx\nm2\ty\n", {"source": "m1\rm2\r"}, ["src.txt:1", "carriage return"]),
