@@ -17,8 +17,9 @@ parse_arguments() {
         case "$1" in
             --mirror)
                 [ $# -ge 2 ] || die "--mirror: wants a folder after it"
-                [ -d "$2" ] || die "--mirror $2: no such folder"
-                MIRROR="$(cd "$2" && pwd)"
+                MIRROR="${2/#~\//$HOME/}"  # the shell expands ~ neither behind = nor in quotes
+                [ -d "$MIRROR" ] || die "--mirror $2: no such folder"
+                MIRROR="$(cd "$MIRROR" && pwd)"
                 shift 2 ;;
             --mirror=*) set -- --mirror "${1#--mirror=}" "${@:2}" ;;
             -*) die "$1: unknown flag; wanted [--mirror DIR]" ;;

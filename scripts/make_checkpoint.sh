@@ -21,12 +21,12 @@ die() {
 checkpoints="$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../pretrained_checkpoints"
 case "${1:-}:$#" in
     demo:[12]) output="${2:-$checkpoints/demo_new}" ;;
-    webnlg:[23]) corpus="$(realpath -m -- "$2")" output="${3:-$checkpoints/webnlg}"
+    webnlg:[23]) corpus="$(realpath -m -- "${2/#~\//$HOME/}")" output="${3:-$checkpoints/webnlg}"
         [ -f "$corpus/train.json" ] && [ -f "$corpus/dev.json" ] ||
             die "$2: holds no train.json and dev.json of WebNLG 2017" ;;
     *) sed -n '2,/^set -/{/^set -/d; s/^# \{0,1\}//; p}' "$0" >&2; exit 2 ;;
 esac
-output="$(realpath -m -- "$output")"
+output="$(realpath -m -- "${output/#~\//$HOME/}")"
 [ ! -e "$output" ] || die "$output: is there already; move it away, or name another folder"
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"  # changes into the repository's root
 install_requirements requirements.txt

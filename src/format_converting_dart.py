@@ -2,8 +2,8 @@
 
     python src/format_converting_dart.py data/dart/dart-v1.1.1-full-train.json data/dart/train_formatted.jsonl
 
-In: [{"tripleset": [[subject, relation, object], ...], "annotations": [{"source", "text"}, ...]}, ...]; annotations
-may be one object of lists, {"source": [...], "text": [...]}. Out: lines of
+In: [{"tripleset": [[subject, relation, object], ...], "annotations": [{"source", "text"}, ...]}, ...], or one such
+object a line; annotations may be one object of lists, {"source": [...], "text": [...]}. Out: lines of
 {"context": "subject : relation : object | ...", "completion": text}, relations in lower case.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from base.errors import fail, run_main
 from base.flags import Parser, check_output
-from corpus.triples import linearise, read_json, write_examples
+from corpus.triples import linearise, read_data, write_examples
 
 ENTRY = '{"tripleset": [[subject, relation, object], ...], "annotations": [{"text": ...}, ...]}'
 
@@ -20,7 +20,9 @@ ENTRY = '{"tripleset": [[subject, relation, object], ...], "annotations": [{"tex
 def convert(path: str) -> Iterator[dict[str, object] | str]:
     """Yield the examples of a DART file, or why a text is none."""
     wanted = f"a JSON list of {ENTRY}, as in DART v1.1.1"
-    data = read_json(path, wanted)
+    data = read_data(path, wanted)
+    if isinstance(data, dict) and "tripleset" in data:
+        data = [data]  # JSON lines, of which there is one
     if not isinstance(data, list):
         fail(f"{path}: want {wanted}")
     for number, entry in enumerate(data, start=1):

@@ -7,6 +7,7 @@ A line is stripped of white space at both ends and split at its first `||`; it b
 """
 
 import json
+import re
 import sys
 
 from tqdm import tqdm
@@ -15,15 +16,21 @@ from base.errors import fail, run_main
 from base.files import atomic_write, read_lines
 from base.flags import Parser, check_output
 
+# How the lines of E2E's other forms begin, its meaning representations being `name[A], eatType[pub]`.
+OTHER_FORMS = {
+    "the challenge's CSV": r'"?(mr|meaning_representation)"?\s*([,;\t]|$)|"?[a-z ]+\[',
+    "JSON": r"\s*[\[{]",
+    "XML": r"\s*<",
+}
+
 
 def convert_line(line: str, where: str) -> dict[str, str]:
     """{"context": ..., "completion": ...} of one line. where: "file:line". UserError where it is not of the form."""
     context, bars, completion = line.strip().partition("||")
-    if "\r" in context + completion:
-        fail(f"{where}: carriage returns end the lines, got {line[:60]!r}; save the file with line feeds")
-    if not bars and line.lower().startswith("mr,ref"):
+    form = next((name for name, start in OTHER_FORMS.items() if re.match(start, line, re.IGNORECASE)), None)
+    if not bars and form:
         fail(
-            f"{where}: is the challenge's CSV; wanted its .txt form, `name : A | Type : pub||text` a line, as "
+            f"{where}: is {form}, got {line[:60]!r}; wanted the .txt form, `name : A | Type : pub||text` a line, as "
             "scripts/download_e2e.sh fetches it"
         )
     if not bars:

@@ -9,8 +9,9 @@
         --ref_type webnlg --ref_num 6 --tokenize --lower --filter unseen \
         --output_ref_file webnlg_refs --output_pred_file webnlg_pred.txt
 
-A text is cut at <|endoftext|> and then at its first blank line, and stripped; a line break left inside becomes a space,
-for a line is a text in all files written here. Contexts stand in the order of their first appearance in --input_file.
+A text is cut at <|endoftext|> and then at its first blank line, and stripped; a line break, a NUL or a byte-order mark
+left inside becomes a space, for a line is a text in all files written here. Contexts stand in the order of their first
+appearance in --input_file.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from base.errors import fail, run_main
-from base.files import atomic_write, is_text, read_lines
+from base.files import BOM, atomic_write, is_text, read_lines
 from base.flags import Parser
 from corpus.tokenizer import END_OF_TEXT, VOCAB_HELP, Tokenizer, load_tokenizer
 
 DEFAULT_REF_NUM = 4
-# Whatever any reader could take for the end of a line.
-LINE_BREAKS = re.compile("[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]+")
+# Whatever any reader could take for the end of a line, and what the scorers refuse: a model can generate any byte.
+LINE_BREAKS = re.compile(f"[\0\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029{BOM}]+")
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Group:
 
 def cut(text: str) -> str:
     """The part of a text that counts, on one line."""
-    return LINE_BREAKS.sub(" ", text.split(END_OF_TEXT)[0].split("\n\n")[0].strip())
+    return LINE_BREAKS.sub(" ", text.split(END_OF_TEXT)[0].split("\n\n")[0]).strip()
 
 
 def post_process(text: str, tokenize: bool, lower: bool) -> str:
@@ -85,7 +86,7 @@ def read_examples(path: str, needs_category: bool) -> list[Example]:
         record = parse_line(where, line, form)
         context, completion, seen = record.get("context"), record.get("completion"), record.get("cate")
         if not isinstance(context, str) or not isinstance(completion, str):
-            fail(f"{where}: got {line[:60]!r}; want {form}, both strings")
+            fail(f"{where}: got {line[:60]!r}; want {form}, both strings, as format_converting_*.py writes them")
         if needs_category and not isinstance(seen, bool):
             fail(f"{where}: --filter needs the field cate, true or false, got {seen!r}; format the data again")
         reference = cut(completion)
@@ -190,6 +191,9 @@ def parse_arguments() -> argparse.Namespace:
         fail(f"--output_ref_file {args.output_ref_file}: is a folder, want a file for --ref_type e2e")
     if args.ref_type != "e2e" and os.path.exists(args.output_ref_file) and not os.path.isdir(args.output_ref_file):
         fail(f"--output_ref_file {args.output_ref_file}: is a file, want a folder for --ref_type {args.ref_type}")
+    for flag, path in (("--output_ref_file", args.output_ref_file), ("--output_pred_file", args.output_pred_file)):
+        if path.lower().endswith((".csv", ".tsv")):
+            fail(f"{flag} {path}: a line is a text, and the scorers take .csv and .tsv for tables; name it .txt")
     read = {os.path.realpath(path) for path in (args.sample_file, args.input_file, args.ref_unique_file) if path}
     written = [os.path.realpath(path) for path in (args.output_ref_file, args.output_pred_file)]
     if written[0] == written[1] or read.intersection(written):

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from base.errors import fail, run_main
-from base.files import atomic_write, is_text, read_lines
+from base.files import BOM, atomic_write, is_text, read_lines
 from base.flags import Parser, check_output
 from corpus.tokenizer import VOCAB_HELP, load_tokenizer
 
@@ -42,7 +42,10 @@ def read_example(line: str, where: str) -> tuple[str, str]:
 
 def read_examples(path: str) -> Iterator[tuple[str, str]]:
     for number, line in read_lines(path, "--input"):
-        yield read_example(line, f"{path}:{number}")
+        context, completion = read_example(line, f"{path}:{number}")
+        if number == 1 and context.startswith(BOM):  # it stood at the start of the source; elsewhere it may be a text's
+            fail(f"{path}:1: 'context' begins with a byte-order mark (U+FEFF); format its source again")
+        yield context, completion
 
 
 def main() -> None:

@@ -57,8 +57,24 @@ def test_webnlg_releases_and_languages(tmp_path):
     assert [example["completion"] for example in examples] == ["A text.", "En.", "A text.", "A text."], done.stderr
     assert [example["cate"] for example in examples] == [True, True, False, True]
     assert "left out 1 texts of language 'ru'; 1 of categories not seen" in done.stdout
-    _, lines = convert(WEBNLG, tmp_path, {"entries": entries[:1]}, "--lang", "ru")
-    assert [json.loads(line)["completion"] for line in lines] == ["A text.", "Ру."]
+    done, lines = convert(WEBNLG, tmp_path, {"entries": entries[:1]}, "--lang", "ru")
+    assert [json.loads(line)["completion"] for line in lines] == ["Ру."]
+    assert "left out 2 texts of language 'en'" in done.stdout  # "A text." names none
+
+
+@pytest.mark.parametrize("lex", ['<lex comment="good" lang="">{}</lex>',
+                                 '<lex comment="good"><text>{}</text><template>x</template></lex>'])
+def test_webnlg_xml_gives_what_its_json_gives(tmp_path, lex):
+    entries = [{"1": entry("Food", [("good", "Soup & é."), ("toFix", "bad"), ("good", "")],
+                           [("Soup", "isA", "Dish"), ("Soup", "from", '"Aarhus | Denmark"')])}]
+    xml = ('<?xml version="1.0" encoding="utf-8"?>\n<benchmark><entries>\n<entry category="Food" eid="1" size="2">'
+           "<originaltripleset><otriple>a | b | c</otriple></originaltripleset><modifiedtripleset>"
+           "<mtriple>Soup | isA | Dish</mtriple><mtriple>Soup | from | \"Aarhus | Denmark\"</mtriple>"
+           "</modifiedtripleset>" + lex.format("Soup &amp; é.") + '<lex comment="toFix">bad</lex>' + lex.format("") +
+           "</entry></entries></benchmark>")
+    expected, examples = convert(WEBNLG, tmp_path, {"entries": entries})
+    done, lines = convert(WEBNLG, tmp_path, f"\ufeff{xml}")
+    assert lines == examples and len(lines) == 1 and done.stdout == expected.stdout, done.stderr
 
 
 def test_webnlg_dev_set(tmp_path, shared):
@@ -105,6 +121,9 @@ def test_dart(tmp_path):
         '{"context": "The Mill : eattype : pub", "completion": "The Mill is a pub ."}',
     ], done.stderr
     assert "3 examples of 2 contexts; left out 1 empty texts" in done.stdout
+    rows = [json.dumps(row, ensure_ascii=False) for row in data]
+    for text, count in (("\n".join(rows), 3), ("\ufeff" + "\r\n".join([*rows, ""]), 3), (rows[0], 2)):  # JSON lines
+        assert convert(DART, tmp_path, text)[1] == lines[:count]
 
 
 GOOD = entry("Food", [("good", "Soup.")], [("Soup", "isA", "Dish")])
@@ -113,9 +132,12 @@ GOOD = entry("Food", [("good", "Soup.")], [("Soup", "isA", "Dish")])
 @pytest.mark.parametrize("script, data, words", [
     (WEBNLG, '{"entries": [\n{"1": {', ["in.json:2", "not JSON"]),
     (WEBNLG, [], ["entries"]),
-    (WEBNLG, {"entries": []}, ["no text to take"]), (WEBNLG, "\ufeff<?xml?>", ["is XML", "the challenge's JSON"]),
+    (WEBNLG, {"entries": []}, ["no text to take"]), (WEBNLG, "\ufeff<?xml?>", ["in.json:1: not XML"]),
     (WEBNLG, {"entries": [{"1": GOOD | {"lexicalisations": [{"lex": "x"}]}}]}, ["left out 1 texts not judged good"]),
-    (DART, '{"tripleset": []}\n{"tripleset": []}\n', ["is JSON lines", "JSON list", "jq -s"]),
+    (WEBNLG, '{"category": "Food"}\n{"category": "Food"}\n', ["in.json: holds", "the challenge's XML, or its JSON"]),
+    (WEBNLG, "<?xml?>\n<benchmark>\n<entries>", ["in.json:", "not XML"]),
+    (WEBNLG, "<html><p>Not found</p></html>", ["no text to take"]),
+    (DART, '{"tripleset": []}\n{"tripleset": [\n', ["in.json:2: not JSON"]), (DART, "<a/>", ["is XML", "JSON list"]),
     (WEBNLG, {"entries": [{"1": GOOD}, {"2": GOOD | {"category": 3}}]}, ["entry 2", "category"]),
     (WEBNLG, {"entries": [{"1": GOOD | {"modifiedtripleset": []}}]}, ["entry 1", "no triple"]),
     (WEBNLG, {"entries": [{"1": GOOD | {"modifiedtripleset": [{"subject": "a"}]}}]}, ["entry 1", "three"]),

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from helpers.processes import ROOT, assert_user_error, run_script
+from segments import load_segments
 
 SCRIPT = ROOT / "src" / "gpt2_decode.py"
 END_OF_TEXT = 256  # in the vocabulary below
@@ -104,6 +105,19 @@ def test_parallel_references(job, ref_type):
     assert sorted(path.name for path in (job.folder / "ref").iterdir()) == ["reference0", "reference1"]  # of this call
 
 
+@pytest.mark.parametrize("ref_type", ["e2e", "webnlg"])
+def test_the_scorers_read_whatever_a_model_generates(job, ref_type):
+    """Every byte that UTF-8 allows alone, at the start, inside and at the end; a byte-order mark."""
+    texts = [f"{mark}A{mark}, b{mark}" for mark in [*map(chr, range(128)), *"\x85\u2028\ufeff"] if mark != "$"]
+    examples = [{"context": str(i), "completion": text} for i, text in enumerate(texts)]
+    job.write("input.jsonl", examples)
+    job.write("sample.jsonl", [{"id": i, "predict": ids(text)} for i, text in enumerate(texts)])
+    done = job.run("--ref_type", ref_type)
+    assert done.returncode == 0, done.stderr
+    found = load_segments(str(job.folder / "ref"), str(job.folder / "pred"))
+    assert found.outputs == [group[0] for group in found.references] and len(found.outputs) == len(texts)
+
+
 @pytest.mark.parametrize("keep, references, predictions", [
     ("seen", "The B, it's £5.\nB-side\nTwo lines\n\n", "Café B! one line\n"),
     ("unseen", "An A.\nA_a\n\n", "\n"),
@@ -151,6 +165,7 @@ def test_bad_flags(job):
     assert_user_error(job.run("--ref_unique_file", job.write("unique.txt", ["1", "2"])), "2 lines", "5")
     assert_user_error(job.run("--ref_unique_file", job.write("unique.txt", ["1", "x"])), "unique.txt:2")
     assert_user_error(job.run("--vocab", job.folder / "none"), "--vocab")
+    assert_user_error(job.run("--output_pred_file", job.folder / "pred.TSV"), "--output_pred_file", "tables", ".txt")
     job.write("input.jsonl", [{k: v for k, v in example.items() if k != "cate"} for example in EXAMPLES])
     assert_user_error(job.run("--filter", "seen"), "input.jsonl:1", "cate")
     job.write("input.jsonl", [example | {"cate": True} for example in EXAMPLES])

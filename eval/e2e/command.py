@@ -13,11 +13,12 @@ from segments import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without the usage."""
+    """Reports a mistake in one line, without the usage. A file's name may begin with ~, as in --json=~/scores.json."""
 
     def __init__(self, description: str | None) -> None:
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=form, allow_abbrev=False)
+        self.register("type", None, os.path.expanduser)  # what is done with the arguments that have no type
         self.add_argument("--json", dest="json_file", metavar="FILE", help="write all scores with their signature")
         self.add_argument(
             "--java_timeout",

@@ -102,6 +102,18 @@ def score_systems(references: list[list[str]], systems: Sequence[list[str]], pat
     ]
 
 
+def note_short_outputs(path: str, outputs: Sequence[str]) -> None:
+    """Print a note where outputs have fewer tokens than BLEU's longest n-grams."""
+    short = sum(len(ngrams.tokenize_13a(text)) < ngrams.BLEU_ORDER for text in outputs)
+    if short:
+        print(
+            f"note: {path}: {short:,} of {len(outputs):,} outputs have fewer than {ngrams.BLEU_ORDER} tokens: the "
+            "challenge's script counts a negative number of n-grams in them, which raises NIST and can raise BLEU "
+            "above 1",
+            file=sys.stderr,
+        )
+
+
 def signature(references: list[list[str]]) -> dict[str, object]:
     """What must be equal for two scores to be comparable."""
     counts = [len(group) for group in references]
@@ -174,6 +186,8 @@ def main() -> None:
     if not args.python:
         print("note: BLEU and NIST are computed in Python, as with -p", file=sys.stderr)
 
+    for path, texts in zip((args.sys_file, args.compare), systems, strict=False):
+        note_short_outputs(path, texts)
     metrics, *others = score_systems(segments.references, systems, args.java_timeout)
     comparisons = compare(metrics, others[0], args.bootstrap_samples, args.bootstrap_seed) if others else []
 

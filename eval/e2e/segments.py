@@ -16,6 +16,9 @@ from dataclasses import dataclass
 SOURCE_HEADER = re.compile(r"mr|src|source|meaning|da|dial(ogue)?[_ .-]act", re.IGNORECASE)
 OUTPUT_HEADER = re.compile(r"out|ref|sys", re.IGNORECASE)
 REFERENCE_HEADER = re.compile(r"trg|tgt|target|ref|human", re.IGNORECASE)
+# Files of earlier stages, which would be scored as they stand.
+OTHER_FORMS = {"JSON lines": lambda line: line.startswith('{"'), "E2E's context||text": lambda line: "||" in line}
+UNSEEN = re.compile("[\0\r]|^\ufeff")
 # Pound signs and accents that spreadsheet programs broke in the challenge's submissions.
 BROKEN_ENCODINGS = (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é"))
 
@@ -43,14 +46,18 @@ class Text:
 
 
 def read_lines(path: str) -> list[str]:
-    """Read a UTF-8 file's lines, at least one. Only a line feed ends a line."""
+    """Read a UTF-8 file's lines, at least one. Only a line feed ends a line. A byte-order mark at the start is dropped.
+
+    NUL, a carriage return inside a line and a byte-order mark at the start of a later one are refused: nobody sees
+    them, and they change the number of texts or every score. So are files that are all JSON lines or context||text.
+    """
     try:
         with open(path, "rb") as handle:
             rows = handle.readlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if rows:
-        rows[0] = rows[0].removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no text
+        rows[0] = rows[0].removeprefix(b"\xef\xbb\xbf")
     lines = []
     for number, row in enumerate(rows, start=1):
         try:
@@ -58,8 +65,15 @@ def read_lines(path: str) -> list[str]:
         except UnicodeDecodeError as error:
             byte = row[error.start]
             raise UserError(f"{path}:{number}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
+        if found := UNSEEN.search(lines[-1].rstrip("\r\n")):
+            name = {"\0": "NUL", "\r": "a carriage return"}.get(found[0], "a byte-order mark (U+FEFF)")
+            raise UserError(f"{path}:{number}: holds {name}; save the file as UTF-8 with line feeds, or remove it")
     if not lines:
         raise UserError(f"{path}: is empty")
+    filled = [line for line in lines if line.strip()]
+    for form, is_of_form in OTHER_FORMS.items():
+        if filled and all(is_of_form(line) for line in filled):
+            raise UserError(f"{path}: is {form}; want texts alone, as src/gpt2_decode.py writes them")
     return lines
 
 

@@ -108,6 +108,9 @@ def main() -> None:
     parts = np.split(rows, np.cumsum([len(segments.outputs) for segments in sets.values()])[:-1])
     scored = {name: score(segments, part) for (name, segments), part in zip(sets.items(), parts, strict=True)}
 
+    for name, (scores, _) in scored.items():
+        if scores["TER"] > 1:
+            print(f"note: {name}: TER above 1: the outputs need more edits than references have words", file=sys.stderr)
     width = max(map(len, sets))
     print(" " * width + "".join(f"{name:>9}" for name in NAMES) + "  segments  references")
     for name, (scores, _) in scored.items():

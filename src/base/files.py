@@ -1,5 +1,6 @@
 """Files read with their mistakes named, and files that appear whole or not at all."""
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -13,6 +14,7 @@ from base.errors import fail
 
 UNABLE = (errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system says that does not have a call
 LFS_POINTER = b"version https://git-lfs"
+BOM = "\ufeff"  # a byte-order mark
 
 
 def is_text(value: str) -> bool:
@@ -25,9 +27,12 @@ def is_text(value: str) -> bool:
 
 
 def open_text(path: str, flag: str = "") -> IO[str]:
-    """Open `path` for reading as UTF-8, or raise UserError. `flag` names the flag that gave the path."""
+    """Open `path` for reading as UTF-8, or raise UserError. `flag` names the flag that gave the path.
+
+    A byte-order mark at the start is dropped.
+    """
     try:
-        return open(path, encoding="utf-8", newline="\n")
+        return open(path, encoding="utf-8-sig", newline="\n")
     except OSError as error:
         fail(f"{flag} {path}: cannot be read ({error.strerror})".strip())
 
@@ -97,22 +102,41 @@ def check_file(path: str, flag: str = "") -> None:
         fail(f"{what}: is a pipe or a device, and is read more than once; put a file with its content into its place")
 
 
+def decode_line(line: bytes, path: str, number: int) -> str:
+    """Line `number` (from 1) of the UTF-8 text file `path`, without its end, a line feed with or without carriage
+    returns before it. A byte-order mark at the start of the file is dropped.
+
+    Raises UserError with file:line for bytes that are not UTF-8, and for what no editor shows and programs read
+    differently: NUL, a carriage return inside a line (several lines that it ends would be one here), and a byte-order
+    mark at the start of a later line, where files were joined.
+    """
+    try:
+        text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        fail(f"{path}:{number}: not UTF-8 (byte 0x{line[error.start]:02x}); save the file as UTF-8")
+    if "\0" in text:
+        fail(f"{path}:{number}: holds NUL, which is no text, got {text[:60]!r}; save the file as UTF-8")
+    if "\r" in text:
+        fail(f"{path}:{number}: carriage returns inside the line, got {text[:60]!r}; save the file with line feeds")
+    if text.startswith(BOM):
+        fail(f"{path}:{number}: begins with a byte-order mark (U+FEFF), as joined files do; remove it")
+    return text
+
+
 def read_lines(path: str, flag: str = "", digest: Any = None) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its end) of a UTF-8 text file. `flag` names the flag that gave the path.
 
     Only a line feed ends a line: characters such as U+2028 that str.splitlines() takes for an end are text.
+    decode_line() says what is dropped and what is refused.
     digest: an object of hashlib, which is fed with what was read.
-    Raises UserError where the file cannot be read, and with file:line where its bytes are not UTF-8.
+    Raises UserError where the file cannot be read, and with file:line as decode_line() does.
     """
     try:
         with open(path, "rb") as handle:
             for number, line in enumerate(handle, start=1):
                 if digest is not None:
                     digest.update(line)
-                try:
-                    yield number, line.decode("utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    fail(f"{path}:{number}: not UTF-8 (byte 0x{line[error.start]:02x}); save the file as UTF-8")
+                yield number, decode_line(line, path, number)
     except OSError as error:
         fail(f"{flag} {path}: cannot be read ({error.strerror})".strip())
 

@@ -13,10 +13,15 @@ from base.errors import UserError, fail
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes no abbreviations and reports a mistake in one line."""
+    """An argument parser that takes no abbreviations and reports a mistake in one line.
+
+    A value that is a text, and the default of one, may begin with ~ or ~user: it is a path in a home folder. The shell
+    does not expand it behind `=`, in quotes or in an environment variable.
+    """
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
+        self.register("type", None, os.path.expanduser)  # what is done with the flags that have no type
 
     def error(self, message: str) -> NoReturn:
         mistake = UserError(f"{message}; see --help")

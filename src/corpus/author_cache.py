@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from base.errors import UserError, fail
-from base.files import atomic_write, check_file, is_text, open_text
+from base.files import atomic_write, check_file, decode_line, is_text, open_text
 from corpus.authors import Corpus
 from corpus.tokenizer import Tokenizer, load_tokenizer, vocabulary_files
 
@@ -95,13 +95,11 @@ def scan(path: str, flag: str) -> tuple[str, list[Part]]:
     return digest.hexdigest(), parts
 
 
-def read_record(line: bytes, source: Source, where: str) -> tuple[str | None, str]:
+def read_record(line: str, source: Source, where: str) -> tuple[str | None, str]:
     """(author, content) of one line; None for a record without an author. UserError where it is no record."""
     wanted = f'wanted {{"{source.author_field}": "...", "{source.content_field}": "..."}}'
     try:
         record = json.loads(line)
-    except UnicodeDecodeError as error:
-        fail(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8")
     except (ValueError, RecursionError):
         fail(f"{where}: not a line of JSON, {wanted}")
     if not isinstance(record, dict):
@@ -134,7 +132,7 @@ def tokenise(part: Part, source: Source, words: WordTokens) -> tuple:
     pieces, lengths, authors = [], [], []
     counts: Counter[str] = Counter()
     for number, line in enumerate(lines, start=line_number):
-        author, content = read_record(line, source, f"{source.path}:{number}")
+        author, content = read_record(decode_line(line, source.path, number), source, f"{source.path}:{number}")
         counts["records"] += 1
         if author is None or author in PSEUDO_AUTHORS:
             counts["without_author" if author is None else "pseudo_author"] += 1

@@ -2,28 +2,43 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from xml.etree import ElementTree
 
 from base.errors import fail
 from base.files import atomic_write, open_text
 
 
-def read_json(path: str, wanted: str) -> object:
-    """Parse a UTF-8 JSON file, or raise UserError with its line. wanted: what to ask for where it is another form."""
+def read_data(path: str, wanted: str, from_xml: Callable[[ElementTree.Element], object] | None = None) -> object:
+    """The value that a UTF-8 file of JSON holds; of JSON lines, a list of their values; of XML, what `from_xml` makes
+    of its root. Raises UserError, with the line, for anything else. wanted: what to ask for in place of XML."""
     with open_text(path) as handle:
         try:
-            text = handle.read().removeprefix("\ufeff")  # a byte order mark is no text
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            if text.lstrip().startswith("<"):
-                fail(f"{path}: is XML; want {wanted}")
-            if error.msg == "Extra data" and error.lineno > 1:
-                fail(f"{path}: is JSON lines, a value a line; want {wanted}: one value, as `jq -s .` makes of lines")
-            fail(f"{path}:{error.lineno}: not JSON ({error.msg}); fetch the file again")
+            text = handle.read()
         except UnicodeDecodeError as error:
             fail(f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x}); fetch the file again")
-        except RecursionError:
-            fail(f"{path}: JSON nested too deep; fetch the file again")
+    if not text.lstrip().startswith("<"):
+        return parse_json(path, text)
+    if from_xml is None:
+        fail(f"{path}: is XML; want {wanted}")
+    try:
+        return from_xml(ElementTree.fromstring(text))
+    except ElementTree.ParseError as error:
+        fail(f"{path}:{error.position[0]}: not XML ({error}); fetch the file again")
+
+
+def parse_json(path: str, text: str) -> object:
+    """The value of `text`, or a list of the values of its lines."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        lines = text.rstrip("\n").split("\n")
+        if error.msg == "Extra data" and error.lineno > 1 and len(lines) > 1:
+            return [parse_json(f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
+        where = path if len(lines) == 1 else f"{path}:{error.lineno}"
+        fail(f"{where}: not JSON ({error.msg}, column {error.colno}); fetch the file again")
+    except RecursionError:
+        fail(f"{path}: JSON nested too deep; fetch the file again")
 
 
 def linearise(where: str, triples: Iterable[tuple[object, object, object]]) -> str:

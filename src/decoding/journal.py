@@ -14,7 +14,7 @@ import os
 from typing import IO
 
 from base.errors import fail
-from base.files import check_file, check_format, lock, read_lines
+from base.files import check_file, check_format, lock
 
 FORMAT = 1  # the newest that this version reads, and the one that it writes
 
@@ -62,7 +62,9 @@ class Journal:
             fail(f"--resume: nothing to resume, there is no {self.output}.journal.*; leave --resume out")
         found: dict[int, list[int]] = {}
         for file in self.files():
-            for number, line in read_lines(file, "--resume"):
+            with open(file, "rb") as handle:  # by bytes: a torn line may end inside a character, or in NULs
+                lines = handle.readlines()
+            for number, line in enumerate(lines, start=1):
                 try:
                     record = json.loads(line)
                 except ValueError:

@@ -25,6 +25,32 @@ def test_read_lines_ends_lines_at_line_feeds_alone(tmp_path):
         list(files.read_lines(str(tmp_path), "--data"))
 
 
+@pytest.mark.parametrize("content, lines", [
+    (b"\xef\xbb\xbfa\r\nb\n", ["a", "b"]), (b"a\r\r\nb\r", ["a", "b"]), ("a\ufeffb\n".encode(), ["a\ufeffb"]),
+])  # fmt: skip
+def test_a_byte_order_mark_and_the_ends_of_lines_are_no_text(tmp_path, content, lines):
+    (tmp_path / "text").write_bytes(content)
+    assert [line for _, line in files.read_lines(str(tmp_path / "text"))] == lines
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"a\rb\rc\r", ":1: carriage returns inside the line, got 'a.rb.rc'"), (b"a\r\nb\rc\n", ":2: carriage returns"),
+    (b"a\nb\n\xef\xbb\xbfc\n", r":3: begins with a byte-order mark \(U\+FEFF\)"),
+    (b"\xef\xbb\xbf\xef\xbb\xbfa\n", ":1: begins with a byte-order"),
+    (b"a\nb\0c\n", ":2: holds NUL"), ("text\n".encode("utf-16-le"), ":1: holds NUL"),
+    ("text\n".encode("utf-16"), ":1: not UTF-8 .byte 0xff"),
+])  # fmt: skip
+def test_what_nobody_sees_in_a_text_is_refused_by_name(tmp_path, content, words):
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(errors.UserError, match=f"text{words}"):
+        list(files.read_lines(str(tmp_path / "text")))
+
+
+def test_json_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "object").write_text("\ufeff{}", encoding="utf-8")
+    assert files.read_object(str(tmp_path / "object"), "one") == {}
+
+
 def test_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "file"
     with files.atomic_write(str(path)) as handle:

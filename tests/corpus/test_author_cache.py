@@ -224,6 +224,9 @@ BAD = {
     "blank": ('{"author": "x", "content": " \\n"}', "'content' is empty"),
     "half a pair": ('{"author": "x", "content": "a\\ud800b"}', "half of a surrogate pair"),
     "an empty line": ("", "not a line of JSON"),
+    "carriage returns": ('{"author": "x", "content": "a b"}\r{"author": "y", "content": "a b"}', "carriage returns"),
+    "NUL": ('{"author": "x", "content": "a\0b"}', "holds NUL"),
+    "a joined file": ('\ufeff{"author": "x", "content": "a b"}', "byte-order mark"),
 }
 
 
@@ -234,11 +237,18 @@ def test_a_bad_line_is_named(tmp_path, monkeypatch, line, words, processes):
     monkeypatch.setattr(author_cache, "CHUNK", 300)
     good = [json.dumps(record) for record in records(40, 5)]
     path = tmp_path / "train.jsonl"
-    path.write_text("\n".join([*good[:20], line, *good[20:], "{", ""]))
+    path.write_text("\n".join([*good[:20], line, *good[20:], "{", ""]), encoding="utf-8", newline="\n")
     with pytest.raises(UserError) as caught:
         prepare_cache(source(path), None, processes)
     assert f"{path}:21: " in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
     assert os.listdir(tmp_path / ".author_cache") == []
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    plain = write(tmp_path / "plain.jsonl", records(9, 3))
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n"))
+    one, other = (open_cache(prepare_cache(source(path), None)) for path in (plain, tmp_path / "marked.jsonl"))
+    assert texts_by_author(one) == texts_by_author(other)
 
 
 def test_files_that_cannot_be_used(tmp_path):

@@ -78,7 +78,21 @@ def test_reference_scores(shared, pair, meteor, monkeypatch, capsys):
         measure_scores.main()
         out, err = capsys.readouterr()
     lines = [f"{name}: {expected[name]:.4f}" for name in METRICS]
-    assert out == "\n".join(["SCORES:", "==============", *lines, "", ""]) and err == ""
+    assert out == "\n".join(["SCORES:", "==============", *lines, "", ""])
+    assert "1 of 5 outputs have fewer than 4 tokens" in err if pair == "punct" else err == ""
+
+
+def test_short_outputs_are_noted(tmp_path, meteor, monkeypatch, capsys):
+    """By hand: both outputs are their references; n-grams 6 + 1, 5 + 0, 4 - 1, 3 - 2, hits 7, 5, 4, 3."""
+    monkeypatch.setattr(java, "Meteor", lambda patience: contextlib.nullcontext(meteor))  # runs already
+    texts = ["a b c d e f", "x"]
+    files = [write_groups(tmp_path / "ref.txt", [[text] for text in texts]), write_lines(tmp_path / "sys.txt", texts)]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, files), "-p"])
+    measure_scores.main()
+    out, err = capsys.readouterr()
+    assert f"BLEU: {(1 * 1 * 4 / 3 * 3 / 1) ** 0.25:.4f}\n" in out
+    assert err.startswith(f"note: {files[1]}: 1 of 2 outputs have fewer than 4 tokens: ") and err.count("\n") == 1
+    assert "BLEU above 1" in err
 
 
 # --- BLEU and NIST ---------------------------------------------------------------------------------------------------
@@ -374,6 +388,7 @@ def test_plain_text(tmp_path):
     assert load(tmp_path, "\ufeffa\n\nb\n", "\ufeffx\ny").outputs == ["x", "y"]  # a byte order mark is no text
     assert load(tmp_path, "a\nb\n", "x\ny").references == [["a"], ["b"]]  # no empty line: single references
     assert load(tmp_path, "a\nb\n", "x\n").references == [["a", "b"]]  # and one output: one segment
+    assert load(tmp_path, "a\n\nb\n", '{"x\n||y').outputs == ['{"x', "||y"]  # texts that begin as other forms do
     assert load(tmp_path, "a\r\n\r\nb\r\n", "x\u2028x\r\ny\r\n").outputs == ["x\u2028x", "y"]  # only \n ends a line
 
 
@@ -398,6 +413,14 @@ def test_tables(tmp_path):
     ("", "x\n", {}, ["r.txt", "empty"]),
     ("a\n", "", {}, ["s.txt", "empty"]),
     ("a\n", b"x\n\xff\n", {}, ["s.txt:2", "0xff", "UTF-8"]),
+    ("a\n\nb\n", "x\ry\r", {}, ["s.txt:1", "carriage return"]),
+    ("a\n\nb\rc\n", "x\ny\n", {}, ["r.txt:3", "carriage return"]),
+    ("a\n\nb\n", '{"id": 0, "predict": [5]}\n{"id": 1, "predict": []}\n', {},
+     ["s.txt: is JSON lines", "gpt2_decode.py"]),
+    ("n : A||a\nn : B||b\n", "x\ny\n", {}, ["r.txt: is E2E's context||text"]),
+    ("a\n\nb\n", "x\ny\0\n", {}, ["s.txt:2", "NUL"]), ("a\n\n\ufeffb\n", "x\ny\n", {}, ["r.txt:3", "byte-order mark"]),
+    ("m1\ta\n\ufeffm2\tb\n", "x\ny\n", {"reference_name": "r.tsv"}, ["r.tsv:2", "byte-order mark"]),
+    ("a\n\nb\n", "MR\tsys\nm1\tx\nm2\ty\n", {"source": "m1\rm2\r"}, ["src.txt:1", "carriage return"]),
     ("m1\ta\n", "m1\tx\nm2\ty\n", {"reference_name": "r.tsv", "output_name": "s.tsv"},
      ["s.tsv:2", "'m2'", "1 different", "2 in"]),
     ("m1\ta\nm3\tb\n", "m1\tx\n", {"reference_name": "r.tsv", "output_name": "s.tsv"},

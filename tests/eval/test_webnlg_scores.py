@@ -128,12 +128,14 @@ def test_the_script(tmp_path, scores, meteor, monkeypatch, capsys):
     monkeypatch.setattr(java, "Meteor", lambda patience: contextlib.nullcontext(meteor))  # runs already
     sets = {"all": tokenized(), "seen": tokenized(2, 9)}
     sets["seen"].references[3][0] += " end."
+    sets["long"] = Segments([""], [["a b"]], ["c d e f g"])  # five edits, two words
     files = [path for name, one in sets.items() for path in (
         write_folder(tmp_path / name, one.references), write_lines(tmp_path / f"{name}.txt", one.outputs))]
     monkeypatch.setattr(sys, "argv", ["webnlg_scores.py", *map(str, files), "--json", str(tmp_path / "scores.json")])
     webnlg_scores.main()
     done = capsys.readouterr()
-    assert done.err.startswith("note: seen: 'end.' of reference")
+    first, second = done.err.splitlines()
+    assert first.startswith("note: seen: 'end.' of reference") and second.startswith("note: long: TER above 1: ")
     record = json.loads((tmp_path / "scores.json").read_text())
     head, *lines = [line.split() for line in done.out.splitlines()]
     for line, (name, one) in zip(lines, sets.items(), strict=True):

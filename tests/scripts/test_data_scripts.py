@@ -76,6 +76,10 @@ def test_special_tokens_go_where_the_flags_say(tmp_path, flags):
         (b"||b\n", [":1:", "empty context"]),
         (b"a||b\nc\xff||d\n", [":2:", "not UTF-8", "0xff"]),
         (b"mr,ref\n\"name[A]\",A is.\n", [":1:", "the challenge's CSV", ".txt"]),
+        (b"\xef\xbb\xbf\"MR\"\tref\n", [":1:", "the challenge's CSV"]),
+        (b"\"name[A], customer rating[low]\",A is.\n", [":1:", "the challenge's CSV"]),
+        (b'{"meaning_representation": "name[A]", "human_reference": "A is."}\n', [":1:", "is JSON", ".txt"]),
+        (b"<entries>\n", [":1:", "is XML"]),
         (b"a||b\rc||d\r", [":1:", "carriage returns"]),
     ],
 )
@@ -98,6 +102,7 @@ def test_converting_bad_text(tmp_path, content, words):
         ('{"context": ["a"], "completion": "b"}\n', [":1:", "'context'"]),
         ('{"context": "a", "completion": "  "}\n', [":1:", "'completion'", "not empty"]),
         ('{"context": "a\\ud800", "completion": "b"}\n', [":1:", "surrogate"]),
+        ('{"context": "\\ufeffa", "completion": "b"}\n', [":1:", "'context'", "byte-order mark"]),
         ("[" * 100000, [":1:", "not a line of JSON"]),
     ],
 )
@@ -266,6 +271,15 @@ def test_without_a_network_every_script_says_so_in_one_line(tmp_path):
         assert_user_error(process, "cannot download", "--mirror DIR")
         assert len(process.stderr.splitlines()) == 1
     assert not [path for path in copy.rglob("*") if path.suffix in (".txt", ".json", ".jsonl", ".bin", ".bpe")]
+
+
+def test_a_mirror_may_begin_with_a_tilde(tmp_path):
+    """Which the shell leaves where it stands behind = or in quotes."""
+    (tmp_path / "m").mkdir()
+    for words in (["--mirror=~/m"], ["--mirror", "~/m"]):
+        process = bash("-c", 'source "$0"; parse_arguments "$@"; echo "$MIRROR"', ROOT / "scripts/fetch.sh", *words,
+                       env={**os.environ, "HOME": str(tmp_path)})  # fmt: skip
+        assert process.stdout == f"{tmp_path}/m\n"
 
 
 def test_a_mirror_s_file_is_found_by_name_and_checked(tmp_path):

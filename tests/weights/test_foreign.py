@@ -15,8 +15,16 @@ import safetensors.torch
 import torch
 import transformers
 
-from helpers.checkpoints import CONFIG, SHAPE, assert_same_weights, export, plain_weights, random_model, refused
-from helpers.checkpoints import write_base
+from helpers.checkpoints import (
+    CONFIG,
+    SHAPE,
+    assert_same_weights,
+    export,
+    plain_weights,
+    random_model,
+    refused,
+    write_base,
+)
 from model import GPT2LMModel, LoRAConfig
 from weights.checkpoint import load_model
 
