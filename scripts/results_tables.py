@@ -20,7 +20,7 @@ import start  # puts src/ and the folders below scripts/ on the path
 from base.errors import fail, run_main
 from base.files import atomic_write, open_text
 from base.flags import Parser
-from markdown_table import dict_table
+from base.markdown import dict_table
 from measured_tables import measured_table
 from row import E2E_SHA256
 from tasks import TASKS

@@ -27,6 +27,7 @@ from base import distributed
 from base.distributed import World
 from base.errors import fail, run_main
 from base.flags import REQUIRED, SettingsParser, flag, spelled
+from base.markdown import table_line
 from corpus.author_cache import Source, describe_left_out, digest_vocab, open_cache, prepare_cache
 from corpus.authors import AuthorTexts, Corpus, split_authors
 from corpus.examples import count_shared
@@ -397,8 +398,7 @@ def table(settings: Settings, trainer: Trainer, report: dict) -> str:
         number(report["final_epsilon_prv"], ".2f"),
         number(report["train_runtime"], ".0f"),
     ]
-    lines = (COLUMNS, ["---"] * len(COLUMNS), cells)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "".join(map(table_line, (COLUMNS, ["---"] * len(COLUMNS), cells))).rstrip()
 
 
 def main() -> int:

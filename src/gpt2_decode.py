@@ -179,8 +179,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ref_num", type=int, help=f"webnlg, dart: reference files (default {DEFAULT_REF_NUM})")
     parser.add_argument("--tokenize", action="store_true", help="split off every non-word character")
     parser.add_argument("--lower", action="store_true", help="lower-case")
-    parser.add_argument("--filter", default="all", choices=["all", "seen", "unseen"],
-                        help="keep categories seen in training, or unseen ones (the field cate)")  # fmt: skip
+    parser.add_argument(
+        "--filter",
+        default="all",
+        choices=["all", "seen", "unseen"],
+        help="keep categories seen in training, or unseen ones (the field cate)",
+    )
     args = parser.parse_args()
     if args.ref_type == "e2e" and args.ref_num is not None:
         fail("--ref_num: means nothing for --ref_type e2e, which writes all references; leave it out")

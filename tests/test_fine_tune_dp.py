@@ -9,8 +9,11 @@ import torch
 from dp_accounting import dp_event
 from dp_accounting.pld import pld_privacy_accountant
 
+from base.distributed import World
 from helpers.author_runs import AUTHORS, HELD_OUT, STEPS, flags, material, script, start, train, write_corpus
 from helpers.small_runs import equal, ledger, metrics, read, server, weights
+from optimizer import hugging_face_schedule
+from run import setup
 
 RUN_TIME_FLAGS = "--log_level info --prediction_loss_only --remove_unused_columns False --label_names labels " \
     "--dataloader_num_workers 2 --eval_accumulation_steps 1 --per_device_eval_batch_size 64 --disable_tqdm True"
@@ -277,26 +280,25 @@ def test_steps_without_noise_are_not_forgotten(tmp_path):
 
 def test_defaults_are_hugging_faces():
     from transformers import TrainingArguments
-    ours, theirs = vars(script().parse(["--output_dir", "x"])), TrainingArguments("x", use_cpu=True)
+    ours, theirs = script().parse(["--output_dir", "x"]).given.values, TrainingArguments("x", use_cpu=True)
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay",
                  "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps",
                  "warmup_steps", "logging_steps", "save_steps", "seed", "bf16", "log_level"):
         assert ours[name] == getattr(theirs, name), name
     assert ours["lr_scheduler_type"] == theirs.lr_scheduler_type.value
     assert ours["eval_strategy"] == theirs.eval_strategy.value
-    parsed = script().parse("--output_dir x --evaluation_strategy steps --bf16 True --disable_tqdm false".split())
-    assert (parsed.eval_strategy, parsed.bf16, parsed.disable_tqdm) == ("steps", True, False)
+    given = script().parse("--output_dir x --evaluation_strategy steps --bf16 True --disable_tqdm false".split()).given
+    assert [given.values[name] for name in ("eval_strategy", "bf16", "disable_tqdm")] == ["steps", True, False]
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"])
 @pytest.mark.parametrize("warmup", [0, 7])
 def test_schedules_are_hugging_faces(name, warmup):
     from transformers import get_scheduler
-    args = script().parse(f"--output_dir x --lr_scheduler_type {name} --learning_rate 0.3".split())
-    args.warmup_steps = warmup if name != "constant" else 0
-    ours = script().learning_rate(args, steps=50)
+    warmup = warmup if name != "constant" else 0
+    ours = hugging_face_schedule(name, 0.3, 50, warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    theirs = get_scheduler(name, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=50)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=50)
     for t in range(50):
         assert ours(t) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9, abs=1e-12), t
         optimizer.step()
@@ -328,9 +330,8 @@ def test_adamw_is_torchs(eps):
 
 def test_steps_follow_epochs_and_authors(tmp_path):
     """round(num_train_epochs / q), q = batch / training authors."""
-    args = script().parse(flags(tmp_path, num_train_epochs=7, max_steps=-1))
-    from base.distributed import World
-    request = script().make_request(args, 38, World())
-    assert request.steps == round(7 / (8 / 38)) and request.batch == 8 and request.delta == 1 / 38
-    args = script().parse(flags(tmp_path, gradient_accumulation_steps=2))
-    assert script().make_request(args, 380, World(0, 3)).batch == 48
+    settings = script().translated(script().parse(flags(tmp_path, num_train_epochs=7, max_steps=-1)))
+    task = script().make_task(settings, range(38), None, {}, World())
+    assert task.steps == round(7 / (8 / 38)) and task.delta == 1 / 38 and setup.logical_batch(settings, World()) == 8
+    settings = script().parse(flags(tmp_path, gradient_accumulation_steps=2))
+    assert setup.logical_batch(settings, World(0, 3)) == 48

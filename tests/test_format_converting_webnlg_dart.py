@@ -32,7 +32,7 @@ def test_webnlg(tmp_path):
         {"1": entry("Food", [("good", "Soup é."), ("toFix", "bad"), ("good", "A soup.")],
                     [("Soup", "isA", "Dish"), ("Soup", "from", '"Aarhus, Denmark"')])},
         {"2": entry("Athlete", [("good", "He runs.")], [("He", "does", "Running")])},
-    ]  # fmt: skip
+    ]
     done, lines = convert(WEBNLG, tmp_path, {"entries": entries})
     soup = r'{"context": "Soup : isA : Dish | Soup : from : \"Aarhus, Denmark\"", "completion": '
     assert lines == [
@@ -147,7 +147,7 @@ GOOD = entry("Food", [("good", "Soup.")], [("Soup", "isA", "Dish")])
     (DART, [{"tripleset": [["a", "b", "c"]]}], ["entry 1", "annotations"]),
     (DART, [{"tripleset": [["a", "b", 3]], "annotations": []}], ["entry 1", "three strings"]),
     (DART, [{"tripleset": [["a", "b", "c"]], "annotations": [{"source": "x"}]}], ["entry 1", "text"]),
-])  # fmt: skip
+])
 def test_bad_files(tmp_path, script, data, words):
     done, lines = convert(script, tmp_path, data)
     assert_user_error(done, *words)

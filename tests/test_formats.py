@@ -190,7 +190,7 @@ def test_a_run_without_format_numbers_is_reported_and_resumed(tmp_path):
     assert (work / NAME).read_bytes().startswith(before[NAME])
     assert [(record["step"], record["attempt"], record.get("format")) for record in ledger(work)] == [
         (1, 1, None), (2, 1, None), (3, 1, None), (4, 2, 2), (5, 2, 2), (6, 2, 2)
-    ]  # fmt: skip
+    ]
     whole = torch.load(place / "whole.6.pt", weights_only=True)["model_state_dict"]
     found = weights(work, 6)
     assert found.keys() == whole.keys()

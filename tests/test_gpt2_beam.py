@@ -387,6 +387,6 @@ def test_a_file_system_without_locks_or_room(project, tmp_path, monkeypatch, cap
     monkeypatch.setattr("fcntl.flock", flock)
     run_here(monkeypatch, flags(project, tmp_path, "--beam", 1))
     assert capsys.readouterr().err.count("has no locks: a second search") == 1
-    with open("/dev/full", "wb", buffering=0) as full:
-        with pytest.raises(UserError, match="/dev/full: No space left .*--resume"):
-            Journal.add(full, {"context": 1})
+    with (open("/dev/full", "wb", buffering=0) as full,
+          pytest.raises(UserError, match="/dev/full: No space left .*--resume")):
+        Journal.add(full, {"context": 1})

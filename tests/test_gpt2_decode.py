@@ -39,7 +39,7 @@ class Job:
         self.folder = folder
         self.arguments = ["--vocab", vocab, "--sample_file", self.write("sample.jsonl", predictions),
                           "--input_file", self.write("input.jsonl", examples),
-                          "--output_ref_file", folder / "ref", "--output_pred_file", folder / "pred"]  # fmt: skip
+                          "--output_ref_file", folder / "ref", "--output_pred_file", folder / "pred"]
 
     def write(self, name, records):
         path = self.folder / name
@@ -121,7 +121,7 @@ def test_the_scorers_read_whatever_a_model_generates(job, ref_type):
 @pytest.mark.parametrize("keep, references, predictions", [
     ("seen", "The B, it's £5.\nB-side\nTwo lines\n\n", "Café B! one line\n"),
     ("unseen", "An A.\nA_a\n\n", "\n"),
-])  # fmt: skip
+])
 def test_filter(job, keep, references, predictions):
     assert job.run("--filter", keep).returncode == 0
     assert (job.read("ref"), job.read("pred")) == (references, predictions)
@@ -147,7 +147,7 @@ def test_groups_from_a_file(job):
     ("input.jsonl", 5, {"context": "b", "completion": "\n\n cut"}, ["input.jsonl:5", "empty"]),
     ("input.jsonl", 2, {"context": "new", "completion": "x"}, ["input.jsonl:4", "no prediction"]),
     ("input.jsonl", 2, {"context": "b", "completion": "\ud800"}, ["input.jsonl:2", "surrogate"]),
-])  # fmt: skip
+])
 def test_bad_files(job, name, line, record, words):
     records = list(PREDICTIONS if name == "sample.jsonl" else EXAMPLES)
     if words[-1] == "no prediction":  # context a is line 4 alone, whose prediction is then taken away

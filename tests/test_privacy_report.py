@@ -20,7 +20,7 @@ from privacy.sampled_gaussian import ORDERS
 SCRIPT = ROOT / "src" / "privacy_report.py"
 SETTINGS = {"unit": "example", "N": 2000, "q": 0.02, "sigma": 0.8, "clip": 1.5, "mechanism": "gaussian",
             "sampling": "poisson", "steps_per_epoch": 50, "delta": 1e-5, "world_size": 2,
-            "noise_source": "os"}  # fmt: skip
+            "noise_source": "os"}
 PLAN = ("--plan", 42061, 128, 20, "--delta", 1e-5)
 
 
@@ -53,7 +53,7 @@ def write_report(folder, ledger: Ledger, **changed) -> None:
     prv, rdp = epsilons(ledger.state, last["delta"])
     report = {key: last[key] for key in ("unit", "N", "q", "sigma", "clip", "sampling", "delta")}
     report |= {"relation": "add or remove one example", "steps_charged": ledger.state.charged, "epsilon_prv": prv,
-               "epsilon_rdp": rdp, "noise_source": "os", "disclosed": ["validation loss of every epoch"]}  # fmt: skip
+               "epsilon_rdp": rdp, "noise_source": "os", "disclosed": ["validation loss of every epoch"]}
     (folder / "privacy.json").write_text(json.dumps(report | changed))
 
 
@@ -91,7 +91,7 @@ def test_epsilon_of_raw_records_by_dp_accounting(report, tmp_path):
         assert 0.999 * truth < by_prv < truth + 0.012
         assert by_rdp == pytest.approx(rdp.get_epsilon(delta), rel=0.01)
     for words in ("80 in 2 attempts", "furthest is step 70", "sigma 0.8", "sigma 1,", "one example", "C 1.5", "N 2000",
-                  "add or remove one example", "40 steps of sampling poisson", "privacy.json  not there"):  # fmt: skip
+                  "add or remove one example", "40 steps of sampling poisson", "privacy.json  not there"):
         assert words in process.stdout, process.stdout
 
 

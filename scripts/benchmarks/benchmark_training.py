@@ -43,12 +43,12 @@ from base import products
 from base.errors import fail
 from base.files import atomic_write
 from base.flags import Parser
+from base.markdown import markdown, table_line
 from base.memory import keep_memory
 from benchmark_variants import GhostClipping, PlainLoop, YuArithmetic, pad_to, untie
 from corpus.batching import Cut, PublicLengths, TightCut, choose_lengths
 from corpus.examples import Examples
 from losses import MicroBatch
-from markdown_table import markdown, table_line
 from model import MODEL_CARDS, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, NonPrivate

@@ -38,9 +38,9 @@ from scipy.stats import poisson
 
 from base.errors import fail
 from base.flags import Parser, check_positive
+from base.markdown import markdown
 from base.memory import keep_memory
 from losses import MicroBatch
-from markdown_table import markdown
 from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, NonPrivate

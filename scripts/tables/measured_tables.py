@@ -12,7 +12,7 @@ import statistics
 
 from base.errors import fail
 from base.files import open_text
-from markdown_table import dict_table
+from base.markdown import dict_table
 
 Line = dict[str, str]  # head -> cell
 TASKS = {"e2e_lora": "E2E, LoRA", "author_full": "authors, full", "author_lora": "authors, LoRA"}

@@ -4,8 +4,7 @@ Book-keeping (Bu et al., 2023, arXiv:2210.00038): during the backward pass every
 at its output; autograd computes no weight gradient. From these notes come the norms, then the clip factors c, then
 every weight gradient once, as the sum over units of c_u g_u. A layer's per-unit gradient is one of three kinds: a sum
 of outer products (linear layers, adapters), a sum of rows (biases, layer norms), or rows sent to a table (embeddings).
-Norms, factors and the sums over units are float64. A unit's notes are float32 and do not depend on other units. So the
-rounding of the sum has a small bound for all data (rounding_share).
+Norms, factors and sums over units are float64, so rounding has a small bound for all data (rounding_share).
 For an outer product the cheaper of two ways to the norm is taken:
   ghost        |sum_s p_s q_s'|^2 = sum_{s,t} <p_s,p_t> <q_s,q_t>          S^2 (P+Q) multiply-adds   (Goodfellow, 2015)
   materialise  form the (P, Q) gradient of every unit and keep it          S P Q, and memory traffic of P Q

@@ -27,7 +27,7 @@ def test_read_lines_ends_lines_at_line_feeds_alone(tmp_path):
 
 @pytest.mark.parametrize("content, lines", [
     (b"\xef\xbb\xbfa\r\nb\n", ["a", "b"]), (b"a\r\r\nb\r", ["a", "b"]), ("a\ufeffb\n".encode(), ["a\ufeffb"]),
-])  # fmt: skip
+])
 def test_a_byte_order_mark_and_the_ends_of_lines_are_no_text(tmp_path, content, lines):
     (tmp_path / "text").write_bytes(content)
     assert [line for _, line in files.read_lines(str(tmp_path / "text"))] == lines
@@ -39,7 +39,7 @@ def test_a_byte_order_mark_and_the_ends_of_lines_are_no_text(tmp_path, content, 
     (b"\xef\xbb\xbf\xef\xbb\xbfa\n", ":1: begins with a byte-order"),
     (b"a\nb\0c\n", ":2: holds NUL"), ("text\n".encode("utf-16-le"), ":1: holds NUL"),
     ("text\n".encode("utf-16"), ":1: not UTF-8 .byte 0xff"),
-])  # fmt: skip
+])
 def test_what_nobody_sees_in_a_text_is_refused_by_name(tmp_path, content, words):
     (tmp_path / "text").write_bytes(content)
     with pytest.raises(errors.UserError, match=f"text{words}"):

@@ -24,7 +24,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     parser.add_argument("place", nargs="*")
     found = parser.parse_args(["--given=~/x/~", "~", "b/~/c"])
     assert vars(found) == {"given": "/home/of a user/x/~", "default": "/home/of a user/d", "other": "a~b",
-                           "place": ["/home/of a user", "b/~/c"]}  # fmt: skip
+                           "place": ["/home/of a user", "b/~/c"]}
     given, section = SettingsParser({"section": Section}).parse_settings(["--folder=~/w", "--files", "~/a", "b"])
     assert section == Section(folder="/home/of a user/w", files=("/home/of a user/a", "b"))
     assert given.values["folder"] == section.folder and given.named == {"folder", "files"}
@@ -33,7 +33,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
 def test_every_script_parses_so():
     """None makes argparse's own parser, or names str as a flag's type, which would leave the value as it is."""
     texts = {path: path.read_text(encoding="utf-8") for name in ("src", "scripts", "eval")
-             for path in (ROOT / name).rglob("*.py")}  # fmt: skip
+             for path in (ROOT / name).rglob("*.py")}
     assert not [path for path, text in texts.items() if "ArgumentParser(" in text or "type=str" in text]
 
 

@@ -174,6 +174,7 @@ def fault_file_limit(size: int, point: str) -> None:
 
 def fault_weaken(name: str) -> None:
     """Put in a fault of scripts/audit_faults.py, by the name of its function."""
+    sys.path.insert(0, str(ROOT / "scripts"))  # as when it is started
     runpy.run_path(str(ROOT / "scripts" / "audit_faults.py"))[name]()
 
 

@@ -278,7 +278,7 @@ def test_a_mirror_may_begin_with_a_tilde(tmp_path):
     (tmp_path / "m").mkdir()
     for words in (["--mirror=~/m"], ["--mirror", "~/m"]):
         process = bash("-c", 'source "$0"; parse_arguments "$@"; echo "$MIRROR"', ROOT / "scripts/fetch.sh", *words,
-                       env={**os.environ, "HOME": str(tmp_path)})  # fmt: skip
+                       env={**os.environ, "HOME": str(tmp_path)})
         assert process.stdout == f"{tmp_path}/m\n"
 
 

@@ -1,4 +1,4 @@
-"""Markdown tables, as every script here writes them."""
+"""Markdown tables, as every script writes them."""
 
 from collections.abc import Mapping, Sequence
 
