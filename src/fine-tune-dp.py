@@ -149,9 +149,7 @@ CHANGES = {
     "weight_decay": spelled(default=0.0),
     "adam_beta2": spelled(default=0.999),
     "adam_epsilon": spelled("adam_epsilon", default=1e-8),
-    "clip": spelled(
-        "max_grad_norm", default=1.0, help="bound on the norm of the released gradient; 0 = none (default 1)"
-    ),
+    "clip": spelled("max_grad_norm", default=1.0, help="bound on the released gradient's norm; 0 = none (default 1)"),
     "noise_multiplier": spelled(help="sigma; exactly one of it and --target_epsilon is given"),
     "max_grad_norm": spelled("per_sample_max_grad_norm"),
     "work_dir": spelled("output_dir", default=REQUIRED),
