@@ -186,7 +186,7 @@ def test_a_torn_line_of_metrics_is_dropped(tmp_path):
 def test_asked_to_stop(tmp_path, number, size, rank):
     """The step under way is finished and saved, on all ranks, whichever was asked; then it is resumed. What comes right
     after the first signal, from a scheduler and a launcher at once, is the same request."""
-    work, again = tmp_path / "run", "privacy.clipping:BookKeeping.accumulate"
+    work, again = tmp_path / "run", NOISE
     ranks = interrupted(work, size, {rank: [kill(DRAW, "after", 3, number), kill(again, "after", 3, number)]})
     assert [other.status for other in ranks] == [128 + number] * size, ranks[0].stderr
     assert f"{signal.Signals(number).name}: stopped after step 3; continue with --resume" in ranks[0].stdout
