@@ -32,7 +32,6 @@ from optimizer import FlatParameters
 TRAFFIC_COST = 75
 # Units whose norms one kernel call takes, the last call filled up with zeros: see by_units().
 UNITS = 8
-ALIGNMENT = 64  # bytes; where a matrix begins otherwise, BLAS may take its sums in another order
 # Roundings of 2^-53 that may shrink a squared norm whose terms cancel, beside those of the sum over positions: those of
 # the entries of the Gram matrices, sums over a row of this length; see gram_norm_sq().
 ROUNDING = 2**17
@@ -177,14 +176,14 @@ class Ragged:
 
     def by_unit(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(b (n_u, V), h (n_u, D)) of each unit, one unit a product: its shape is the unit's own."""
-        return zip(self.b.split(self.counts), map(aligned, self.h.split(self.counts)), strict=True)
+        return zip(self.b.split(self.counts), self.h.split(self.counts), strict=True)
 
     def norm_sq(self) -> Tensor:
         return torch.stack([gram_norm_sq(gram(b), gram(h)) for b, h in self.by_unit()])
 
     def cross(self, table: Lookup) -> Tensor:
         """<this gradient, that of the same table's lookups>: sum_{s,t} b_t[x_s] <h_t, e_s>, for each unit."""
-        units = zip(self.by_unit(), table.ids, map(aligned, table.rows), strict=True)
+        units = zip(self.by_unit(), table.ids, table.rows, strict=True)
         return torch.stack([(b[:, ids].double() * (h.double() @ rows.double().T)).sum() for (b, h), ids, rows in units])
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
@@ -243,11 +242,6 @@ def by_units(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
 def sum_of_squares(grads: Tensor) -> Tensor:
     """(U, ...) -> (U,) float64."""
     return grads.flatten(1).square().sum(1, dtype=torch.float64)
-
-
-def aligned(matrix: Tensor) -> Tensor:
-    """`matrix`, copied where it begins at an address that depends on what lies before it."""
-    return matrix if matrix.data_ptr() % ALIGNMENT == 0 else matrix.clone()
 
 
 def wide(tensor: Tensor) -> Tensor:
