@@ -25,7 +25,8 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     found = parser.parse_args(["--given=~/x/~", "~", "b/~/c"])
     assert vars(found) == {"given": "/home/of a user/x/~", "default": "/home/of a user/d", "other": "a~b",
                            "place": ["/home/of a user", "b/~/c"]}
-    given, section = SettingsParser({"section": Section}, unit="unit").parse_settings(["--folder=~/w", "--files", "~/a", "b"])
+    parser = SettingsParser({"section": Section}, unit="unit")
+    given, section = parser.parse_settings(["--folder=~/w", "--files", "~/a", "b"])
     assert section == Section(folder="/home/of a user/w", files=("/home/of a user/a", "b"))
     assert given.values["folder"] == section.folder and given.explicit == {"folder", "files"}
 
