@@ -64,9 +64,11 @@ def report(message: str, shown: bool = True, cause: bool = True) -> None:
     line = f"error: {' '.join(message.split())}"
     if cause:
         tell_launcher(line)
-    with contextlib.suppress(OSError):  # nobody is left to read it
+    try:
         if shown:
             print(line, file=sys.stderr, flush=True)
+    except OSError:  # nobody is left to read it; another try, as the interpreter ends, would hide the status
+        streams.silence(sys.stderr.fileno())
 
 
 def tell_launcher(line: str, callstack: str = "") -> None:
