@@ -70,10 +70,12 @@ def largest_draw(phases: list[Triple], epsilon: mpf, removed: bool) -> mpf:
         none_q = none_p = mpf(0)  # log-probability that no step is above
         for sigma, q, steps in phases:
             place = mpf(sigma) ** 2 * size + mpf(1) / 2
-            under_q, shifted = above(place / sigma), above((place - 1) / sigma)
-            under_p = (1 - mpf(q)) * under_q + mpf(q) * shifted
-            none_q += steps * mp.log1p(-under_q) if under_q < 1 else mp.ninf
-            none_p += steps * mp.log1p(-under_p) if under_p < 1 else mp.ninf
+            # (above, not above): a difference from 1 would lose the digits that exp(epsilon) asks for
+            in_q = above(place / sigma), above(-place / sigma)
+            shifted = above((place - 1) / sigma), above((1 - place) / sigma)
+            in_p = [(1 - mpf(q)) * one + mpf(q) * other for one, other in zip(in_q, shifted)]
+            none_q, none_p = (total + steps * (mp.log1p(-over) if over < 0.5 else mp.log(under))
+                              for total, (over, under) in ((none_q, in_q), (none_p, in_p)))
         if removed:
             found = -mp.expm1(none_p) + mp.exp(epsilon) * mp.expm1(none_q)
         else:
@@ -89,13 +91,15 @@ def sum_of_draws(sigma: float, q: float, steps: int, epsilon: mpf, removed: bool
     counts = range(max(0, int(steps * q - 12 * math.sqrt(steps * q)) - 5),
                    min(steps, int(steps * q + 12 * math.sqrt(steps * q)) + 25) + 1)
     chances = [mpmath.binomial(steps, k) * p**k * (1 - p) ** (steps - k) for k in counts]
+    # An upper bound of the chance of all other counts: rounding, times exp(epsilon), must not pass for a disclosure.
+    rest = mpf(0) if len(counts) == steps + 1 else max(mpf(0), 1 - sum(chances)) + mpf(10) ** (3 - mp.dps)
     best = mpf(0)
     for z in [mpf(k) / 2 for k in range(-12, 25)] + [1 / spread + mpf(k) for k in range(-3, 4)]:
         if removed:
             under_p = sum(chance * above(z - k / spread) for chance, k in zip(chances, counts))
             best = max(best, under_p - mp.exp(epsilon) * above(z))
         else:  # what the chances leave out counts as below
-            under_p = 1 - sum(chance * above(z - k / spread) for chance, k in zip(chances, counts))
+            under_p = rest + sum(chance * above(k / spread - z) for chance, k in zip(chances, counts))
             best = max(best, above(-z) - mp.exp(epsilon) * under_p)
     return best
 
