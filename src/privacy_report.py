@@ -28,9 +28,8 @@ from privacy import accounting
 from privacy.accounting import Phase
 from privacy.ledger import FILE_NAME, NAMES, LedgerState, check_none_was_kept, noise_sources, read_ledger
 from privacy.plan import choose_sigma, participations, relation, spent, warnings
-from run.provenance import disagreements
+from run.provenance import REPORT_NAME, disagreements
 
-REPORT_NAME = "privacy.json"
 SETTINGS = ("unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta")  # what runs can differ in
 TARGETS = (1.0, 2.0, 3.0, 8.0)  # epsilons that a plan prices beside its own
 FACTORS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of its sigma, likewise

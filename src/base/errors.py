@@ -19,9 +19,11 @@ class UserError(ValueError):
     elsewhere = False  # another rank has the cause
 
 
-def fail(message: str) -> NoReturn:
-    """Raise UserError(message)."""
-    raise UserError(message)
+def fail(message: str, on_every_rank: bool = False) -> NoReturn:
+    """Raise UserError(message). on_every_rank: all ranks do so."""
+    mistake = UserError(message)
+    mistake.on_every_rank = on_every_rank
+    raise mistake
 
 
 def run_main(main: Callable[[], int | None], lasting: bool = False) -> None:

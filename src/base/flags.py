@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from base.errors import UserError, fail
+from base.errors import fail
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,9 +24,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", None, os.path.expanduser)  # what is done with the flags that have no type
 
     def error(self, message: str) -> NoReturn:
-        mistake = UserError(f"{message}; see --help")
-        mistake.on_every_rank = True
-        raise mistake
+        fail(f"{message}; see --help", on_every_rank=True)
 
 
 # ---------------------------------------------------------------- checks; they accept None, a flag that was not given

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from base import signals
 from base.distributed import World
-from base.errors import UserError, fail
+from base.errors import fail
 from corpus.batching import Cut, TightCut
 from losses import token_losses
 from model import GPT2LMModel
@@ -187,12 +187,11 @@ class Trainer:
         self.total_units += units
         if not math.isfinite(flat.data.sum().item()):  # the same bits on every rank: all of them stop
             spent = f"epsilon {self.plan.epsilon()[0]:.4f} is spent" if self.world.is_main else "see rank 0"
-            mistake = UserError(
-                f"step {self.done}: a parameter is NaN or infinite; {spent}; lower the learning "
-                "rate and start from the last checkpoint"
+            fail(
+                f"step {self.done}: a parameter is NaN or infinite; {spent}; lower the learning rate and start from "
+                "the last checkpoint",
+                on_every_rank=True,
             )
-            mistake.on_every_rank = True
-            raise mistake
         return asked > 0
 
     # ---------------------------------------------------------------- between steps

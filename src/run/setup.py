@@ -155,23 +155,22 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
     folder, flag = settings.loop.work_dir, settings.flag_of("work_dir")
     restarted = world.gather(world.is_main and not settings.loop.resume and is_restarted(folder))[0]
     if restarted and not task.resumable:
-        mistake = UserError(
+        fail(
             f"{flag} {folder}: begun by this job, {distributed.job_name()}, and started again, which cannot continue; "
-            "start it in another folder"
+            "start it in another folder",
+            on_every_rank=True,
         )
-        mistake.on_every_rank = True
-        raise mistake
     if restarted:
         settings = settings.changed(loop={"resume": True})
         recorded["resume"] = True
     lengths = choose_public_lengths(settings, task, world, loaded.model.config)
     planned = make_plan_settings(settings, task, world)
     if settings.privacy.grad_engine == "opacus" and not planned.private:
-        with world.raise_if_any_failed():
-            fail(
-                "--grad_engine opacus: computes a clipped sum, and a run without noise clips nothing; give "
-                "--target_epsilon or --noise_multiplier, or leave the flag out"
-            )
+        fail(
+            "--grad_engine opacus: computes a clipped sum, and a run without noise clips nothing; give "
+            "--target_epsilon or --noise_multiplier, or leave the flag out",
+            on_every_rank=True,
+        )
     flat, optimizer = prepare_parameters(settings, world, loaded, planned.private)
     cut = lengths if planned.private else TightCut(lengths.token_budget)
     resumes = settings.loop.resume
@@ -207,12 +206,11 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
             work.open_tensorboard(position.done)
         plan = PrivacyPlan(planned, world, ledger, position.done)
     if len(set(world.gather(position.done))) > 1:
-        mistake = UserError(
+        fail(
             f"--resume: the ranks found checkpoints of different steps in {folder}: all machines must see the same "
-            "folder"
+            "folder",
+            on_every_rank=True,
         )
-        mistake.on_every_rank = True
-        raise mistake
     engine = build_engine(settings, loaded, flat, plan, world)
     if planned.private and settings.loop.bf16:
         check_company(engine, loaded.model, flat, lengths, world)

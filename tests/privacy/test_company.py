@@ -20,6 +20,7 @@ from model import GPT2Config, LoRAConfig
 from optimizer import FlatParameters
 from privacy import clipping, opacus_engine
 from privacy.clipping import BookKeeping, ClippingRule, Lookup, Outer, Ragged, Rows
+from privacy.company import fingerprint
 from privacy.opacus_engine import OpacusEngine
 from run.loop import autocast
 
@@ -255,3 +256,11 @@ def test_little_is_padded(units, most):
             padded += (group.stop - group.start) * T
         real += drawn.sum()
     assert 1 < padded / real < most
+
+
+def test_gradients_of_other_bits_have_other_fingerprints():
+    """The same values in another order have the same sums and norms."""
+    grad = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    assert fingerprint(grad) == fingerprint(grad.clone())
+    for other in (grad.flip(0).contiguous(), torch.nextafter(grad, grad + 1), grad[:2]):
+        assert fingerprint(grad) != fingerprint(other)
