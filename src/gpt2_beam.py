@@ -30,7 +30,7 @@ import loralib as lora
 from base.distributed import World, start
 from base.errors import fail, run_main
 from base.files import atomic_write, read_lines
-from base.flags import Parser, check_least, check_positive
+from base.flags import REQUIRED, Given, SettingsParser, flag, spelled
 from decoding.beam_search import SearchSettings, beam_search
 from decoding.journal import Journal
 from decoding.tree_decoder import TreeDecoder
@@ -41,37 +41,63 @@ from weights.foreign import fingerprint
 WAIT_SECONDS = 24 * 3600  # how long a rank that is done waits for the others
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags:
-    """The command line, checked. None: not given."""
+    """The command line."""
 
-    data: str
-    batch_size: int
-    token_budget: int
-    seq_len: int
-    eval_len: int
-    min_length: int
-    model_card: str | None
-    init_checkpoint: str
-    base_checkpoint: str | None
-    platform: str
-    local_rank: int | None
-    lora_dim: int | None
-    lora_alpha: float | None
-    lora_target: list[str] | None
-    vocab_size: int | None
-    beam: int
-    length_penalty: float
-    no_repeat_ngram_size: int
-    repetition_penalty: float
-    eos_token_id: list[int]
-    work_dir: str
-    output_file: str
-    hyperparam: bool
-    bf16: bool
-    fp16: bool
-    resume: bool
-    random_seed: int | None
+    data: str = flag(REQUIRED, "JSON lines of token ids, as gpt2_encode.py makes them")
+    batch_size: int = flag(10, "contexts searched at once; --token_budget may raise it", least=1)
+    token_budget: int = flag(
+        24576,
+        "raise --batch_size as far as so many cached tokens allow, each context counted with its longest possible "
+        "beams (default 24576; 0 keeps --batch_size). No batch size changes the result",
+        least=0,
+    )
+    seq_len: int = flag(512, "tokens of context and generated text together")
+    eval_len: int = flag(256, "tokens to generate at most; contexts keep seq_len - eval_len", least=1)
+    min_length: int = flag(0, "no EOS before so many tokens", least=0)
+    model_card: str | None = flag(
+        help="gpt2.sm, gpt2.md, gpt2.lg, gpt2.xl, or a folder or file with config.json; default: the checkpoint's shape"
+    )
+    init_checkpoint: str = flag(
+        REQUIRED, "weight file, or a folder: its newest model.{step}.pt, PEFT's or Hugging Face's file"
+    )
+    base_checkpoint: str | None = flag(help="the frozen weights under an adapter-only checkpoint, if not where it says")
+    platform: str = flag("local", "local or k8s")
+    local_rank: int | None = flag(names=("local_rank", "local-rank"), help="set by torch.distributed.launch")
+    lora_dim: int | None = flag(help="adapter's rank; default: the checkpoint's, with which it must agree", least=0)
+    lora_alpha: float | None = flag(
+        help="adapter's alpha; default: the checkpoint's, with which it must agree", positive=math.inf
+    )
+    lora_target: tuple[str, ...] | None = flag(
+        help="parts of the fused projection that have an adapter; default: the checkpoint's, with which it must agree, "
+        "or query value where it does not say",
+        nargs="+",
+        choices=SLOTS,
+    )
+    vocab_size: int | None = flag(
+        help="ids of the vocabulary, where the model has more rows than that: the others are padding, and are never "
+        f"predicted (default: all of a model's, but at most GPT-2's {END_OF_TEXT_ID + 1})",
+        least=1,
+    )
+    beam: int = flag(1, "beams of each context", least=1)
+    length_penalty: float = flag(1.0, "a finished beam scores total / length**length_penalty")
+    no_repeat_ngram_size: int = flag(4, "forbid generating an n-gram twice; 0 allows it", least=0)
+    repetition_penalty: float = flag(1.0, "1 is none", positive=math.inf)
+    eos_token_id: tuple[int, ...] | None = flag(
+        help="one more EOS id beside <|endoftext|>; may be repeated", action="append"
+    )
+    work_dir: str = flag("gpt2_model", "folder of the output")
+    output_file: str = flag("beam_prediction.jsonl", "name of the output in --work_dir")
+    hyperparam: bool = flag(
+        False,
+        "--init_checkpoint is a folder, of which the newest model is taken; folders are understood without it, files "
+        "are refused with it",
+    )
+    bf16: bool = flag(False, "weights, cache and products in bfloat16")
+    fp16: bool = flag(False, "refused: GPT-2's activations overflow float16; use --bf16")
+    resume: bool = flag(False, "continue a search that was killed")
+    random_seed: int | None = flag(help="accepted: nothing in a beam search is drawn at random")
 
     @property
     def output(self) -> str:
@@ -79,7 +105,8 @@ class Flags:
 
     def settings(self, vocab_size: int) -> SearchSettings:
         """The rules of the search. EOS ids: 50256, or the last id of a smaller vocabulary, and those given."""
-        for token in self.eos_token_id:
+        given = self.eos_token_id or ()
+        for token in given:
             if not 0 <= token < vocab_size:
                 fail(
                     f"--eos_token_id {token}: outside the model's vocabulary of {vocab_size} tokens; "
@@ -87,7 +114,7 @@ class Flags:
                 )
         if self.beam > vocab_size:
             fail(f"--beam {self.beam}: more than the vocabulary's {vocab_size} tokens; choose at most that many")
-        eos_ids = sorted({min(END_OF_TEXT_ID, vocab_size - 1), *self.eos_token_id})
+        eos_ids = sorted({min(END_OF_TEXT_ID, vocab_size - 1), *given})
         return SearchSettings(
             self.beam,
             self.eval_len,
@@ -99,90 +126,20 @@ class Flags:
         )
 
 
-def parse_flags() -> Flags:
-    add = (parser := Parser(description="beam search with a fine-tuned GPT-2")).add_argument
-    add("--data", required=True, help="JSON lines of token ids, as gpt2_encode.py makes them")
-    add("--batch_size", type=int, default=10, help="contexts searched at once; --token_budget may raise it")
-    add(
-        "--token_budget",
-        type=int,
-        default=24576,
-        help="raise --batch_size as far as so many cached tokens allow, each context counted with its longest possible "
-        "beams (default 24576; 0 keeps --batch_size). No batch size changes the result",
+def parse_flags() -> tuple[Given, Flags]:
+    changes = {"work_dir": spelled(default=os.getenv("PT_OUTPUT_DIR", "gpt2_model"))}
+    parser = SettingsParser(
+        {"search": Flags}, changes, unit="context", description="beam search with a fine-tuned GPT-2"
     )
-    add("--seq_len", type=int, default=512, help="tokens of context and generated text together")
-    add("--eval_len", type=int, default=256, help="tokens to generate at most; contexts keep seq_len - eval_len")
-    add("--min_length", type=int, default=0, help="no EOS before so many tokens")
-    add(
-        "--model_card",
-        help="gpt2.sm, gpt2.md, gpt2.lg, gpt2.xl, or a folder or file with config.json; "
-        "default: the checkpoint's shape",
-    )
-    add(
-        "--init_checkpoint",
-        required=True,
-        help="weight file, or a folder: its newest model.{step}.pt, PEFT's or Hugging Face's file",
-    )
-    add("--base_checkpoint", help="the frozen weights under an adapter-only checkpoint, if not where it says")
-    add("--platform", default="local", help="local or k8s")
-    add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
-    add("--lora_dim", type=int, help="adapter's rank; default: the checkpoint's, with which it must agree")
-    add("--lora_alpha", type=float, help="adapter's alpha; default: the checkpoint's, with which it must agree")
-    add(
-        "--lora_target",
-        nargs="+",
-        choices=SLOTS,
-        help="parts of the fused projection that have an adapter; default: "
-        "the checkpoint's, with which it must agree, or query value where it does not say",
-    )
-    add(
-        "--vocab_size",
-        type=int,
-        help="ids of the vocabulary, where the model has more rows than that: the others are padding, and are never "
-        f"predicted (default: all of a model's, but at most GPT-2's {END_OF_TEXT_ID + 1})",
-    )
-    add("--beam", type=int, default=1, help="beams of each context")
-    add("--length_penalty", type=float, default=1.0, help="a finished beam scores total / length**length_penalty")
-    add("--no_repeat_ngram_size", type=int, default=4, help="forbid generating an n-gram twice; 0 allows it")
-    add("--repetition_penalty", type=float, default=1.0, help="1 is none")
-    add(
-        "--eos_token_id",
-        type=int,
-        action="append",
-        default=[],
-        help="one more EOS id beside <|endoftext|>; may be repeated",
-    )
-    add("--work_dir", default=os.getenv("PT_OUTPUT_DIR", "gpt2_model"), help="folder of the output")
-    add("--output_file", default="beam_prediction.jsonl", help="name of the output in --work_dir")
-    add(
-        "--hyperparam",
-        action="store_true",
-        help="--init_checkpoint is a folder, of which the newest model is taken; "
-        "folders are understood without it, files are refused with it",
-    )
-    add("--bf16", action="store_true", help="weights, cache and products in bfloat16")
-    add("--fp16", action="store_true", help="refused: GPT-2's activations overflow float16; use --bf16")
-    add("--resume", action="store_true", help="continue a search that was killed")
-    add("--random_seed", type=int, help="accepted: nothing in a beam search is drawn at random")
-    return Flags(**vars(parser.parse_args()))
+    given, flags = parser.parse_settings(sys.argv[1:])
+    return given, flags
 
 
-def check(flags: Flags) -> None:
+def check(given: Given, flags: Flags) -> None:
     """Raise UserError for what can be known to be wrong before any file is read."""
     if flags.fp16:
         fail("--fp16: refused, GPT-2's activations overflow float16 and spoil the search; use --bf16")
-    check_least(
-        flags,
-        batch_size=1,
-        token_budget=0,
-        eval_len=1,
-        min_length=0,
-        beam=1,
-        no_repeat_ngram_size=0,
-        lora_dim=0,
-        vocab_size=1,
-    )
-    check_positive(flags, lora_alpha=math.inf, repetition_penalty=math.inf)
+    given.check_ranges()
     if flags.eval_len >= flags.seq_len:
         fail(f"--eval_len {flags.eval_len}: leaves no room for a context in --seq_len {flags.seq_len}; expected less")
     if not abs(flags.length_penalty) <= 10:
@@ -272,7 +229,6 @@ def prepare(flags: Flags, world: World, journal: Journal) -> tuple[GPT2LMModel, 
 
     UserError for the mistakes.
     """
-    check(flags)
     model = load(flags)
     rows = model.config.vocab_size
     model = without_padding(model, flags.vocab_size)
@@ -337,10 +293,11 @@ def search(
 
 
 def main() -> None:
-    flags = parse_flags()
+    given, flags = parse_flags()
     world = start(flags.platform, flags.local_rank, timeout_seconds=WAIT_SECONDS)
     journal = Journal(flags.output)
     with world.raise_if_any_failed():
+        check(given, flags)
         model, work = prepare(flags, world, journal)
     rank_0_identity, done = world.gather((work.identity, work.done))[0]  # rank 0 read the journals for all
     work = replace(work, identity=rank_0_identity, done=done)
