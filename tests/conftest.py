@@ -1,10 +1,14 @@
 """What every test may ask for. pyproject.toml says from which folders modules are imported."""
 
 import pathlib
+import signal
 
 import pytest
 
 from helpers.processes import SHARED
+
+# Tests send SIGHUP to what they start; under nohup all of it would ignore the signal.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
