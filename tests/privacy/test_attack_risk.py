@@ -11,9 +11,11 @@ from scipy.special import ndtr, ndtri
 
 from base.errors import UserError
 from helpers.exact_accounting import one_step
+from helpers.processes import ROOT
 from privacy import accounting, attack_risk
 from privacy.accounting import Phase
 from privacy.attack_risk import ADDED, REMOVED, WORSE
+from run.risk_words import percent, up
 
 RATES = np.array([1e-6, 1e-4, 0.001, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9, 0.999])
 E2E = [Phase(0.6, 128 / 42061, 6572)]
@@ -22,7 +24,7 @@ MIXED = {
     "authors": [Phase(0.4717, 1024 / 304279, 891)],
     "three phases": [Phase(0.8, 0.02, 40), Phase(1.0, 0.05, 60), Phase(2.0, 1.0, 3)],
     "one step": [Phase(1.0, 0.3, 1)],
-    "rare and large": [Phase(0.25, 0.01, 50)],
+    "rare and large": [Phase(0.4, 0.01, 50)],
     "nearly all": [Phase(20.0, 0.9, 100)],
 }
 
@@ -36,7 +38,7 @@ def profiles(name: str):
     return functools.reduce(lambda left, right: left.compose(right), parts)
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", [name for name in MIXED if name != "authors"])
 def test_equals_dp_accounting_in_both_directions(name):
     """delta at many epsilons, of each direction alone, and the power that follows. Both are upper bounds, from other
     grids: the difference is what spreading adds. It adds at most FINENESS^2 / 4, 4e-4, to the relative variance of a
@@ -51,15 +53,16 @@ def test_equals_dp_accounting_in_both_directions(name):
         delta = np.array(pmf.get_delta_for_epsilon(t))
         assert np.all(np.abs(risk.delta(direction)[places] - delta) < most)
     # Power by their numbers: delta below epsilon 0 is that of the other direction, turned.
-    t = np.linspace(-12, 12, 1201)
-    half, delta = t[600:], {}
+    t = np.linspace(-12, 12, 601)
+    half, delta = t[300:], {}
     for direction, other in ((REMOVED, ADDED), (ADDED, REMOVED)):
         turned = -np.expm1(-half) + np.exp(-half) * np.array(theirs[other].get_delta_for_epsilon(half))
         delta[direction] = np.append(turned[:0:-1], theirs[direction].get_delta_for_epsilon(half))
     delta[WORSE] = np.maximum(delta[REMOVED], delta[ADDED])
     for direction, found in delta.items():
         power = np.minimum(1, [np.min(found + np.exp(t) * rate) for rate in RATES])
-        assert np.abs(power - risk.power(RATES, direction)).max() < most + 5e-5, direction  # 0.02^2 / 8 of it: steps of t
+        # steps of 0.04 in t leave up to 0.04^2 / 8 of exp(t) times what is found above t, which is at most a half
+        assert np.abs(power - risk.power(RATES, direction)).max() < most + 1e-4, direction
     assert risk.power(RATES).max() <= 1 and np.all(np.diff(risk.power(RATES)) > 0)
     assert np.all(risk.power(RATES) >= np.maximum(risk.power(RATES, REMOVED), risk.power(RATES, ADDED)) - 1e-12)
 
@@ -79,7 +82,8 @@ def test_equals_riskcal(name):
     assert np.all(risk.power(RATES) > theirs - 1e-5)
     assert np.all(risk.power(RATES)[3:] < theirs[3:] + 0.0015)
     for baseline in (0.01, 0.1):  # reconstruction is bounded by the power where false positives are as many
-        assert risk.reconstruction(baseline) == pytest.approx(1 - analysis.get_beta_from_pld(total, baseline), abs=2e-3)
+        beta = analysis.get_beta_from_pld(total, baseline)
+        assert risk.reconstruction(baseline) == pytest.approx(1 - beta, abs=2e-3)
 
 
 def test_the_anchor_and_its_time():
@@ -89,7 +93,17 @@ def test_the_anchor_and_its_time():
     found = attack_risk.figures(E2E, 1e-5)
     assert time.monotonic() - started < 3
     assert found["tpr"]["0.01"] == pytest.approx(0.0869, abs=1e-4)
-    assert attack_risk.permitted_by_epsilon(5.4253, 1e-5, np.array([0.01]))[0] > 0.99
+    permitted = float(attack_risk.permitted_by_epsilon(5.4253, 1e-5, np.array([0.01]))[0])
+    assert 0.9956 < permitted < 0.9957
+    # and the documents say what the terminal prints
+    tpr = [percent(found["tpr"][rate]) for rate in ("0.001", "0.01", "0.05")]
+    page = (ROOT / "docs" / "risk.md").read_text()
+    others = (up(found["advantage"]), percent(found["guess"]), up(found["posterior"]))
+    for words in (f"| {tpr[1]} |", f"| {tpr[0]}, {tpr[2]} |", *(f"| {figure} |" for figure in others)):
+        assert words in page, words
+    for name in ("PRIVACY.md", "README.md"):
+        assert f"finds at most {tpr[1]} of" in (text := " ".join((ROOT / name).read_text().split())) or (
+            f"find at most {tpr[1]} of" in text), name
 
 
 @pytest.mark.parametrize("phases", [
@@ -123,6 +137,15 @@ def test_one_step_is_never_below_exact_arithmetic(sigma, q):
             for direction in (REMOVED, ADDED):
                 exact = float(one_step(sigma, q, mpmath.mpf(t), direction == REMOVED))
                 assert exact <= risk.delta(direction)[index] <= exact + 1e-9, (t, direction)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_the_worse_direction_bounds_both(name):
+    """And is the concave hull of both curves: a line of slope 1 beyond which no point of either lies."""
+    risk = attack_risk.attack_risk(MIXED[name])
+    worse, removed, added = (risk.power(RATES, way) for way in (WORSE, REMOVED, ADDED))
+    assert np.all(worse >= np.maximum(removed, added) - 1e-12) and np.all(worse <= RATES + risk.advantage + 1e-12)
+    assert np.all(np.diff(worse) / np.diff(RATES) >= 0) and np.all(np.diff(np.diff(worse) / np.diff(RATES)) <= 1e-6)
 
 
 @pytest.mark.parametrize("direction", [REMOVED, ADDED])
