@@ -202,8 +202,8 @@ def main() -> None:
         fail(f"--output {args.output}: holds a {provenance.REPORT_NAME} of other weights; choose another folder")
     readme, text = os.path.join(args.output, README), model_card(loaded, spent, args.format, args.base_name)
     if os.path.exists(readme):
-        with open_text(readme, "--output") as handle:
-            if handle.read() != text:
+        with open_text(readme, "--output") as page:
+            if page.read() != text:
                 fail(f"--output {args.output}: holds a {README} of something else; choose another folder")
     os.makedirs(args.output, exist_ok=True)
     write_text(readme, text)
