@@ -7,12 +7,14 @@ merged  config.json and model.safetensors, for transformers' from_pretrained; --
 peft    adapter_config.json and adapter_model.safetensors, for peft's PeftModel.from_pretrained(base, folder).
 
 Where the weights come from runs with a ledger, what each of them spent is said in the weights' metadata and in a
-privacy.json beside them, so that a run that starts from here can name it (run/provenance.py).
+privacy.json beside them, so that a run that starts from here can name it (run/provenance.py). README.md is a model
+card: it says what the training promises (run/card.py), or that nothing is claimed.
 """
 
 import json
 import math
 import os
+import re
 import sys
 
 import safetensors.torch
@@ -20,17 +22,18 @@ from torch import Tensor
 
 import loralib as lora
 from base.errors import fail, run_main
-from base.files import atomic_write, read_object
+from base.files import atomic_write, open_text, read_object
 from base.flags import Parser, check_least, check_positive
 from corpus.tokenizer import END_OF_TEXT, FORMS, Tokenizer, load_tokenizer, vocabulary_files
 from model import SLOTS, GPT2Config, GPT2LMModel
 from privacy.ledger import FILE_NAME
-from run import provenance
+from run import card, provenance
 from weights import peft_format
 from weights.checkpoint import Loaded, load_trained
 from weights.foreign import WEIGHT_FILES, fingerprint
 
 WEIGHTS = {"merged": "model.safetensors", "peft": "adapter_model.safetensors"}
+README = "README.md"
 # The tokenizer's files: OpenAI's names, and Hugging Face's for the same content.
 VOCABULARY = dict(zip(*FORMS[:2], strict=True))
 
@@ -100,6 +103,11 @@ def name_base(loaded: Loaded, given: str | None) -> str:
     return folder if whole else loaded.base["absolute"]
 
 
+def write_text(path: str, text: str) -> None:
+    with atomic_write(path) as handle:
+        handle.write(text)
+
+
 def write_json(path: str, content: dict) -> None:
     with atomic_write(path) as handle:
         json.dump(content, handle, indent=1, ensure_ascii=False)
@@ -114,6 +122,31 @@ def write_tokenizer(vocab: str, output: str, config: GPT2Config) -> None:
         with atomic_write(os.path.join(output, VOCABULARY.get(name, name)), "wb") as handle:
             handle.write(content)
     write_json(os.path.join(output, "tokenizer_config.json"), tokenizer_config(config))
+
+
+def model_card(loaded: Loaded, spent: dict | None, form: str, base_name: str | None) -> str:
+    """README.md: front matter for the hub, how to read the folder, and what its training promises."""
+    library = {"merged": "transformers", "peft": "peft"}[form]
+    matter = [f"library_name: {library}", "pipeline_tag: text-generation"]
+    if base_name is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_name) and not os.path.exists(base_name):
+        matter.append(f"base_model: {base_name}")
+    found = provenance.ledger_of(loaded, spent)
+    unchecked = [] if spent is None else [card.UNCHECKED]
+    promise = card.collect(*found, spent_beside(found[0], spent)) if found else card.Card([card.NO_CLAIM, *unchecked])
+    matter += ["tags:", "- gpt2", *(["- differential-privacy"] if promise.epsilon < math.inf and promise.rows else [])]
+    use = {
+        "merged": "Read it with `transformers.AutoModelForCausalLM.from_pretrained(folder)`.",
+        "peft": "An adapter: read it with `peft.PeftModel.from_pretrained(base, folder)`.",
+    }[form]
+    front = "\n".join(["---", *matter, "---"])
+    return f"{front}\n\n# GPT-2, fine-tuned\n\n{use}\n\n{card.as_markdown(promise, level=2)}"
+
+
+def spent_beside(ledger: str, spent: dict | None) -> dict | None:
+    """What the privacy.json beside a ledger says, with the runs before that the weights themselves name."""
+    path = os.path.join(os.path.dirname(ledger), provenance.REPORT_NAME)
+    report = read_object(path, "the run's object") if os.path.exists(path) else {"disclosed": ["not known"]}
+    return {**report, "initial_weights": (spent or {}).get("initial_weights", [])}
 
 
 def open_vocabulary(folder: str, config: GPT2Config) -> Tokenizer:
@@ -167,7 +200,13 @@ def main() -> None:
     # A killed export has left the same one.
     if os.path.exists(report) and read_object(report, "what another export wrote", "--output") != spent:
         fail(f"--output {args.output}: holds a {provenance.REPORT_NAME} of other weights; choose another folder")
+    readme, text = os.path.join(args.output, README), model_card(loaded, spent, args.format, args.base_name)
+    if os.path.exists(readme):
+        with open_text(readme, "--output") as page:
+            if page.read() != text:
+                fail(f"--output {args.output}: holds a {README} of something else; choose another folder")
     os.makedirs(args.output, exist_ok=True)
+    write_text(readme, text)
     if spent:
         write_json(report, spent)
     if tokenizer:

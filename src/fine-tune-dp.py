@@ -35,7 +35,7 @@ from corpus.tokenizer import VOCAB_HELP
 from optimizer import HUGGING_FACE_SCHEDULES, hugging_face_schedule
 from run import setup
 from run.loop import Trainer
-from run.settings import SHARED, Settings
+from run.settings import SHARED, Settings, noise_flags
 from run.task import Task
 from weights.checkpoint import latest_resumable, model_path
 
@@ -150,7 +150,7 @@ CHANGES = {
     "adam_beta2": spelled(default=0.999),
     "adam_epsilon": spelled("adam_epsilon", default=1e-8),
     "clip": spelled("max_grad_norm", default=1.0, help="bound on the released gradient's norm; 0 = none (default 1)"),
-    "noise_multiplier": spelled(help="sigma; exactly one of it and --target_epsilon is given"),
+    "noise_multiplier": spelled(help="sigma; exactly one of it, --target_epsilon and --target_advantage is given"),
     "max_grad_norm": spelled("per_sample_max_grad_norm"),
     "work_dir": spelled("output_dir", default=REQUIRED),
     "train_batch_size": spelled("per_device_train_batch_size"),
@@ -187,8 +187,9 @@ def check(settings: Settings) -> None:
     settings.check()
     model, privacy, loop, extra, data = settings.model, settings.privacy, settings.loop, settings.extra, settings.data
     max_step = -1 if loop.max_step is None else loop.max_step
-    if not extra.disable_dp and (privacy.noise_multiplier is None) == (privacy.target_epsilon is None):
-        fail("--noise_multiplier and --target_epsilon: give exactly one of them, or --disable_dp")
+    if not extra.disable_dp and len(given := noise_flags(privacy)) != 1:
+        shown = " and ".join(given or ["--noise_multiplier and --target_epsilon and --target_advantage"])
+        fail(f"{shown}: give exactly one of them, or --disable_dp")
     if data.eval_file is not None and data.eval_fraction is not None:
         fail("--eval_fraction: means nothing with --eval_file, which holds all held-out texts")
     if extra.enable_lora and model.lora_dim == 0:
@@ -221,7 +222,7 @@ def translated(settings: Settings) -> Settings:
         "show_bar": not extra.disable_tqdm,
         "show_progress": extra.log_level not in ("warning", "error", "critical"),
     }
-    privacy = {"noise_multiplier": 0.0, "target_epsilon": None} if extra.disable_dp else {}
+    privacy = {"noise_multiplier": 0.0, "target_epsilon": None, "target_advantage": None} if extra.disable_dp else {}
     return settings.changed(loop=changes, privacy=privacy)
 
 
@@ -354,7 +355,7 @@ def describe(
     ignored = [field.name for field in dataclasses.fields(WithoutEffect) if field.name in settings.given.explicit]
     if ignored:
         say(f"accepted, without effect: {' '.join('--' + name for name in ignored)}")
-    for name in ("target_epsilon", "noise_multiplier"):
+    for name in ("target_epsilon", "target_advantage", "noise_multiplier"):
         if settings.extra.disable_dp and name in settings.given.explicit:
             say(f"--disable_dp: --{name} {settings.given.values[name]:g} has no effect", important=True)
 

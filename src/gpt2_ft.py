@@ -24,7 +24,7 @@ from base.flags import SettingsParser, flag, spelled
 from corpus.examples import Examples, check_scored, count_shared, describe_cut, read_examples
 from optimizer import schedule
 from run import setup
-from run.settings import DEFAULT_DELTA, SHARED, Optimizer, Settings, TokenData
+from run.settings import DEFAULT_DELTA, SHARED, Optimizer, Settings, TokenData, noise_flags
 from run.task import Task
 
 DEFAULT_SIGMA = 0.5
@@ -56,8 +56,8 @@ def check(settings: Settings) -> None:
     privacy, loop = settings.privacy, settings.loop
     if settings.extra.fp16:
         fail("--fp16: refused, its loss scaling may skip a step, which privacy accounting cannot allow; use --bf16")
-    if privacy.noise_multiplier is not None and privacy.target_epsilon is not None:
-        fail("--noise_multiplier and --target_epsilon: give one of them, the other follows")
+    if len(given := noise_flags(privacy)) > 1:
+        fail(f"{' and '.join(given)}: give one of them, the other follows")
     if settings.optimizer.scheduler == "cycle":
         cycle_points(settings.optimizer)
     elif loop.max_step is None and loop.max_epoch is None:
@@ -116,7 +116,7 @@ def main() -> int:
     world = distributed.start(settings.loop.platform, settings.loop.local_rank, settings.loop.collective_timeout)
     with world.raise_if_any_failed():
         check(settings)
-        if settings.privacy.noise_multiplier is None and settings.privacy.target_epsilon is None:
+        if not noise_flags(settings.privacy):
             settings = settings.changed(privacy={"noise_multiplier": DEFAULT_SIGMA})
         loaded = setup.load_weights(settings, settings.model.init_checkpoint, settings.model.model_card)
         train, valid, digests = read_data(settings.data, loaded.model.config.vocab_size)

@@ -37,7 +37,7 @@ from privacy.auditing import FEWEST, Audit, audit
 from privacy.plan import finite_or_text
 from run import canaries, setup
 from run.loop import Trainer
-from run.settings import DEFAULT_DELTA, MOST_STEPS, SHARED, Settings, TokenData
+from run.settings import DEFAULT_DELTA, MOST_STEPS, SHARED, Settings, TokenData, noise_flags
 from run.task import Task
 from weights.checkpoint import Loaded
 
@@ -84,8 +84,11 @@ def check(settings: Settings) -> None:
         fail("--resume: refused, the coins and scores of an audit are not kept; start it again in another --work_dir")
     settings.check()
     privacy, loop, audited = settings.privacy, settings.loop, settings.extra
-    if (privacy.noise_multiplier is None) == (privacy.target_epsilon is None):
-        fail("--noise_multiplier and --target_epsilon: give one of them, an audit needs a claim to compare with")
+    if len(noise_flags(privacy)) != 1:
+        fail(
+            "--noise_multiplier and --target_epsilon (or --target_advantage): give one of them, an audit needs a claim "
+            "to compare with"
+        )
     if privacy.noise_multiplier == 0:
         fail("--noise_multiplier 0: such a run claims nothing that could be audited; expected a number above 0")
     for made in audited.guesses or ():

@@ -4,10 +4,13 @@
     python src/privacy_report.py trained_models/GPT2_M/e2e/privacy_ledger.jsonl  its ledger,
     python src/privacy_report.py trained_models/GPT2_M/e2e/privacy.json --delta 1e-6 1e-7   or its report
 
+    python src/privacy_report.py trained_models/GPT2_M/e2e --card card.html      and a page about it for others
+
     python src/privacy_report.py --plan 42061 128 20 --sigma 0.6 --delta 1e-5
     python src/privacy_report.py --plan 42061 128 20 --epsilon 8 --delta 1e-5 --plot plan.png
 
-Epsilon is recomputed from the ledger alone, whose checksums are checked first. A privacy.json beside it adds what the
+Epsilon, and what an attacker can do at the most, are recomputed from the ledger alone, whose checksums are checked
+first. A privacy.json beside it adds what the
 ledger does not know (what else was disclosed) and is compared with it. Runs on the CPU in seconds.
 
 Status: 0; 1 where privacy.json does not say what the ledger says; 2 for a ledger or a flag that cannot be used.
@@ -21,13 +24,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from base.errors import fail, run_main
+from base.errors import UserError, fail, run_main
 from base.files import atomic_write, read_object
 from base.flags import Parser
 from privacy import accounting
 from privacy.accounting import Phase
+from privacy.attack_risk import PRIOR, check_advantage, check_prior
 from privacy.ledger import FILE_NAME, NAMES, LedgerState, check_none_was_kept, noise_sources, read_ledger
-from privacy.plan import choose_sigma, participations, relation, spent, warnings
+from privacy.plan import choose_sigma, choose_sigma_for_advantage, participations, relation, spent, warnings
+from run import card, risk_words
 from run.provenance import REPORT_NAME, disagreements
 
 SETTINGS = ("unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta")  # what runs can differ in
@@ -89,15 +94,20 @@ def epsilon_table(phases: list[Phase], deltas: dict[float, str]) -> str:
     return "\n".join(lines)
 
 
-def report_ledger(path: str, deltas: list[float]) -> int:
+def report_ledger(path: str, deltas: list[float], prior: float, plot: str | None, card_path: str | None) -> int:
     ledger, report_path = find_files(path)
     state = read_ledger(ledger)
+    if len(units := {record["unit"] for record in state.records}) > 1:
+        fail(
+            f"{ledger}: counts for one {' and for one '.join(sorted(units))}: no epsilon holds for both; keep one apart"
+        )
     report = read_object(report_path, "the run's object; its next checkpoint writes it anew") if report_path else None
     if not state.records:
         print(f"ledger        {ledger}: no whole record; {state.charged} steps charged")
         if state.torn:
             fail(f"{ledger}: its only line is cut short: one step was charged, its sigma and q are not known")
         print("epsilon       0: nothing was drawn")
+        write_card(card_path, ledger, state, report, prior)
         return 0
     last = state.records[-1]
     torn = ", one of them a last line cut short" if state.torn else ""
@@ -114,7 +124,14 @@ def report_ledger(path: str, deltas: list[float]) -> int:
     wanted = {last["delta"]: "the run's delta", 1 / (10 * last["N"]): "1/(10 N)"}
     for delta in deltas:
         wanted.setdefault(delta, "--delta")
-    print(epsilon_table(spent(state), wanted))
+    phases = spent(state)
+    print(epsilon_table(phases, wanted))
+    for line in risk_words.lines(phases, last["delta"], prior):
+        print(line)
+    if plot:
+        risk_words.draw_ledger(plot, phases, accounting.epsilon_prv(phases, last["delta"]), last["delta"])
+        print(f"plot          {plot}")
+    write_card(card_path, ledger, state, report, prior)
     sources = noise_sources(state)
     print(f"noise source  {' and '.join(sorted(sources))}")
     for words in warnings(state):
@@ -133,13 +150,27 @@ def report_ledger(path: str, deltas: list[float]) -> int:
     return 1 if different else 0
 
 
+def write_card(path: str | None, ledger: str, state: LedgerState, report: dict | None, prior: float) -> None:
+    if path is not None:
+        card.write(path, card.collect(ledger, state, report, prior))
+        print(f"card          {path}")
+
+
 # --- a plan ---
 
 
 def plan(
-    N: int, batch: int, epochs: float, sigma: float | None, target: float | None, delta: float, plot: str | None
+    N: int,
+    batch: int,
+    epochs: float,
+    sigma: float | None,
+    target: float | None,
+    advantage: float | None,
+    delta: float,
+    prior: float,
+    plot: str | None,
 ) -> int:
-    """Print what `epochs` epochs cost; draw it where `plot` says. One of sigma and target is None."""
+    """Print what `epochs` epochs cost; draw it where `plot` says. Two of sigma, target and advantage are None."""
     q, steps = batch / N, round(epochs * N / batch)
     if steps < 1:
         fail(f"--plan {N} {batch} {epochs:g}: is no step at all; wanted at least batch / N = {q:.3g} epochs")
@@ -147,7 +178,7 @@ def plan(
     uses = math.ceil(steps / per_epoch)
     counts = sorted({max(1, round(steps * share)) for share in (0.001, 0.01, 0.05, *(i / 10 for i in range(1, 11)))})
     targets = sorted({*TARGETS, *([target] if target is not None else [])})
-    evaluations = (target is not None) + 1 + len(counts) + len(FACTORS) + len(targets)
+    evaluations = (sigma is None) + 1 + len(counts) + len(FACTORS) + len(targets)
     bar = tqdm(total=evaluations, desc="accounting", leave=False, disable=not sys.stderr.isatty())
 
     def ticked(value: Any) -> Any:
@@ -156,6 +187,8 @@ def plan(
 
     if target is not None:
         sigma = ticked(choose_sigma(target, delta, N, batch, steps, "poisson"))
+    if advantage is not None:
+        sigma = ticked(choose_sigma_for_advantage(advantage, N, batch, steps, "poisson"))
     assert sigma is not None
     phases = [Phase(sigma, q, steps)]
     bound = ticked(accounting.epsilon_bound(phases, delta))
@@ -192,6 +225,8 @@ def plan(
     for sampling in NAMES["sampling"]:
         print(f"relation      {relation('unit', [sampling])} ({sampling})")
     chosen = "" if target is None else f", the smallest that keeps epsilon within {target:g}"
+    if advantage is not None:
+        chosen = f", the smallest that keeps the membership advantage within {advantage:g}"
     print(f"sigma         {sigma:.6g}{chosen}")
     even = (batch / sigma) * (batch / sigma)  # not **, which has no infinity
     print(
@@ -200,6 +235,8 @@ def plan(
     )
     deltas = {delta: "--delta", strict: "1/(10 N)"}
     print(epsilon_table(phases, deltas))
+    for line in risk_words.lines(phases, delta, prior):
+        print(line)
     shuffled = accounting.epsilon_shuffle(sigma, uses, delta)
     print(
         f"shuffled      the same noise, every unit {uses} times: epsilon {shuffled:.4f} at delta {delta:g}, "
@@ -221,7 +258,7 @@ def plan(
         stairs = [(index * per_epoch, accounting.epsilon_shuffle(sigma, index + 1, delta)) for index in begun]
         stairs.append((steps, shuffled))
         title = f"N = {N}, expected batch {batch}, {epochs:g} epochs"
-        draw(plot, by_steps, by_sigma, stairs, sigma, delta, strict, title)
+        draw(plot, by_steps, by_sigma, stairs, sigma, delta, strict, title, phases)
         print(f"\nplot          {plot}")
     return 0
 
@@ -243,9 +280,18 @@ def table_values(values: list[float]) -> str:
 
 
 def draw(
-    path: str, by_steps: list, by_sigma: list, stairs: list, sigma: float, delta: float, strict: float, title: str
+    path: str,
+    by_steps: list,
+    by_sigma: list,
+    stairs: list,
+    sigma: float,
+    delta: float,
+    strict: float,
+    title: str,
+    phases: list[Phase],
 ) -> None:
-    """Write the PNG: epsilon against steps, and sigma against epsilon. The rows are those of the printed tables.
+    """Write the PNG: epsilon against steps, sigma against epsilon, and the attack risk of `phases`, the whole run. The
+    rows are those of the printed tables.
 
     stairs: (step, epsilon from there on) of the shuffled run.
     """
@@ -254,7 +300,7 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    figure, (left, right, risk) = pyplot.subplots(1, 3, figsize=(18, 4.8), layout="constrained")
     names = [
         f"PRV, delta {delta:g}",
         f"RDP, delta {delta:g}",
@@ -274,6 +320,7 @@ def draw(
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
+    risk_words.draw_curve(risk, phases, accounting.epsilon_prv(phases, delta), delta)
     figure.suptitle(title)
     with atomic_write(path, "wb") as handle:
         figure.savefig(handle, format="png", dpi=120)
@@ -288,18 +335,35 @@ def main() -> int:
     add("--plan", type=float, nargs=3, metavar=("N", "BATCH", "EPOCHS"), help="units, expected batch, epochs to come")
     add("--sigma", type=float, help="plan with this noise multiplier")
     add("--epsilon", type=float, help="plan with the smallest noise multiplier that meets this")
-    add("--plot", metavar="FILE.png", help="plan: write the curves there")
+    add("--advantage", type=float, help="plan with the smallest one that keeps the membership advantage within this")
+    add("--prior", type=float, default=PRIOR, help="share of members before the attack, for a guess (default 0.5)")
+    add("--plot", metavar="FILE.png", help="write the curves there: of an attacker, and of a plan's epsilon")
+    add("--card", metavar="FILE.md|FILE.html", help="ledger: write a page on what is promised, for others to read")
     args = parser.parse_args()
     for delta in args.delta:
         if not 0 < delta < 1:
             fail(f"--delta {delta:g}: wanted a number above 0 and below 1, such as 1e-5")
+    try:
+        check_prior(args.prior)
+        if args.advantage is not None:
+            check_advantage(args.advantage)
+    except UserError as mistake:
+        fail(f"--{str(mistake).removeprefix('target ')}")
+    if args.plot is not None:
+        folder = os.path.dirname(args.plot) or "."
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            fail(f"--plot {args.plot}: {folder} is no folder that can be written to; make it first")
+    if args.card is not None:
+        card.check_path(args.card)
     if (args.path is None) == (args.plan is None):
         fail("wanted either a ledger, training folder or privacy.json, or --plan N BATCH EPOCHS; see --help")
     if args.plan is None:
-        for flag in ("sigma", "epsilon", "plot"):
+        for flag in ("sigma", "epsilon", "advantage"):
             if getattr(args, flag) is not None:
                 fail(f"--{flag}: goes with --plan N BATCH EPOCHS alone; a ledger has its own noise")
-        return report_ledger(args.path, args.delta)
+        return report_ledger(args.path, args.delta, args.prior, args.plot, args.card)
+    if args.card is not None:
+        fail(f"--card {args.card}: goes with a ledger alone; a plan has promised nothing yet")
 
     N, batch, epochs = args.plan
     if not all(math.isfinite(value) and value > 0 for value in args.plan):
@@ -312,19 +376,19 @@ def main() -> int:
         fail(f"--plan {N:g} {batch:g} {epochs:g}: N and BATCH count units, wanted whole numbers")
     if batch > N:
         fail(f"--plan {N:g} {batch:g} {epochs:g}: the batch is larger than the data; lower BATCH")
-    if (args.sigma is None) == (args.epsilon is None):
-        fail("--plan: wanted exactly one of --sigma (what does it cost?) and --epsilon (what noise does it take?)")
+    if [args.sigma, args.epsilon, args.advantage].count(None) != 2:
+        fail(
+            "--plan: wanted exactly one of --sigma (what does it cost?), --epsilon and --advantage (what noise does it "
+            "take?)"
+        )
     if args.sigma is not None and not (0 < args.sigma < math.inf):
         fail(f"--sigma {args.sigma:g}: wanted a number above 0; without noise epsilon is infinite")
     if args.epsilon is not None and not (0 < args.epsilon < math.inf):
         fail(f"--epsilon {args.epsilon:g}: wanted a number above 0")
     if len(args.delta) != 1:
         fail(f"--delta: a plan wants exactly one, got {len(args.delta)}; 1/(10 N) is added by itself")
-    if args.plot is not None:
-        folder = os.path.dirname(args.plot) or "."
-        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-            fail(f"--plot {args.plot}: {folder} is no folder that can be written to; make it first")
-    return plan(int(N), int(batch), epochs, args.sigma, args.epsilon, args.delta[0], args.plot)
+    noise = (args.sigma, args.epsilon, args.advantage)
+    return plan(int(N), int(batch), epochs, *noise, args.delta[0], args.prior, args.plot)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,9 @@ ALIGNED = ("test_rounding.py::test_no_data_move_the_sum_by_more_than_the_noise_p
 ROWS = ("test_clipping.py::test_units_of_several_texts",)
 CHANCE = ("test_accounting_exact.py::test_a_small_chance_of_a_draw_is_a_chance",)
 MANY = ("test_accounting_exact.py::test_the_rounding_of_many_steps_is_paid_for",)
+ATTACK, RISK = "privacy/attack_risk.py", tuple(f"test_attack_risk.py::{name}" for name in (
+    "test_a_monte_carlo_attack", "test_one_step_is_never_below_exact_arithmetic",
+    "test_what_is_above_the_grid_counts_as_found", "test_the_worse_direction_bounds_both"))
 WITHOUT = ("test_gpt2_ft.py::test_steps_without_noise_are_not_forgotten",)
 SHUFFLE = ("test_sampling.py::test_shuffle_uses_each_unit_once_an_epoch",)
 UNLIKE = ("test_neighbours.py::test_ranks_that_compute_in_different_ways_are_refused",)
@@ -232,6 +235,17 @@ MUTANTS = (
              "1 - math.prod((1 - phase.q) ** phase.steps for phase in phases)"),), CHANCE),
     Mutant("rounding of many steps forgotten", "privacy/sampled_gaussian.py",
            (("noise = 4 * UNIT * float(", "noise = 0 * float("),), MANY),
+    Mutant("one direction of the attack left out", ATTACK,
+           (("else np.maximum(self.removed, self.added)", "else self.added"),), RISK[3:]),
+    Mutant("losses rounded down", ATTACK,
+           (("np.append(lower, 0.0) + np.append(0.0, main - lower)", "np.append(main, 0.0)"),), RISK[1:2]),
+    Mutant("infinite loss dropped", ATTACK,
+           (("-math.expm1(-infinite) + _beyond(phases, parts, t)", "0.0"),), RISK[2:3]),
+    Mutant("one phase of an attack forgotten", ATTACK,
+           (("return _attack_risk(accounting.merge(phases))", "return _attack_risk(accounting.merge(phases)[:1])"),),
+           RISK[:1]),
+    Mutant("advantage is no budget", PLAN,
+           (("if settings.target_advantage is not None:", "if False:"),), BUDGET),
     Mutant("steps without noise forgotten", "run/resume.py",
            (('sum(record["sigma"] == 0 for record in ledger.state.records)', "0"),), WITHOUT),
 )

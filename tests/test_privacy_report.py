@@ -11,7 +11,7 @@ import pytest
 import privacy_report
 from base.errors import run_main
 from helpers.processes import ROOT, assert_user_error, run_script
-from privacy import accounting
+from privacy import accounting, attack_risk
 from privacy.accounting import Phase
 from privacy.ledger import FILE_NAME, Ledger
 from privacy.plan import epsilons
@@ -187,6 +187,44 @@ def test_damage_is_refused(report, tmp_path):
     assert_user_error(report(tmp_path), "privacy.json", "object")
 
 
+def test_what_an_attacker_can_do_is_said(report, tmp_path):
+    """In words, the plot and the card, of two attempts; a privacy.json that says other figures does not agree."""
+    ledger = write_ledger(tmp_path, [(1, 40, {}), (31, 70, {"sigma": 1.0})])
+    phases = [Phase(0.8, 0.02, 40), Phase(1.0, 0.02, 40)]
+    figures = attack_risk.figures(phases, 1e-5)
+    write_report(tmp_path, ledger, attack_risk=figures)
+    process = report(tmp_path, "--prior", 0.2, "--plot", tmp_path / "x.png", "--card", tmp_path / "card.html")
+    assert process.returncode == 0, process.stdout + process.stderr
+    risk = attack_risk.attack_risk(phases)
+    for rate in (0.001, 0.01, 0.05):
+        shown = re.search(rf"^attack risk   with {rate * 100:g} % .* at most ([\d.]+) % .*removed ([\d.]+) %, added "
+                          rf"([\d.]+) %", process.stdout, re.M).groups()
+        for words, direction in zip(shown, ("worse", "removed", "added")):
+            value = float(risk.power(rate, direction))
+            assert value <= float(words) / 100 <= 1.011 * value  # rounded up
+    assert float(re.search(r"^advantage     at most ([\d.]+):", process.stdout, re.M)[1]) == pytest.approx(
+        risk.advantage, abs=1e-4)
+    assert re.search(r"^prior 0\.2 ", process.stdout, re.M) and "agrees with the ledger" in process.stdout
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "card.html").read_text()
+    before = (tmp_path / "card.html").read_text()
+    assert_user_error(report(tmp_path, "--card", tmp_path / "card.html"), "--card", "is there already")
+    assert (tmp_path / "card.html").read_text() == before
+    for changed in ({"advantage": 0.9 * figures["advantage"]}, {"tpr": {}}, {"prior": "0.5"}):
+        write_report(tmp_path, ledger, attack_risk=figures | changed)
+        process = report(tmp_path)
+        assert process.returncode == 1 and "DISAGREES     attack_risk:" in process.stdout
+
+
+def test_a_ledger_of_two_units_is_refused(report, tmp_path):
+    """No run leaves one: its checksums are right, and no number holds for both."""
+    ledger = write_ledger(tmp_path, [(1, 3, {})])
+    record = ledger.chained({**ledger.state.records[-1], "step": 4, "unit": "author"})
+    with open(tmp_path / FILE_NAME, "a") as handle:
+        handle.write(json.dumps(record) + "\n")
+    assert_user_error(report(tmp_path), FILE_NAME, "one author and for one example")
+
+
 # --- plans ---
 
 
@@ -223,6 +261,12 @@ def test_the_curves_are_those_of_the_tables(report, tmp_path, monkeypatch):
         assert values == sorted(values) and by_sigma[0][column] > by_sigma[-1][column]
     assert [step for step, _ in stairs] == [0, 40, 80, 120] and sigma == 0.9
     assert [epsilon for _, epsilon in stairs] == [accounting.epsilon_shuffle(0.9, uses, 1e-5) for uses in (1, 2, 3, 3)]
+
+
+def test_plan_with_advantage(report):
+    process = report(*PLAN, "--advantage", 0.2)
+    sigma = float(re.search(r"^sigma +([\d.]+), the smallest that keeps the membership", process.stdout, re.M).group(1))
+    assert 0.99 * 0.2 < attack_risk.advantage([Phase(sigma, 128 / 42061, 6572)]) <= 0.2 * (1 + 1e-5)
 
 
 def test_plan_with_epsilon(report):
@@ -271,6 +315,10 @@ def test_a_plan_with_next_to_no_noise_is_infinite(report, tmp_path):
         (("--plan", 100, 10, 0.001, "--sigma", "1", "--delta", "1e-5"), "no step"),
         (("--plan", 100, 10, "--sigma", "1", "--delta", "1e-5"), "--plan"),
         (("--plam", 100, 10, 1), "--plam"),
+        (("{tmp}/binary", "--prior", "1"), "--prior 1"),
+        (("{tmp}/binary", "--card", "{tmp}/card.txt"), ".md or .html"),
+        (("{tmp}/binary", "--card", "{tmp}/binary"), ".md or .html"),
+        (("{tmp}/binary", "--plot", "{tmp}/no/such.png"), "--plot"),
     ],
 )
 def test_bad_input(report, tmp_path, arguments, words):

@@ -52,7 +52,7 @@ def check_steps(steps: float, least: int, words: str = "steps", purpose: str = "
         fail(f"{words} {steps}: wanted a whole number of {least} or more, at most {MOST_STEPS:g}{purpose}")
 
 
-def _merge(phases: Sequence[Phase]) -> tuple[Phase, ...]:
+def merge(phases: Sequence[Phase]) -> tuple[Phase, ...]:
     """The same mechanism in a canonical form: one phase per (sigma, q), all full-participation phases as one Gaussian.
 
     Raises UserError for a phase that is none. Order and splitting never change an epsilon, to the last bit. Beyond
@@ -130,7 +130,7 @@ def epsilon_gaussian(mu: float, delta: float) -> float:
     return mu * (high + mu / 2) * (1 + 1e-14)  # mu and the product are rounded
 
 
-def _chance_of_a_draw(phases: tuple[Phase, ...]) -> float:
+def chance_of_a_draw(phases: tuple[Phase, ...]) -> float:
     """The probability that a unit is drawn in any step: 1 - prod (1 - q)^steps, which rounds to 0 for a small q."""
     if any(phase.q == 1 for phase in phases):
         return 1.0
@@ -147,7 +147,7 @@ def _without_a_grid(phases: tuple[Phase, ...], delta: float) -> Bound:
         return Bound(0.0, "none")
     if any(phase.sigma == 0 for phase in phases):
         return Bound(math.inf, "none")
-    if _chance_of_a_draw(phases) < delta * (1 - 1e-6):
+    if chance_of_a_draw(phases) < delta * (1 - 1e-6):
         return Bound(0.0, "sampling")
     mu = math.hypot(*(math.sqrt(phase.steps) / phase.sigma for phase in phases))
     bounds = [Bound(epsilon_gaussian(mu, delta), "gaussian")]
@@ -170,7 +170,7 @@ def epsilon_bound(phases: Sequence[Phase], delta: float) -> Bound:
     0 where nothing was released, infinite where something was without noise. Repeated calls are answered from memory.
     """
     check_delta(delta)
-    return _bound(_merge(phases), float(delta))
+    return _bound(merge(phases), float(delta))
 
 
 def epsilon_prv(phases: Sequence[Phase], delta: float) -> float:
@@ -181,7 +181,7 @@ def epsilon_prv(phases: Sequence[Phase], delta: float) -> float:
 def epsilon_rdp(phases: Sequence[Phase], delta: float) -> float:
     """The RDP epsilon at `delta`, over ORDERS: Opacus's where its own orders hold the best one."""
     check_delta(delta)
-    merged = _merge(phases)
+    merged = merge(phases)
     if not merged:
         return 0.0
     return math.inf if any(phase.sigma == 0 for phase in merged) else rdp_epsilon(merged, math.log(delta))
@@ -193,7 +193,7 @@ def epsilon_shuffle(sigma: float, participations: int, delta: float) -> float:
     Sound for shuffling, and for any other order in which a unit is used at most that often.
     """
     check_delta(delta)
-    (merged,) = _merge([Phase(sigma, 1.0, participations)]) or (None,)
+    (merged,) = merge([Phase(sigma, 1.0, participations)]) or (None,)
     if merged is None:
         return 0.0
     return math.inf if merged.sigma == 0 else epsilon_gaussian(1 / merged.sigma, delta)
@@ -209,6 +209,7 @@ def _check_target(target_epsilon: float, delta: float) -> None:
 
 
 Function = Callable[[float], float]
+Measure = Callable[[tuple[Phase, ...]], float]  # of merged phases
 
 
 def _next_place(tried: list[tuple[float, float]], quick: Function, target: float, low: float, high: float) -> float:
@@ -231,7 +232,7 @@ def _next_place(tried: list[tuple[float, float]], quick: Function, target: float
     return math.exp(min(700.0, right + (math.log(target) - second) * (right - left) / (second - first)))
 
 
-def _smallest_sigma(epsilon: Function, quick: Function, target: float, aim: float, words: str) -> float:
+def smallest_sigma(epsilon: Function, quick: Function, target: float, aim: float, words: str) -> float:
     """The smallest sigma of SIGMA_RANGE with epsilon(sigma) <= target, to TOLERANCE; epsilon falls as sigma rises.
 
     quick(sigma): an upper bound of epsilon(sigma), see _next_place. aim: a number a little below the target.
@@ -270,9 +271,9 @@ def calibrate_sigma(target_epsilon: float, delta: float, q: float, steps: int) -
         fail(f"sampling probability q {q}: wanted a number above 0 and up to 1; is the batch larger than the data?")
     check_steps(steps, 1, purpose=" to calibrate the noise for")
     words = f"target epsilon {target_epsilon:g} at delta {delta:g} over {steps} steps with q = {q:.4g}"
-    return _smallest_sigma(
+    return smallest_sigma(
         lambda sigma: epsilon_prv([Phase(sigma, q, steps)], delta),
-        lambda sigma: _without_a_grid(_merge([Phase(sigma, q, steps)]), delta).epsilon,
+        lambda sigma: _without_a_grid(merge([Phase(sigma, q, steps)]), delta).epsilon,
         target_epsilon,
         target_epsilon * (1 - TOLERANCE / 2),
         words,
@@ -288,7 +289,7 @@ def calibrate_sigma_shuffle(target_epsilon: float, delta: float, participations:
     def epsilon(sigma: float) -> float:
         return epsilon_shuffle(sigma, participations, delta)
 
-    return _smallest_sigma(epsilon, epsilon, target_epsilon, target_epsilon * (1 - 1e-9), words)
+    return smallest_sigma(epsilon, epsilon, target_epsilon, target_epsilon * (1 - 1e-9), words)
 
 
 def permitted_steps(
@@ -300,27 +301,36 @@ def permitted_steps(
     two million steps, to a millionth beyond; where the bound jumps, to a ten-thousandth, or what MOST_TRIES found.
     """
     _check_target(target_epsilon, delta)
-    check_steps(wanted, 0)
+    return most_steps(
+        lambda phases: _bound(phases, float(delta)).epsilon,
+        lambda phases: _without_a_grid(phases, float(delta)).epsilon,
+        target_epsilon,
+        spent,
+        Phase(sigma, q, wanted),
+    )
+
+
+def most_steps(measure: Measure, quick: Measure, target: float, spent: Sequence[Phase], more: Phase) -> int:
+    """The largest n <= more.steps for which `measure` of `spent` and n steps of `more` is not above the target.
+
+    measure, quick: of merged phases, both growing with steps; quick is an upper bound that costs little (_next_place).
+    """
+    check_steps(more.steps, 0)
 
     def phases(count: float) -> tuple[Phase, ...]:
-        return _merge([*spent, Phase(sigma, q, math.floor(count))])
+        return merge([*spent, Phase(more.sigma, more.q, math.floor(count))])
 
-    def epsilon(count: int) -> float:
-        return _bound(phases(count), float(delta)).epsilon
-
-    low, high = 0, int(wanted)  # permitted, not permitted
-    if epsilon(high) <= target_epsilon:
+    low, high = 0, int(more.steps)  # permitted, not permitted
+    if measure(phases(high)) <= target:
         return high
-    if epsilon(low) > target_epsilon:
+    if measure(phases(low)) > target:
         return low
     tried: list[tuple[float, float]] = []
     while len(tried) < MOST_TRIES and high - low > max(1, low // (10**6 if len(tried) < MODEL_TRIES else 10**4)):
-        place = _next_place(
-            tried, lambda count: _without_a_grid(phases(count), float(delta)).epsilon, target_epsilon, max(low, 1), high
-        )
+        place = _next_place(tried, lambda count: quick(phases(count)), target, max(low, 1), high)
         count = (low + high) // 2
         if len(tried) < MODEL_TRIES and not math.isnan(place):
             count = min(max(math.floor(place), low + 1), high - 1)
-        tried.append((count, epsilon(count)))
-        low, high = (count, high) if tried[-1][1] <= target_epsilon else (low, count)
+        tried.append((count, measure(phases(count))))
+        low, high = (count, high) if tried[-1][1] <= target else (low, count)
     return low

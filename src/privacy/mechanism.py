@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from base.distributed import World
-from privacy import accounting
+from privacy import accounting, attack_risk
 from privacy.accounting import Phase
 from privacy.randomness import NoiseSource
 from privacy.sampling import Uses
@@ -72,6 +72,18 @@ class GaussianMechanism:
     ) -> int:
         """The largest n <= wanted for which n more uses after `spent` stay within the target."""
         return accounting.permitted_steps(target_epsilon, delta, spent, q, sigma, wanted)
+
+    @staticmethod
+    def smallest_sigma_for_advantage(target_advantage: float, q: float, uses: int) -> float:
+        """The smallest noise multiplier whose membership advantage after `uses` uses stays within the target."""
+        return attack_risk.calibrate_sigma(target_advantage, q, uses)
+
+    @staticmethod
+    def permitted_uses_for_advantage(
+        target_advantage: float, spent: Sequence[Phase], sigma: float, q: float, wanted: int
+    ) -> int:
+        """As permitted_uses, of the membership advantage."""
+        return attack_risk.permitted_steps(target_advantage, spent, q, sigma, wanted)
 
 
 MECHANISMS = {"gaussian": GaussianMechanism}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from base.distributed import World
 from base.errors import UserError
-from privacy import accounting
+from privacy import accounting, attack_risk
 from privacy.accounting import Phase
 from privacy.clipping import ClippingRule
 from privacy.ledger import Ledger, LedgerState, NoLedger, noise_sources
@@ -87,7 +87,8 @@ class PlanSettings:
     clip: float  # C, the largest norm of one unit's gradient
     sigma: float  # noise multiplier; 0 trains without privacy
     delta: float
-    target_epsilon: float | None = None  # the budget; None: sigma and steps set what is spent
+    target_epsilon: float | None = None  # the budget; both None: sigma and steps set what is spent
+    target_advantage: float | None = None  # the budget, of membership advantage
     mechanism: str = "gaussian"
     sampling: str = "poisson"
     clipping: str = "flat"
@@ -147,6 +148,14 @@ def choose_sigma(
     return MECHANISMS[mechanism].smallest_sigma(target_epsilon, delta, q, count, sampler.amplified)
 
 
+def choose_sigma_for_advantage(
+    target_advantage: float, N: int, batch: int, steps: int, sampling: str, mechanism: str = "gaussian"
+) -> float:
+    """The smallest noise multiplier whose reported membership advantage after `steps` steps stays within the target."""
+    q, count = SAMPLERS[sampling].planned(N, batch, steps)
+    return MECHANISMS[mechanism].smallest_sigma_for_advantage(target_advantage, q, count)
+
+
 class PrivacyPlan:
     """Charges, draws and releases the steps of a run, and says what they spent."""
 
@@ -177,12 +186,18 @@ class PrivacyPlan:
     def count_permitted(self, done: int) -> int:
         """How many more steps this attempt may draw. The budget counts what earlier attempts were charged."""
         settings = self.settings
-        if settings.target_epsilon is None or not settings.private:
+        if not settings.private or settings.target_epsilon is settings.target_advantage is None:
             return settings.steps
         q, planned = self.sampler.planned(settings.N, settings.batch, settings.steps)
-        more = self.mechanism.permitted_uses(
-            settings.target_epsilon, settings.delta, spent(self.state), settings.sigma, q, planned
-        )
+        more, before = planned, spent(self.state)
+        if settings.target_epsilon is not None:
+            more = self.mechanism.permitted_uses(
+                settings.target_epsilon, settings.delta, before, settings.sigma, q, planned
+            )
+        if settings.target_advantage is not None:
+            more = self.mechanism.permitted_uses_for_advantage(
+                settings.target_advantage, before, settings.sigma, q, more
+            )
         return self.sampler.permitted(more, settings.N, settings.batch, done)
 
     def open_step(self, step: int) -> Tensor | None:
@@ -242,6 +257,11 @@ class PrivacyPlan:
             return math.inf, math.inf
         return epsilons(self.state, delta or self.settings.delta)
 
+    def attack_risk(self) -> dict:
+        """What an attacker can do with what was released so far (attack_risk.figures). Rank 0 alone knows."""
+        phases = spent(self.state) if self.settings.private else [Phase(0.0, 1.0, 1)]
+        return attack_risk.figures(phases, self.settings.delta)
+
     def report(self, disclosed: list[str]) -> dict:
         """The content of privacy.json. Rank 0 alone knows."""
         settings, records = self.settings, self.state.records
@@ -270,6 +290,8 @@ class PrivacyPlan:
             "epsilon_prv_strict": finite_or_text(strict_prv),
             "epsilon_rdp_strict": finite_or_text(strict_rdp),
             "target_epsilon": settings.target_epsilon,
+            "target_advantage": settings.target_advantage,
+            "attack_risk": self.attack_risk(),
             "sampling": settings.sampling,
             "noise_source": " and ".join(sorted(sources)),
             "warning": ("; ".join(told) or None) if settings.private else None,

@@ -77,7 +77,7 @@ def _log_binomials() -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _rdp_per_step(sigma: float, q: float) -> np.ndarray:
+def rdp_per_step(sigma: float, q: float) -> np.ndarray:
     """RDP of one step at each of ORDERS, P against Q: log A / (order - 1), A the order's moment of exp(loss) under Q.
 
     Mironov et al. (2019), section 3.3, but as log1p(A - 1) from terms above 0, so that steps that disclose next to
@@ -116,7 +116,7 @@ def _rdp_per_step(sigma: float, q: float) -> np.ndarray:
 def rdp_epsilon(phases: tuple[Phase, ...], log_delta: float) -> float:
     """Balle et al. (2020), theorem 21, at the best of ORDERS."""
     with np.errstate(over="ignore"):
-        rdp = sum(phase.steps * _rdp_per_step(phase.sigma, phase.q) for phase in phases)
+        rdp = sum(phase.steps * rdp_per_step(phase.sigma, phase.q) for phase in phases)
     epsilon = rdp + np.log1p(-1 / ORDERS) - (log_delta + np.log(ORDERS)) / (ORDERS - 1)
     return max(0.0, float(epsilon.min()))
 
@@ -189,8 +189,7 @@ def _on_a_grid(
     points = (np.arange(-half, half)) * width  # (2 half,): 0 is a point, so a circular convolution keeps its place
 
     edges = np.append(points, half * width) - width / 2
-    log_size, angle = np.zeros(half + 1), np.zeros(half + 1)
-    shift, rounding = 0.0, 0.0
+    shift, masses = 0.0, []
     for phase in phases:
         outside = _outside(phase, edges, removed)
         mass = np.abs(np.diff(outside)) / (1 - outside[0] - outside[-1])
@@ -199,25 +198,12 @@ def _on_a_grid(
         if abs(offset) >= width / 2:
             return math.inf
         shift += phase.steps * offset
-        # The mass at 0 is 1 less the others; the transform less 1 is small where they are, and keeps its digits.
-        mass[half] = -mass.sum()
-        rounding += phase.steps * math.sqrt(np.dot(mass, mass))
-        spectrum = fft.rfft(fft.ifftshift(mass))
-        real, imaginary = spectrum.real, spectrum.imag
-        log_size = log_size + phase.steps * _log_size(real, imaginary)
-        angle = angle + phase.steps * np.arctan2(imaginary, 1 + real)
-    product = np.exp(log_size + 1j * angle)
+        masses.append(mass)
+    mass, noise = compose_on_a_grid(masses, [phase.steps for phase in phases])
     # Point 0 stands for a loss of `shift`: turned round, the points are losses from -span to span.
     turn = round(shift / width)
-    mass, shift = np.roll(fft.irfft(product, n=2 * half), half + turn), shift - turn * width
+    mass, shift = np.roll(mass, turn), shift - turn * width
 
-    # Rounding, of frequency f of the spectrum: the transform's 4 u of its input's norm, in each step, and 4 u of the
-    # logarithm (u = 2^-53). delta sums the masses with weights that rise from 0 to 1 and end there, whose own spectrum
-    # is at most a quarter / f of the points, for either sign of f. The transform back leaves noise at every point: what
-    # it took below zero stands for what it took elsewhere.
-    size = np.abs(product[1:]) / np.arange(1, len(product))
-    logarithm = np.abs(np.maximum(log_size[1:], -700)) + np.abs(angle[1:])
-    noise = 4 * UNIT * float(rounding * size.sum() + np.dot(logarithm, size)) - 2 * float(mass[mass < 0].sum())
     target = delta - delta / 1000 - noise
     if not target > delta / 2:
         return math.inf
@@ -232,6 +218,36 @@ def _on_a_grid(
     if met == len(t) or not (d1[met] > target and d2[met] > 0):
         return math.inf
     return max(0.0, math.log((d1[met] - target) / d2[met]) + error)
+
+
+def compose_on_a_grid(masses: list[np.ndarray], steps: list[int]) -> tuple[np.ndarray, float]:
+    """(mass of the sum, bound of rounding) of losses on a circle of points, the middle one 0.
+
+    masses: (2 half,) of one step of each phase; the mass at 0 is 1 less the others, whatever stands there. Changed in
+    place. The sum's is (2 half,) likewise, and may lie below 0 by rounding. The bound is of what rounding changes in
+    delta, a sum of the masses with weights that rise from 0 to 1 and end there. Frequency f of the spectrum is off by
+    the transform's 4 u of its input's norm, in each step, and by 4 u of the logarithm (u = 2^-53). The spectrum of the
+    weights is at most a quarter / f of the points, for either sign of f. The transform back leaves noise at every
+    point: what it took below zero stands for what it took elsewhere.
+    """
+    half = len(masses[0]) // 2
+    log_size, angle = np.zeros(half + 1), np.zeros(half + 1)
+    rounding = 0.0
+    for mass, count in zip(masses, steps, strict=True):
+        # The transform less 1 is small where the masses beside 0 are, and keeps its digits.
+        mass[half] = 0
+        mass[half] = -mass.sum()
+        rounding += count * math.sqrt(np.dot(mass, mass))
+        spectrum = fft.rfft(fft.ifftshift(mass))
+        real, imaginary = spectrum.real, spectrum.imag
+        log_size = log_size + count * _log_size(real, imaginary)
+        angle = angle + count * np.arctan2(imaginary, 1 + real)
+    product = np.exp(log_size + 1j * angle)
+    composed = np.roll(fft.irfft(product, n=2 * half), half)
+    size = np.abs(product[1:]) / np.arange(1, len(product))
+    logarithm = np.abs(np.maximum(log_size[1:], -700)) + np.abs(angle[1:])
+    noise = 4 * UNIT * float(rounding * size.sum() + np.dot(logarithm, size))
+    return composed, noise - 2 * float(composed[composed < 0].sum())
 
 
 def _log_size(real: np.ndarray, imaginary: np.ndarray) -> np.ndarray:

@@ -16,8 +16,9 @@ from typing import Any
 
 from base.errors import fail
 from base.files import read_object
+from privacy import attack_risk
 from privacy.ledger import FILE_NAME, LedgerState, check_none_was_kept, noise_sources, read_ledger
-from privacy.plan import epsilons, finite_or_text, relation
+from privacy.plan import epsilons, finite_or_text, relation, spent
 from weights.checkpoint import Loaded
 
 REPORT_NAME = "privacy.json"
@@ -133,6 +134,20 @@ def spent_before(loaded: Loaded) -> list[dict]:
     return merged(found)
 
 
+def ledger_of(loaded: Loaded, report: dict | None) -> tuple[str, LedgerState] | None:
+    """(path, state) of the whole ledger that a report of these weights was made from; None where it is not there."""
+    if report is None:
+        return None
+    wanted = (report.get("ledger_checksum"), report["steps_charged"])
+    for path in dict.fromkeys(folder for name, _ in loaded.files for folder in folders(name)):
+        ledger = os.path.join(path, FILE_NAME)
+        if os.path.exists(ledger):
+            state = read_ledger(ledger)
+            if state.records and (state.last_checksum, state.charged) == wanted:
+                return ledger, state
+    return None
+
+
 def spent_report(loaded: Loaded) -> dict | None:
     """The report for exported weights: that of the last run that trained them; None where no run with a ledger did."""
     found = spent_before(loaded)
@@ -192,8 +207,28 @@ def disagreements(report: dict, state: LedgerState) -> list[str]:
             return math.isclose(left, right, rel_tol=1e-6)
         return left == right
 
-    return [
+    different = [
         f"{key}: {report.get(key, 'missing')} in {REPORT_NAME}, {value} by the ledger"
         for key, value in expected.items()
         if not same(report.get(key), value)
     ]
+    if "attack_risk" in report and not same_risk(report["attack_risk"], state):
+        different.append(f"attack_risk: other figures in {REPORT_NAME} than by the ledger")
+    return different
+
+
+def same_risk(found: object, state: LedgerState) -> bool:
+    """Whether the figures of a report are those of the ledger. Another machine's rounding adds up to a millionth."""
+    if not isinstance(found, dict) or not isinstance(prior := found.get("prior"), float) or not 0 < prior < 1:
+        return False
+
+    def same(left: Any, right: Any) -> bool:
+        if isinstance(right, dict):
+            return (
+                isinstance(left, dict)
+                and left.keys() == right.keys()
+                and all(same(left[key], value) for key, value in right.items())
+            )
+        return isinstance(left, (int, float)) and abs(left - right) <= 1e-6
+
+    return same(found, attack_risk.figures(spent(state), state.records[-1]["delta"], prior))

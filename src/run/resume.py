@@ -33,11 +33,12 @@ def open_ledger(work: WorkDir, settings: Settings, plan: PlanSettings, recorded:
             "or choose another folder"
         )
     ledger = Ledger(work.path, entries, loop.resume, loop.resume_changed, flag)
-    if plan.target_epsilon is not None and (count := steps_without_noise(ledger)):
-        fail(
-            f"--target_epsilon {plan.target_epsilon:g}: {ledger.path} charges {count} steps without noise, epsilon is "
-            "infinite and meets no target; start in a new folder, or give --noise_multiplier"
-        )
+    for name in ("target_epsilon", "target_advantage"):
+        if (target := getattr(plan, name)) is not None and (count := steps_without_noise(ledger)):
+            fail(
+                f"--{name} {target:g}: {ledger.path} charges {count} steps without noise, epsilon is infinite and "
+                "meets no target; start in a new folder, or give --noise_multiplier"
+            )
     recorded = json.loads(json.dumps({"format": FORMAT, **recorded}))
     if loop.resume and ledger.state.charged:  # a run that was killed before its first step may differ
         defaults = json.loads(json.dumps(settings.given.defaults))

@@ -102,6 +102,10 @@ class Privacy:
     target_epsilon: float | None = flag(
         help="budget of the run: the noise is chosen for it, and training ends before it is exceeded", positive=math.inf
     )
+    target_advantage: float | None = flag(
+        help="in place of --target_epsilon: the largest membership advantage, from 0 to 1, which is the true-positive "
+        "less the false-positive rate of any attack"
+    )
     target_delta: float | None = flag(help="delta of the reported epsilon, a public constant")
     max_grad_norm: float = flag(1.0, "C, the norm to which each {unit}'s gradient is clipped", within=CLIP_RANGE)
     sampling: str | None = flag(
@@ -208,6 +212,8 @@ class Settings:
             fail("--noise_source seeded: needs --noise_seed")
         if privacy.noise_seed is not None and privacy.noise_source != "seeded":
             fail(f"--noise_seed {privacy.noise_seed}: means nothing with --noise_source {privacy.noise_source}")
+        if privacy.target_advantage is not None and not 0 < privacy.target_advantage < 1:
+            fail(f"--target_advantage {privacy.target_advantage:g}: expected a number above 0 and below 1, such as 0.1")
         check_noise(privacy, self.flag_of("max_grad_norm"))
         if loop.tensorboard and importlib.util.find_spec("tensorboard") is None:
             fail(
@@ -216,6 +222,12 @@ class Settings:
             )
         if loop.resume_changed and not loop.resume:
             fail("--resume_changed: means nothing without --resume")
+
+
+def noise_flags(privacy: Privacy) -> list[str]:
+    """Those of the flags that set the noise which were given. Exactly one of them decides."""
+    names = ("noise_multiplier", "target_epsilon", "target_advantage")
+    return [f"--{name}" for name in names if getattr(privacy, name) is not None]
 
 
 def check_noise(privacy: Privacy, clip: str) -> None:

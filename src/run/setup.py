@@ -15,7 +15,7 @@ from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, NonPrivate, rounding_share
 from privacy.company import check_company, check_ranks_compute_alike, check_ranks_round_alike
 from privacy.ledger import Ledger, NoLedger
-from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma
+from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma, choose_sigma_for_advantage
 from run import loop, provenance
 from run.log import NoWorkDir, WorkDir
 from run.resume import check_ledger_is_whole, check_ranks_agree, is_restarted, open_ledger, steps_without_noise
@@ -107,7 +107,7 @@ def choose_public_lengths(settings: Settings, task: Task, world: World, config: 
 
 
 def make_plan_settings(settings: Settings, task: Task, world: World) -> PlanSettings:
-    """The settings of the privacy plan. Rank 0 computes the noise multiplier of a target epsilon for all ranks."""
+    """The settings of the privacy plan. Rank 0 computes the noise multiplier of a target for all ranks."""
     privacy, batch = settings.privacy, logical_batch(settings, world)
     given = privacy.noise_multiplier
     sampling = privacy.sampling or ("shuffle" if given == 0 else "poisson")
@@ -116,15 +116,15 @@ def make_plan_settings(settings: Settings, task: Task, world: World) -> PlanSett
         if given is not None:
             sigma.fill_(given)
         elif world.is_main:
-            assert privacy.target_epsilon is not None
+            run = (task.N, batch, task.steps, sampling, privacy.mechanism)
             try:
-                sigma.fill_(
-                    choose_sigma(
-                        privacy.target_epsilon, task.delta, task.N, batch, task.steps, sampling, privacy.mechanism
-                    )
-                )
+                if privacy.target_advantage is not None:
+                    sigma.fill_(choose_sigma_for_advantage(privacy.target_advantage, *run))
+                else:
+                    assert privacy.target_epsilon is not None
+                    sigma.fill_(choose_sigma(privacy.target_epsilon, task.delta, *run))
             except UserError as failure:
-                fail(f"--target_epsilon: {failure}")
+                fail(f"--target_{'epsilon' if privacy.target_advantage is None else 'advantage'}: {failure}")
     return PlanSettings(
         unit=task.unit,
         N=task.N,
@@ -134,6 +134,7 @@ def make_plan_settings(settings: Settings, task: Task, world: World) -> PlanSett
         sigma=world.broadcast(sigma).item(),
         delta=task.delta,
         target_epsilon=privacy.target_epsilon,
+        target_advantage=privacy.target_advantage,
         mechanism=privacy.mechanism,
         sampling=sampling,
         clipping=privacy.clipping,
@@ -168,7 +169,7 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
     if settings.privacy.grad_engine == "opacus" and not planned.private:
         fail(
             "--grad_engine opacus: computes a clipped sum, and a run without noise clips nothing; give "
-            "--target_epsilon or --noise_multiplier, or leave the flag out",
+            "--target_epsilon, --target_advantage or --noise_multiplier, or leave the flag out",
             on_every_rank=True,
         )
     flat, optimizer = prepare_parameters(settings, world, loaded, planned.private)

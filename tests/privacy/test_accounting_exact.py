@@ -224,7 +224,7 @@ def test_a_million_steps_and_more(sigma, q, steps, delta):
 @pytest.mark.parametrize("sigma, q", [(0.1, 0.01), (0.3, 1e-12), (0.6, 0.003), (1.0, 0.999), (8.0, 0.5), (1e3, 1e-3)])
 def test_rdp_of_one_step(sigma, q):
     """Equal to 50 digits' arithmetic, from above, however little a step discloses."""
-    found = sampled_gaussian._rdp_per_step(sigma, q)
+    found = sampled_gaussian.rdp_per_step(sigma, q)
     with mp.workdps(45):
         for order in (1.001, 1.05, 1.5, 2.7, 10.9, 2, 3, 17, 63, 256):
             ours = found[list(sampled_gaussian.ORDERS).index(order)]
@@ -235,7 +235,7 @@ def test_rdp_of_one_step(sigma, q):
 @pytest.mark.parametrize("sigma, q", [(0.05, 0.01), (0.02, 0.9), (1e-4, 1e-9)])
 def test_rdp_where_there_is_little_noise(sigma, q):
     """Broken orders then have a bound instead: above the truth, below full participation, close at orders near 1."""
-    found = sampled_gaussian._rdp_per_step(sigma, q)
+    found = sampled_gaussian.rdp_per_step(sigma, q)
     with mp.workdps(30):
         for order, close in ((1.001, 1.1), (1.5, math.inf), (2, 1 + 1e-9), (17, 1 + 1e-9)):
             ours = found[list(sampled_gaussian.ORDERS).index(order)]
@@ -248,7 +248,7 @@ def test_steps_that_disclose_next_to_nothing_add_up():
     phases = [Phase(1.0, 1e-8, 10**12)]
     with mp.workdps(40):
         at_two = 10**12 * exact.moment(1.0, 1e-8, 2)
-    found = 10**12 * sampled_gaussian._rdp_per_step(1.0, 1e-8)[list(sampled_gaussian.ORDERS).index(2)]
+    found = 10**12 * sampled_gaussian.rdp_per_step(1.0, 1e-8)[list(sampled_gaussian.ORDERS).index(2)]
     assert found == pytest.approx(float(at_two), rel=1e-9) and found > 1e-4
     # The limit is Gaussian with mu = q sqrt(n (e - 1)), to the accountant's looseness.
     limit = accounting.epsilon_gaussian(1e-8 * math.sqrt(10**12 * math.expm1(1)), 1e-5)
@@ -275,9 +275,9 @@ def test_beyond_the_most_phases_a_little_more_is_reported(monkeypatch):
     monkeypatch.setattr(accounting, "MOST_PHASES", 100)
     apart = accounting.epsilon_prv(phases, 1e-5)
     assert apart < bound < 1.05 * apart
-    sigmas = [phase.sigma for phase in accounting._merge(phases)]
+    sigmas = [phase.sigma for phase in accounting.merge(phases)]
     monkeypatch.setattr(accounting, "MOST_PHASES", 8)
-    merged = accounting._merge(phases)
+    merged = accounting.merge(phases)
     assert len(merged) <= 8 and sum(phase.steps for phase in merged) == sum(phase.steps for phase in phases)
     assert min(phase.sigma for phase in merged) <= min(sigmas)
 

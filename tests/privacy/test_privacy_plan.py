@@ -18,8 +18,9 @@ import mutants
 from base.distributed import World
 from helpers.plans import BATCH, CLIP, COORDINATES, SEEDED, SIGMA, STEPS, open_plan, settings
 from helpers.processes import ROOT, environment, free_port
+from privacy import attack_risk
 from privacy.ledger import NoLedger, read_ledger
-from privacy.plan import PrivacyPlan
+from privacy.plan import PrivacyPlan, spent
 from privacy.randomness import NoiseSource
 from privacy.sampling import PoissonSampler
 
@@ -272,21 +273,26 @@ def test_the_record_is_on_disk_before_the_mask_is_drawn(tmp_path, monkeypatch):
     assert seen == [(1, [1]), (2, [1, 2]), (3, [1, 2, 3])]
 
 
-@pytest.mark.parametrize("sampling", ["poisson", "shuffle"])
-def test_the_budget_is_checked_before_a_step_is_drawn(tmp_path, monkeypatch, sampling):
+@pytest.mark.parametrize("sampling, kind, target", [
+    ("poisson", "epsilon", 1.0), ("shuffle", "epsilon", 4.0), ("poisson", "advantage", 0.1),
+    ("shuffle", "advantage", 0.5)])
+def test_the_budget_is_checked_before_a_step_is_drawn(tmp_path, sampling, kind, target):
     """As many steps as stay within the target and no more; the refused step is neither charged nor drawn."""
-    target = 1.0 if sampling == "poisson" else 4.0
-    plan = open_plan(tmp_path, settings(steps=1000, target_epsilon=target, sampling=sampling))
+    plan = open_plan(tmp_path, settings(steps=1000, sampling=sampling, **{f"target_{kind}": target}))
     step = 0
+
+    def measured() -> float:
+        return plan.epsilon()[0] if kind == "epsilon" else attack_risk.advantage(spent(plan.state))
+
     while (drawn := plan.open_step(step + 1)) is not None:
         step += 1
         plan.release(torch.zeros(5, dtype=torch.float64), 5)
-        assert plan.epsilon()[0] <= target
+        assert measured() <= target
     assert 0 < step < 1000 and len(read_ledger(plan.ledger.path).records) == step == plan.ledger.state.charged
     assert drawn is None and plan.open is None
     plan.permitted = 1
     plan.open_step(step + 1)
-    assert plan.epsilon()[0] > target  # one more would have passed it
+    assert measured() > target  # one more would have passed it
 
 
 # ------------------------------------------------------------------ these tests can fail

@@ -179,6 +179,11 @@ def test_a_run_from_an_export_names_what_was_exported(runs, tmp_path, form):
     folder = export(runs / "B", tmp_path / "out", "--format", form)
     a, b = (read(runs / name) for name in "AB")
     report = json.loads((folder / "privacy.json").read_text())
+    page = (folder / "README.md").read_text()
+    assert page.startswith(f"---\nlibrary_name: {'peft' if form == 'peft' else 'transformers'}\n")
+    assert "- differential-privacy\n" in page and str(tmp_path) not in page and str(runs) not in page
+    assert f"epsilon {b['epsilon_prv']:.4f} at delta" in page and b["ledger_checksum"] in page
+    assert f"of an earlier run, with {a['steps_charged']} steps" in page
     for key in ("run", "unit", "relation", "steps_charged", "delta", "epsilon_prv", "epsilon_rdp", "ledger_checksum"):
         assert report[key] == b[key] and report["initial_weights"][0][key] == a[key]
     assert set(report) == {*provenance.TYPES, *provenance.OPTIONAL, "initial_weights"}
@@ -190,7 +195,9 @@ def test_a_run_from_an_export_names_what_was_exported(runs, tmp_path, form):
         os.symlink(folder / "model.safetensors", tmp_path / "x.safetensors")
         found = provenance.spent_before(load_model(str(tmp_path / "x.safetensors"), str(folder)))
         assert [one["run"] for one in found] == [a["run"], b["run"]]
-        again = export(folder, tmp_path / "again")
+        again = export(folder, tmp_path / "again")  # without the run's ledger nothing is claimed of it
+        assert "Nothing is claimed" in (page := (again / "README.md").read_text()) and "cannot be checked" not in page
+        assert "none of it can be checked" in page and "differential-privacy" not in page
         assert json.loads((again / "privacy.json").read_text()) == report
 
 
@@ -208,7 +215,8 @@ def test_an_adapter_of_others_on_an_exported_base(runs, tmp_path):
 
 def test_public_weights_are_exported_without_a_word(tmp_path):
     folder = export(material() / "tiny", tmp_path / "out")
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
+    assert "Nothing is claimed" in (folder / "README.md").read_text()
     assert provenance.spent_before(load_model(str(folder))) == provenance.spent_before(Loaded(None, None, None)) == []
 
 
@@ -222,7 +230,10 @@ def test_an_export_overwrites_no_report(chain, tmp_path):
     assert (tmp_path / "out/privacy.json").read_bytes() == left
     (tmp_path / "other").mkdir()
     (tmp_path / "other/privacy.json").write_text(json.dumps(read(chain / "A")))
-    for folder, words in ((chain / "A", "holds a privacy_ledger.jsonl"), (tmp_path / "other", "of other weights")):
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page/README.md").write_text("mine")
+    for folder, words in ((chain / "A", "holds a privacy_ledger.jsonl"), (tmp_path / "other", "of other weights"),
+                          (tmp_path / "page", "README.md of something else")):
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         run = server().start("src/export.py", [*arguments, folder])
         assert run.wait() == 2 and words in run.error
