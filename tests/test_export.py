@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from corpus.tokenizer import END_OF_TEXT, load_tokenizer
+from corpus.gpt2_tokenizer import END_OF_TEXT
+from corpus.tokenizer import load_tokenizer
 from helpers.checkpoints import export
 from helpers.processes import ROOT
 from helpers.small_runs import server
