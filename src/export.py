@@ -23,7 +23,7 @@ from base.errors import fail, run_main
 from base.files import atomic_write, read_object
 from base.flags import Parser, check_least, check_positive
 from corpus.gpt2_tokenizer import END_OF_TEXT
-from corpus.tokenizer import FORMS, WHOLE, Tokenizer, companion_files, is_gpt2_s, load_tokenizer, own_vocabulary
+from corpus.tokenizer import FORMS, Tokenizer, companion_files, foreign_vocabulary, is_gpt2_s, load_tokenizer
 from model import SLOTS, GPT2Config, GPT2LMModel
 from privacy.ledger import FILE_NAME
 from run import provenance
@@ -126,12 +126,6 @@ def open_vocabulary(folder: str, config: GPT2Config) -> Tokenizer:
     return tokenizer
 
 
-def other_than_gpt2_s(folder: str | None) -> str | None:
-    if folder is None or not os.path.isfile(os.path.join(folder, WHOLE)) or is_gpt2_s(folder):
-        return None
-    return folder
-
-
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -164,7 +158,7 @@ def main() -> None:
     loaded = load_trained(args.init_checkpoint, args.model_card, args.base_checkpoint, *adapter)
     model = loaded.model
     base = None if loaded.base is None else loaded.base["absolute"]
-    vocab = args.vocab or other_than_gpt2_s(own_vocabulary(args.init_checkpoint, args.base_checkpoint, base))
+    vocab = args.vocab or foreign_vocabulary(args.init_checkpoint, args.base_checkpoint, base)
     tokenizer = open_vocabulary(vocab, model.config) if vocab else None
     spent = provenance.spent_report(loaded)
     metadata = {"format": "pt", **({"privacy": json.dumps(spent)} if spent else {})}

@@ -207,7 +207,7 @@ def write_cache(folder: str, source: Source, sha256: str, parts: list, processes
             bar.update(size)
     keys += map(name_key, numbers)
     if not keys:
-        left_out = f" ({describe_left_out(facts, source.unit)})" if facts["records"] else ""
+        left_out = f" ({describe_left_out(facts, source.unit, source.pairs)})" if facts["records"] else ""
         what = "text with an author" if source.unit == "author" else f"text of a {source.unit}"
         fail(f"{source.flag} {source.path}: holds no {what}{left_out}")
     lengths, owners = np.concatenate(lengths), np.concatenate(owners)

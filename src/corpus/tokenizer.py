@@ -152,6 +152,14 @@ def own_vocabulary(*places: str | None) -> str | None:
     return None
 
 
+def foreign_vocabulary(*places: str | None) -> str | None:
+    """own_vocabulary() where it is a tokenizer.json of another form than GPT-2's; None else."""
+    folder = own_vocabulary(*places)
+    if folder is None or not os.path.isfile(os.path.join(folder, WHOLE)) or is_gpt2_s(folder):
+        return None
+    return folder
+
+
 def check_model_s(folder: str, vocab_size: int, rows: int, model: str, place: str, own: str | None) -> str:
     """A sentence on the model's rows beyond the vocabulary in `folder`; "" where there is none. UserError where that
     vocabulary is not the model's.
