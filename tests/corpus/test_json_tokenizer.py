@@ -89,9 +89,10 @@ def test_older_folders_follow_tokenizer_json(tmp_path):
 def test_a_text_that_ends_with_a_token(tmp_path):
     """A post_processor that puts eos behind a text, too, as some do."""
     folder = write_tokenizer(tmp_path, "Llama 2")
+    end = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
     edit(folder / "tokenizer.json", lambda c: c["post_processor"].update(
         single=[*c["post_processor"]["single"], {"SpecialToken": {"id": "</s>", "type_id": 0}}],
-        special_tokens={**c["post_processor"]["special_tokens"], "</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}}))
+        special_tokens={**c["post_processor"]["special_tokens"], "</s>": end}))
     ours, theirs = load_tokenizer(str(folder)), transformers.AutoTokenizer.from_pretrained(folder)
     assert (ours.prefix, ours.suffix) == ((1,), (2,))
     assert theirs("tea")["input_ids"] == [1, *ours.encode("tea"), 2]
@@ -137,6 +138,10 @@ def spoil(form: str, change):
     return spoiled
 
 
+def renamed(token: str):
+    return lambda content: content["model"]["vocab"].update({"@@": content["model"]["vocab"].pop(token)})
+
+
 def sentencepiece_alone(folder) -> None:
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(b"\x0a\x0e")
@@ -156,10 +161,8 @@ REFUSED = {
     "no model": (spoil("Llama 3", lambda c: c.pop("model")), ["is no BPE"]),
     "dropout": (spoil("Llama 3", lambda c: c["model"].update(dropout=0.1)), ["has dropout '0.1'"]),
     "no fallback": (spoil("Llama 2", lambda c: c["model"].update(byte_fallback=False)), ["is neither byte-level"]),
-    "a byte missing": (spoil("Llama 2", lambda c: c["model"]["vocab"].update({"<0x>": c["model"]["vocab"].pop("<0x41>")})),
-                       ["no id for '<0x41>' (1 of 256"]),
-    "a symbol missing": (spoil("Llama 3", lambda c: c["model"]["vocab"].update({"@@": c["model"]["vocab"].pop("!")})),
-                         ["no id for '!'"]),
+    "a byte missing": (spoil("Llama 2", renamed("<0x41>")), ["no id for '<0x41>' (1 of 256"]),
+    "a symbol missing": (spoil("Llama 3", renamed("!")), ["no id for '!'"]),
     "foreign merges": (spoil("Qwen2", lambda c: c["model"]["merges"].insert(4, ["q", "zzzz"])),
                        ["cannot be read by tokenizers"]),
     "an unknown step": (spoil("Qwen2", lambda c: c.update(pre_tokenizer={"type": "ByteLevel", "x": [{"type": "Y"}]})),
@@ -209,8 +212,8 @@ def test_whether_a_vocabulary_is_the_models(tmp_path):
     assert own_vocabulary(str(bare), None) is None
 
     def check(folder, rows: int, place=own) -> str:
-        ours = load_tokenizer(str(folder))
-        return check_model_s(str(folder), ours.vocab_size, rows, "--model_name M", str(place), own_vocabulary(str(place)))
+        size, beside = load_tokenizer(str(folder)).vocab_size, own_vocabulary(str(place))
+        return check_model_s(str(folder), size, rows, "--model_name M", str(place), beside)
 
     assert check(own, size) == check(copy, size) == ""
     assert f"from {size} on are padding" in check(own, 512) and "WARNING" not in check(own, 512)

@@ -7,7 +7,8 @@ import pathlib
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CORPUS = ["the place serves cheap food near a river and it is rated high by families who like tea 12 345 6789 ",
-          "don't they're I'll it's   spaces\n\nlines  and\ttabs\n", "Café naïve über straße 日本語 русский слово e\u0301"] * 20
+          "don't they're I'll it's   spaces\n\nlines  and\ttabs\n",
+          "Café naïve über straße 日本語 русский слово e\u0301"] * 20
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
           r"\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace("{1,3}", "")
