@@ -22,7 +22,7 @@ import start  # puts src/ and the folders below scripts/ on the path
 from base.errors import fail, run_main
 from base.files import atomic_write, is_text
 from base.flags import Parser
-from corpus.author_cache import PSEUDO_AUTHORS
+from corpus.records import PSEUDO_AUTHORS
 
 ARCHIVE = os.path.join(start.ROOT, "data", "reddit", "corpus-webis-tldr-17.zip")
 

@@ -24,7 +24,8 @@ import loralib as lora
 from base.errors import fail, run_main
 from base.files import atomic_write, open_text, read_object
 from base.flags import Parser, check_least, check_positive
-from corpus.tokenizer import END_OF_TEXT, FORMS, Tokenizer, load_tokenizer, vocabulary_files
+from corpus.gpt2_tokenizer import END_OF_TEXT
+from corpus.tokenizer import FORMS, Tokenizer, companion_files, foreign_vocabulary, is_gpt2_s, load_tokenizer
 from model import SLOTS, GPT2Config, GPT2LMModel
 from privacy.ledger import FILE_NAME
 from run import card, provenance
@@ -115,13 +116,15 @@ def write_json(path: str, content: dict) -> None:
 
 
 def write_tokenizer(vocab: str, output: str, config: GPT2Config) -> None:
-    for path in vocabulary_files(vocab):
+    """GPT-2's vocabulary by Hugging Face's names, with a tokenizer_config.json; any other's files as they are."""
+    for path in companion_files(vocab):
         with open(path, "rb") as source:
             content = source.read()
         name = os.path.basename(path)
         with atomic_write(os.path.join(output, VOCABULARY.get(name, name)), "wb") as handle:
             handle.write(content)
-    write_json(os.path.join(output, "tokenizer_config.json"), tokenizer_config(config))
+    if is_gpt2_s(vocab):
+        write_json(os.path.join(output, "tokenizer_config.json"), tokenizer_config(config))
 
 
 def model_card(loaded: Loaded, spent: dict | None, form: str, base_name: str | None) -> str:
@@ -165,7 +168,10 @@ def main() -> None:
     add("--lora_dim", type=int, help="rank of the adapters, where a checkpoint of the published code does not say it")
     add("--lora_alpha", type=float, help="their alpha, likewise")
     add("--lora_target", nargs="+", choices=SLOTS, help="their parts, likewise (default query value)")
-    add("--vocab", help="folder of the vocabulary: adds the tokenizer's files")
+    add(
+        "--vocab",
+        help="folder of the vocabulary: adds the tokenizer's files (default: beside the weights, unless GPT-2's)",
+    )
     add("--format", choices=tuple(WEIGHTS), default="merged", help="what to write (default merged)")
     add(
         "--base_name",
@@ -184,7 +190,9 @@ def main() -> None:
     adapter = (args.lora_dim, args.lora_alpha, args.lora_target)
     loaded = load_trained(args.init_checkpoint, args.model_card, args.base_checkpoint, *adapter)
     model = loaded.model
-    tokenizer = open_vocabulary(args.vocab, model.config) if args.vocab else None
+    base = None if loaded.base is None else loaded.base["absolute"]
+    vocab = args.vocab or foreign_vocabulary(args.init_checkpoint, args.base_checkpoint, base)
+    tokenizer = open_vocabulary(vocab, model.config) if vocab else None
     spent = provenance.spent_report(loaded)
     metadata = {"format": "pt", **({"privacy": json.dumps(spent)} if spent else {})}
     if args.format == "peft":
@@ -193,7 +201,8 @@ def main() -> None:
         name, (config, weights) = peft_format.CONFIG, peft_format.from_ours(model, name_base(loaded, args.base_name))
         metadata["base_fingerprint"] = fingerprint(base_weights(model))  # so that no other base is taken for it
     else:
-        end_of_text = tokenizer.end_of_text if tokenizer else model.config.end_of_text
+        named = tokenizer.end_of_text if tokenizer else None
+        end_of_text = model.config.end_of_text if named is None else named
         name, config, weights = "config.json", hugging_face_config(model.config, end_of_text), merged_weights(model)
 
     report = os.path.join(args.output, provenance.REPORT_NAME)
@@ -209,8 +218,8 @@ def main() -> None:
     write_text(readme, text)
     if spent:
         write_json(report, spent)
-    if tokenizer:
-        write_tokenizer(args.vocab, args.output, model.config)
+    if vocab:
+        write_tokenizer(vocab, args.output, model.config)
     write_json(os.path.join(args.output, name), config)
     # The weights come last: they make the folder whole.
     with atomic_write(os.path.join(args.output, WEIGHTS[args.format]), "wb") as handle:

@@ -1,4 +1,4 @@
-"""Fine-tune GPT-2 on texts that have authors, with differential privacy for each author: all texts of one author.
+"""Fine-tune GPT-2 on texts, with differential privacy for each author: all texts of one author, or of another unit.
 
 One process, on a GPU where there is one, else on the CPU:
     python src/fine-tune-dp.py --output_dir scratch --model_name gpt2 --per_device_train_batch_size 1024 \
@@ -8,7 +8,8 @@ Many: the same after `python -m torch.distributed.run --nproc_per_node 16`, with
 step has per_device_train_batch_size x gradient_accumulation_steps x processes authors, in expectation.
 
 Flags of Hugging Face's TrainingArguments keep their meaning and default: AdamW is torch's, and biases and layer norms
-do not decay. As in the published example, texts get no special token, and a text's first token is not scored.
+do not decay. As in the published example, GPT-2's texts get no special token, and a text's first token is not scored.
+Of a prompt and a completion the completion alone is scored, with <|endoftext|> behind it (corpus/records.py).
 
 Leaves in --output_dir: model.{step}.pt, args.json, metrics.jsonl, privacy_ledger.jsonl, privacy.json.
 """
@@ -20,7 +21,6 @@ import os
 import sys
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from base import distributed
@@ -28,52 +28,17 @@ from base.distributed import World
 from base.errors import fail, run_main
 from base.flags import REQUIRED, SettingsParser, flag, spelled
 from base.markdown import table_line
-from corpus.author_cache import Source, describe_left_out, digest_vocab, open_cache, prepare_cache
-from corpus.authors import AuthorTexts, Corpus, split_authors
-from corpus.examples import count_shared
-from corpus.tokenizer import VOCAB_HELP
 from optimizer import HUGGING_FACE_SCHEDULES, hugging_face_schedule
-from run import setup
+from run import setup, texts
 from run.loop import Trainer
 from run.settings import SHARED, Settings, noise_flags
 from run.task import Task
+from run.texts import ROOT, AuthorData, Texts
 from weights.checkpoint import latest_resumable, model_path
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHECKPOINTS = os.path.join(ROOT, "pretrained_checkpoints")
 MODEL_NAMES = {"gpt2": "gpt2.sm", "gpt2-medium": "gpt2.md", "gpt2-large": "gpt2.lg", "gpt2-xl": "gpt2.xl"}
 COLUMNS = "Model (HF),Fine-tuning Method,DP,GPUs,Epochs,Train Loss,Eval Loss,epsilon,Run Time [s]".split(",")
-QUANTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuthorData:
-    """Texts with authors, and which of them are held out."""
-
-    train_file: str = flag(
-        os.path.join(ROOT, "data", "reddit", "train.jsonl"),
-        "JSON lines with an author and a content (default data/reddit/train.jsonl of the repository)",
-        may_change=True,
-    )
-    eval_file: str | None = flag(
-        help="held-out texts in the same form, not protected at all; without it, authors of --train_file are held out",
-        may_change=True,
-    )
-    eval_fraction: float | None = flag(
-        help="chance of an author to be held out, without --eval_file (default 0.02)", within=(0, 1)
-    )
-    author_field: str = flag("author", "name of the author's field")
-    content_field: str = flag("content", "name of the text's field")
-    vocab: str = flag(os.path.join(ROOT, "vocab"), f"{VOCAB_HELP} (default: the repository's)", may_change=True)
-    cache_dir: str | None = flag(
-        help="where the tokenised texts are kept (default: .author_cache beside the file)", may_change=True
-    )
-    seq_len: int = flag(
-        128, "longest text in tokens; longer ones are cut (default 128)", names=("sequence_len",), least=2
-    )
-    samples_per_author: int = flag(
-        1, "texts that a drawn author contributes, drawn afresh in each step (default 1)", least=1, metavar="K"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,13 +150,12 @@ def parse(words: list[str]) -> Settings:
 def check(settings: Settings) -> None:
     """Raise UserError for mistakes that show before any file is read."""
     settings.check()
-    model, privacy, loop, extra, data = settings.model, settings.privacy, settings.loop, settings.extra, settings.data
+    model, privacy, loop, extra = settings.model, settings.privacy, settings.loop, settings.extra
     max_step = -1 if loop.max_step is None else loop.max_step
     if not extra.disable_dp and len(given := noise_flags(privacy)) != 1:
         shown = " and ".join(given or ["--noise_multiplier and --target_epsilon and --target_advantage"])
         fail(f"{shown}: give exactly one of them, or --disable_dp")
-    if data.eval_file is not None and data.eval_fraction is not None:
-        fail("--eval_fraction: means nothing with --eval_file, which holds all held-out texts")
+    texts.check(settings)
     if extra.enable_lora and model.lora_dim == 0:
         fail("--enable_lora: --lora_dim is 0, expected a rank of at least 1, such as --lora_dim 4")
     if model.lora_dim and not extra.enable_lora:
@@ -264,55 +228,13 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     )
 
 
-def open_corpus(path: str, flag: str, data: AuthorData, world: World) -> Corpus:
-    """The tokenised texts of a file. Collective: where there is no cache, one process of each machine makes it."""
-    source = Source(path, flag, data.vocab, data.seq_len, data.author_field, data.content_field)
-    folder = None
-    with world.raise_if_any_failed():
-        if world.local_rank == 0:
-            folder = prepare_cache(source, data.cache_dir)
-    folders = [folder for folder in world.gather(folder) if folder]
-    if len({os.path.basename(folder) for folder in folders}) > 1:
-        fail(f"{flag} {path}: the machines of this job hold different files, or different vocabularies in {data.vocab}")
-    with world.raise_if_any_failed():
-        opened = open_cache(folder or folders[0])
-    return opened
-
-
-def split(
-    settings: Settings, corpus: Corpus, evaluation: Corpus | None
-) -> tuple[AuthorTexts, AuthorTexts | None, dict]:
-    """(training units, held-out texts or None, what the report says of the split)."""
-    data, seed, A = settings.data, settings.loop.random_seed, len(corpus.keys)
-    if A < 2:
-        fail(
-            f"--train_file {data.train_file}: all {corpus.texts} texts are by one author; author-level privacy needs "
-            "many"
-        )
-    if evaluation is not None:
-        setup.check_validation("--eval_file", data.eval_file, evaluation.facts["sha256"], corpus.facts["sha256"])
-        training, held_out_authors = np.arange(A), len(evaluation.keys)
-        held_out = evaluation.by_text(np.arange(held_out_authors))
-        facts = {"by": "file", "file_sha256": evaluation.facts["sha256"]}
-    else:
-        fraction = 0.02 if data.eval_fraction is None else data.eval_fraction
-        training, rest = split_authors(corpus.keys, fraction, seed)
-        if len(training) < 2:
-            fail(f"--eval_fraction {fraction:g}: leaves {len(training)} of {A} authors to train on; give a smaller one")
-        held_out, held_out_authors = corpus.by_text(rest) if len(rest) else None, len(rest)
-        facts = {"by": "author", "fraction": fraction, "seed": seed}
-    train = corpus.by_author(training, data.samples_per_author, seed)
-    texts = 0 if held_out is None else len(held_out)
-    return train, held_out, {**facts, "authors": held_out_authors, "texts": texts}
-
-
-def make_task(settings: Settings, train: AuthorTexts, valid: AuthorTexts | None, digests: dict, world: World) -> Task:
-    N, data, optimizer = len(train), settings.data, settings.optimizer
+def make_task(settings: Settings, texts: Texts, world: World) -> Task:
+    N, data, optimizer, unit = len(texts.train), settings.data, settings.optimizer, texts.unit
     steps = setup.count_steps(settings, N, world)
     return Task(
-        unit="author",
-        data=train,
-        valid=valid,
+        unit=unit,
+        data=texts.train,
+        valid=texts.valid,
         longest=data.seq_len,
         rows_per_unit=data.samples_per_author,
         steps=steps,
@@ -321,61 +243,23 @@ def make_task(settings: Settings, train: AuthorTexts, valid: AuthorTexts | None,
         disclosed=[
             setup.VALIDATION_LOSS,
             "train_loss, the mean training loss, not privatised",
-            "held_out and contributions: numbers of authors, of texts and of texts never used, quantiles of texts "
-            "per author, not privatised",
+            f"held_out and contributions: numbers of {unit}s, of texts and of texts never used, quantiles of texts "
+            f"per {unit}, not privatised",
         ],
-        digests=digests,
+        digests=texts.digests,
         last_step=2 if settings.extra.dry_run else None,
     )
 
 
-def describe(
-    settings: Settings, trainer: Trainer, corpus: Corpus, train: AuthorTexts, valid: AuthorTexts | None, held_out: dict
-) -> None:
-    """Say what is trained on what."""
-    say, facts, data = trainer.display.say, corpus.facts, settings.data
-    say(
-        f"{data.train_file}: {facts['records']} records; {describe_left_out(facts)}; {corpus.texts} texts "
-        f"by {len(corpus.keys)} authors; {facts['cut']} cut to {data.seq_len} tokens"
-    )
-    say(
-        f"held out: {held_out['texts']} texts of {held_out['authors']} authors, by {held_out['by']}"
-        + (f", seed {held_out['seed']}" if held_out["by"] == "author" else "")
-    )
-    if trainer.world.is_main and valid is not None:
-        authors = np.unique(valid.keys)
-        setup.warn_of_shared(trainer, "authors", np.isin(authors, train.keys).sum(), len(authors))
-        setup.warn_of_shared(trainer, "texts", count_shared(valid, train), len(valid))
-    vocab_size = trainer.model.config.vocab_size
-    if facts["vocab_size"] != vocab_size:
-        say(
-            f"WARNING: --vocab {data.vocab} has {facts['vocab_size']} ids, the model {vocab_size}: is it the model's?",
-            important=True,
-        )
+def say_ignored(settings: Settings, trainer: Trainer) -> None:
+    """Say which of the given flags have no effect."""
+    say = trainer.display.say
     ignored = [field.name for field in dataclasses.fields(WithoutEffect) if field.name in settings.given.explicit]
     if ignored:
         say(f"accepted, without effect: {' '.join('--' + name for name in ignored)}")
     for name in ("target_epsilon", "target_advantage", "noise_multiplier"):
         if settings.extra.disable_dp and name in settings.given.explicit:
             say(f"--disable_dp: --{name} {settings.given.values[name]:g} has no effect", important=True)
-
-
-def contributions(train: AuthorTexts, trainer: Trainer, resumed: bool, world: World) -> dict:
-    """How many texts the authors contributed, for privacy.json. Collective.
-
-    The list of used texts shows who took part in a step. Amplification by sampling requires that to be secret, so the
-    list is kept in memory only. A resumed run lacks it for the steps before, and reports the expected number alone.
-    """
-    used = world.all_reduce(torch.tensor([float(train.used.sum())], dtype=torch.float64, device=world.device)).item()
-    settings = trainer.plan.settings
-    expected = train.never_used(settings.q, trainer.done, settings.amplified)
-    return {
-        "texts": len(train.starts),
-        "samples_per_author": train.samples,
-        "texts_per_author": {name: float(np.quantile(train.sizes, share)) for name, share in QUANTILES.items()},
-        "texts_never_used": None if resumed else len(train.starts) - int(used),
-        "texts_never_used_expected": round(expected, 1),
-    }
 
 
 def table(settings: Settings, trainer: Trainer, report: dict) -> str:
@@ -403,39 +287,27 @@ def table(settings: Settings, trainer: Trainer, report: dict) -> str:
 def main() -> int:
     settings = parse(sys.argv[1:])
     world = distributed.start("local", settings.loop.local_rank, settings.loop.collective_timeout)
-    data = settings.data
     with world.raise_if_any_failed():
         check(settings)
         settings = translated(settings)
-        loaded = setup.load_weights(settings, *resolve_model(str(settings.model.init_checkpoint)))
-    corpus = open_corpus(data.train_file, "--train_file", data, world)
-    evaluation = None if data.eval_file is None else open_corpus(data.eval_file, "--eval_file", data, world)
+        place, card = resolve_model(str(settings.model.init_checkpoint))
+        loaded = setup.load_weights(settings, place, card)
+    data = texts.open_texts(settings, loaded.model.config.vocab_size, place, world)
     with world.raise_if_any_failed():
-        if corpus.facts["vocab_size"] > loaded.model.config.vocab_size:
-            fail(
-                f"--vocab {data.vocab}: has {corpus.facts['vocab_size']} ids, --model_name "
-                f"{settings.model.init_checkpoint} only {loaded.model.config.vocab_size}; give the vocabulary of the "
-                "model"
-            )
-        train, valid, held_out = split(settings, corpus, evaluation)
         if settings.extra.eval_strategy == "epoch" and not settings.extra.dry_run:
-            epoch = setup.epochs_to_steps(1, len(train), setup.logical_batch(settings, world))
+            epoch = setup.epochs_to_steps(1, len(data.train), setup.logical_batch(settings, world))
             settings = settings.changed(loop={"eval_interval": epoch})
-        digests = {
-            "train_sha256": corpus.facts["sha256"],
-            "vocab_sha256": digest_vocab(data.vocab),
-            "eval_sha256": None if evaluation is None else evaluation.facts["sha256"],
-        }
-        task = make_task(settings, train, valid, digests, world)
+        task = make_task(settings, data, world)
         setup.check_task(settings, task, world)
     trainer = setup.build_trainer(settings, task, world, loaded)
-    trainer.facts["held_out"] = held_out
-    describe(settings, trainer, corpus, train, valid, held_out)
+    trainer.facts["held_out"] = data.held_out
+    texts.describe(settings, trainer, data)
+    say_ignored(settings, trainer)
     setup.announce(trainer)
     resumed = trainer.done > 0
     status = trainer.run()
     if status == 0:
-        trainer.facts["contributions"] = contributions(train, trainer, resumed, world)
+        trainer.facts["contributions"] = texts.contributions(data, trainer, resumed, world)
         trainer.facts["train_loss"] = trainer.train_loss  # as the published example reports it
         if world.is_main:
             report = trainer.write_report()

@@ -31,6 +31,7 @@ from base.distributed import World, start
 from base.errors import fail, run_main
 from base.files import atomic_write, read_lines
 from base.flags import REQUIRED, Given, SettingsParser, flag, spelled
+from corpus.tokenizer import foreign_vocabulary, load_tokenizer
 from decoding.beam_search import SearchSettings, beam_search
 from decoding.journal import Journal
 from decoding.tree_decoder import TreeDecoder
@@ -75,6 +76,10 @@ class Flags:
         nargs="+",
         choices=SLOTS,
     )
+    vocab: str | None = flag(
+        help="folder of the tokenizer: says --vocab_size, and which ids end a text (default: a tokenizer.json beside "
+        "the weights, unless GPT-2's)"
+    )
     vocab_size: int | None = flag(
         help="ids of the vocabulary, where the model has more rows than that: the others are padding, and are never "
         f"predicted (default: all of a model's, but at most GPT-2's {END_OF_TEXT_ID + 1})",
@@ -103,8 +108,9 @@ class Flags:
     def output(self) -> str:
         return os.path.join(self.work_dir, self.output_file)
 
-    def settings(self, vocab_size: int) -> SearchSettings:
-        """The rules of the search. EOS ids: 50256, or the last id of a smaller vocabulary, and those given."""
+    def settings(self, vocab_size: int, ends: frozenset[int] = frozenset()) -> SearchSettings:
+        """The rules of the search. EOS ids: `ends`, or without them 50256 or the last id of a smaller vocabulary; and
+        those given."""
         given = self.eos_token_id or ()
         for token in given:
             if not 0 <= token < vocab_size:
@@ -114,7 +120,8 @@ class Flags:
                 )
         if self.beam > vocab_size:
             fail(f"--beam {self.beam}: more than the vocabulary's {vocab_size} tokens; choose at most that many")
-        eos_ids = sorted({min(END_OF_TEXT_ID, vocab_size - 1), *given})
+        ends = frozenset(token for token in ends if token < vocab_size)
+        eos_ids = sorted({*(ends or {min(END_OF_TEXT_ID, vocab_size - 1)}), *given})
         return SearchSettings(
             self.beam,
             self.eval_len,
@@ -191,6 +198,18 @@ def load(flags: Flags) -> GPT2LMModel:
     return loaded.model
 
 
+def vocabulary(flags: Flags, rows: int) -> tuple[int | None, frozenset[int]]:
+    """(--vocab_size, or the size of the tokenizer in --vocab or beside the weights; the ids that end a text there);
+    (None, none) where no flag and no file says them. rows: ids of the model."""
+    folder = flags.vocab or foreign_vocabulary(flags.init_checkpoint, flags.base_checkpoint)
+    if folder is None:
+        return flags.vocab_size, frozenset()
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > rows:
+        fail(f"--vocab {folder}: has {tokenizer.vocab_size} ids, the model {rows}; give the model's own")
+    return flags.vocab_size or tokenizer.vocab_size, tokenizer.ends
+
+
 def without_padding(model: GPT2LMModel, vocab_size: int | None) -> GPT2LMModel:
     """The model with the rows of its vocabulary alone. Many are padded to a multiple of 64 or 128 for speed: such a row
     is no token, but has a probability. vocab_size None: GPT-2's where the model has more."""
@@ -231,8 +250,9 @@ def prepare(flags: Flags, world: World, journal: Journal) -> tuple[GPT2LMModel, 
     """
     model = load(flags)
     rows = model.config.vocab_size
-    model = without_padding(model, flags.vocab_size)
-    settings = flags.settings(model.config.vocab_size)
+    vocab_size, ends = vocabulary(flags, rows)
+    model = without_padding(model, vocab_size)
+    settings = flags.settings(model.config.vocab_size, ends)
     contexts, of_line, cut = read_contexts(flags, model.config.vocab_size)
     if not world.is_main:
         return model, Work(settings, contexts, of_line, {}, {})

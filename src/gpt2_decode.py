@@ -9,9 +9,9 @@
         --ref_type webnlg --ref_num 6 --tokenize --lower --filter unseen \
         --output_ref_file webnlg_refs --output_pred_file webnlg_pred.txt
 
-A text is cut at <|endoftext|> and then at its first blank line, and stripped; a line break, a NUL or a byte-order mark
-left inside becomes a space, for a line is a text in all files written here. Contexts stand in the order of their first
-appearance in --input_file.
+A text is cut at <|endoftext|> (a prediction at the end of text of --vocab) and then at its first blank line, and
+stripped; a line break, a NUL or a byte-order mark left inside becomes a space, for a line is a text in all files
+written here. Contexts stand in the order of their first appearance in --input_file.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from base.errors import fail, run_main
 from base.files import BOM, atomic_write, is_text, read_lines
 from base.flags import Parser
-from corpus.tokenizer import END_OF_TEXT, VOCAB_HELP, Tokenizer, load_tokenizer
+from corpus.gpt2_tokenizer import END_OF_TEXT
+from corpus.tokenizer import VOCAB_HELP, Tokenizer, load_tokenizer
 
 DEFAULT_REF_NUM = 4
 # Whatever any reader could take for the end of a line, and what the scorers refuse: a model can generate any byte.
@@ -131,7 +132,7 @@ def read_predictions(path: str, examples: int, tokenizer: Tokenizer) -> list[tup
                 f"{where}: token {wrong[0]} is outside --vocab's {tokenizer.vocab_size}; give the one searched with, "
                 f"or, where the model has padded rows, search with gpt2_beam.py --vocab_size {tokenizer.vocab_size}"
             )
-        predictions.append((index, cut(tokenizer.decode(tokens))))
+        predictions.append((index, cut(tokenizer.decode_generated(tokens))))
     return predictions
 
 

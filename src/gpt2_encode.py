@@ -1,11 +1,13 @@
-"""Encode formatted examples with GPT-2's byte-level BPE.
+"""Encode formatted examples with GPT-2's byte-level BPE, or with the tokenizer in a model's folder.
 
     python src/gpt2_encode.py --vocab vocab --input data/e2e/train_formatted.jsonl --output data/e2e/train.jsonl \
         --add_bos --add_eos
 
 Input: JSON lines with the strings "context" and "completion" (other keys are ignored). Output, a line an input line:
-`{"context": [ids], "completion": [ids]}`, the completion encoded with one space before it. --add_bos appends the id of
-<|endoftext|> to the context, --add_eos to the completion. The output is written whole or not at all.
+`{"context": [ids], "completion": [ids]}`, the completion encoded with one space before it. --add_bos appends the
+tokenizer's bos token to the context, --add_eos its eos token to the completion; both are <|endoftext|> for GPT-2. The
+context begins with the tokens that transformers puts in front of a text: none for GPT-2, bos for Llama. The output is
+written whole or not at all.
 """
 
 import itertools
@@ -18,7 +20,7 @@ from tqdm import tqdm
 from base.errors import fail, run_main
 from base.files import BOM, atomic_write, is_text, read_lines
 from base.flags import Parser, check_output
-from corpus.tokenizer import VOCAB_HELP, load_tokenizer
+from corpus.tokenizer import CHAT_TEMPLATE_HELP, VOCAB_HELP, load_tokenizer
 
 # Lines handed to the library at a time: enough to keep its threads busy, few enough for the progress bar to move.
 CHUNK = 2048
@@ -48,18 +50,32 @@ def read_examples(path: str) -> Iterator[tuple[str, str]]:
         yield context, completion
 
 
+def marker(token: int | None, kind: str, vocab: str) -> int:
+    """The id of a special token; UserError where the tokenizer has none."""
+    if token is None:
+        fail(f"--add_{kind}: the tokenizer in --vocab {vocab} names no {kind} token; leave the flag out")
+    return token
+
+
 def main() -> None:
     parser = Parser(description="GPT-2 BPE of formatted examples")
     parser.add_argument("--vocab", default="vocab", help=f"{VOCAB_HELP} (default: vocab)")
     parser.add_argument("--input", required=True, help="formatted JSON lines to read")
     parser.add_argument("--output", required=True, help="JSON lines of token ids to write")
-    parser.add_argument("--add_bos", action="store_true", help="append <|endoftext|> to the context")
-    parser.add_argument("--add_eos", action="store_true", help="append <|endoftext|> to the completion")
+    parser.add_argument(
+        "--add_bos", action="store_true", help="append the bos token, GPT-2's <|endoftext|>, to the context"
+    )
+    parser.add_argument(
+        "--add_eos", action="store_true", help="append the eos token, GPT-2's <|endoftext|>, to the completion"
+    )
+    parser.add_argument("--chat_template", nargs="?", const="", help=CHAT_TEMPLATE_HELP)
     args = parser.parse_args()
+    if args.chat_template is not None:
+        fail(f"--chat_template: {CHAT_TEMPLATE_HELP}")
     check_output(args.output, args.input, "--output")
     tokenizer = load_tokenizer(args.vocab)
-    bos = [tokenizer.end_of_text] if args.add_bos else []
-    eos = [tokenizer.end_of_text] if args.add_eos else []
+    bos = [marker(tokenizer.begin_of_text, "bos", args.vocab)] if args.add_bos else []
+    eos = [marker(tokenizer.end_of_text, "eos", args.vocab)] if args.add_eos else []
 
     count = tokens = 0
     examples = read_examples(args.input)
@@ -67,9 +83,9 @@ def main() -> None:
     with atomic_write(args.output) as out, bar:
         while chunk := list(itertools.islice(examples, CHUNK)):
             contexts = tokenizer.encode_batch([context for context, _ in chunk])
-            completions = tokenizer.encode_batch([" " + completion for _, completion in chunk])
+            completions = tokenizer.encode_batch([" " + completion for _, completion in chunk], after=True)
             for context, completion in zip(contexts, completions, strict=True):
-                encoded = {"context": context + bos, "completion": completion + eos}
+                encoded = {"context": [*tokenizer.prefix, *context, *bos], "completion": completion + eos}
                 out.write(json.dumps(encoded) + "\n")
                 tokens += len(encoded["context"]) + len(encoded["completion"])
             count += len(chunk)

@@ -81,6 +81,7 @@ EARLIER = ("test_formats.py::test_a_ledger_without_format_numbers_counts_as_it_d
 CHAIN = ("test_provenance.py::test_the_chain_outlives_its_folders",)
 FOREIGN, SHARDS = "weights/foreign.py", ("test_foreign.py::test_runs_are_found_behind_shards",)
 LINKS = ("test_provenance.py::test_weights_under_a_link",)
+PAIRS = ("test_records.py::test_one_more_unit_of_prompts_and_completions",)
 
 STD = "self.std, self.batch, self.world, self.source = sigma * sensitivity,"
 ADD_NOISE = "self.source.add_normal_(own, self.std)"
@@ -246,6 +247,10 @@ MUTANTS = (
            RISK[:1]),
     Mutant("advantage is no budget", PLAN,
            (("if settings.target_advantage is not None:", "if False:"),), BUDGET),
+    Mutant("the prompt scored", "corpus/records.py",
+           (("[*before, *behind[:room]], len(before), cut", "[*before, *behind[:room]], 1, cut"),), PAIRS),
+    Mutant("lines of one unit taken for several", "corpus/author_cache.py",
+           (("if source.owner_field is None:", "if source.pairs:"),), PAIRS),
     Mutant("steps without noise forgotten", "run/resume.py",
            (('sum(record["sigma"] == 0 for record in ledger.state.records)', "0"),), WITHOUT),
 )

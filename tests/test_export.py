@@ -5,13 +5,16 @@ import pathlib
 import random
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
-from corpus.tokenizer import END_OF_TEXT, load_tokenizer
+from corpus.gpt2_tokenizer import END_OF_TEXT
+from corpus.tokenizer import load_tokenizer
 from helpers.checkpoints import export
+from helpers.foreign_tokenizers import write_tokenizer
 from helpers.processes import ROOT
-from helpers.small_runs import server
+from helpers.small_runs import server, write_model
 from model import GPT2Config, GPT2LMModel, LoRAConfig
 from weights.checkpoint import load_model, save_checkpoint
 
@@ -98,6 +101,55 @@ def test_what_is_exported_is_read_by_every_script(tmp_path):
                      "--output_ref_file", tmp_path / "ref.txt", "--output_pred_file", tmp_path / "pred.txt"]
         assert server().start("src/gpt2_decode.py", arguments).wait() == 0
         assert (tmp_path / "pred.txt").read_text() == example["completion"] + "\n"
+
+
+@pytest.mark.parametrize("form", ["Llama 2", "Qwen2"])
+def test_a_model_with_a_tokenizer_of_its_own_goes_through_every_script(form, tmp_path):
+    """Encoded, searched and decoded without --vocab_size, and exported with all files of the tokenizer: the rows behind
+    it are never predicted, and its end of text ends a text. The model of 448 rows likes the last one best,
+    and the end of text second."""
+    write_model(tmp_path / "model", vocabulary=448)
+    folder = write_tokenizer(tmp_path / "model", form)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [theirs.eos_token_id]}))
+    weights = safetensors.torch.load_file(str(folder / "model.safetensors"))
+    weights["ln_f.weight"].zero_()
+    weights["ln_f.bias"].fill_(1.0)
+    weights["wte.weight"][447], weights["wte.weight"][theirs.eos_token_id] = 2.0, 1.0
+    safetensors.torch.save_file(weights, str(folder / "model.safetensors"))
+    example = {"context": "name : The Vaults", "completion": "The Vaults is a pub ."}
+    (tmp_path / "f.jsonl").write_text(json.dumps(example) + "\n")
+
+    def run(name: str, *arguments: object) -> object:
+        done = server().start(f"src/{name}.py", list(arguments))
+        assert done.wait() == 0, done.stdout + done.stderr
+        return done
+
+    run("gpt2_encode", "--vocab", folder, "--input", tmp_path / "f.jsonl", "--output", tmp_path / "tokens.jsonl",
+        "--add_eos")
+    tokens = json.loads((tmp_path / "tokens.jsonl").read_text())
+    assert tokens["context"] == theirs(example["context"]).input_ids
+    both = theirs.decode(tokens["context"] + tokens["completion"], skip_special_tokens=True)
+    assert both == " ".join(example.values())
+    assert tokens["completion"][-1] == theirs.eos_token_id and theirs.eos_token_id not in tokens["completion"][:-1]
+
+    exported = export(folder, tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (exported / name).read_bytes() == (folder / name).read_bytes()
+    again = transformers.AutoTokenizer.from_pretrained(exported)
+    assert again(TEXTS).input_ids == theirs(TEXTS).input_ids
+
+    search = run("gpt2_beam", "--data", tmp_path / "tokens.jsonl", "--init_checkpoint", exported, "--seq_len", 40,
+                 "--eval_len", 6, "--no_repeat_ngram_size", 0, "--work_dir", tmp_path, "--output_file", "p.jsonl")
+    assert f"rows {len(theirs)} to 447 are padding" in search.stdout
+    (prediction,) = map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines())
+    assert prediction["predict"] == [theirs.eos_token_id]
+
+    words = json.dumps({"id": 0, "predict": [*tokens["completion"], *tokens["context"]]})
+    (tmp_path / "p.jsonl").write_text(words + "\n")
+    run("gpt2_decode", "--vocab", exported, "--sample_file", tmp_path / "p.jsonl", "--input_file", tmp_path / "f.jsonl",
+        "--output_ref_file", tmp_path / "ref.txt", "--output_pred_file", tmp_path / "pred.txt")
+    assert (tmp_path / "pred.txt").read_text() == example["completion"] + "\n"
 
 
 def test_generation_ends_where_the_vocabulary_says(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -331,7 +332,8 @@ def test_adamw_is_torchs(eps):
 def test_steps_follow_epochs_and_authors(tmp_path):
     """round(num_train_epochs / q), q = batch / training authors."""
     settings = script().translated(script().parse(flags(tmp_path, num_train_epochs=7, max_steps=-1)))
-    task = script().make_task(settings, range(38), None, {}, World())
+    texts = types.SimpleNamespace(train=range(38), valid=None, unit="author", digests={})
+    task = script().make_task(settings, texts, World())
     assert task.steps == round(7 / (8 / 38)) and task.delta == 1 / 38 and setup.logical_batch(settings, World()) == 8
     settings = script().parse(flags(tmp_path, gradient_accumulation_steps=2))
     assert setup.logical_batch(settings, World(0, 3)) == 48

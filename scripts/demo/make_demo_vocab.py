@@ -18,7 +18,7 @@ import tokenizers
 from base.errors import fail
 from base.files import atomic_write, read_lines
 from base.flags import Parser
-from corpus.tokenizer import ALPHABET, END_OF_TEXT
+from corpus.gpt2_tokenizer import ALPHABET, END_OF_TEXT
 
 
 def training_texts(path: str) -> list[str]:

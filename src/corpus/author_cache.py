@@ -1,23 +1,21 @@
-"""A corpus of authors' texts, tokenised once, in parallel, into a memory map.
+"""A corpus of texts, tokenised once, in parallel, into a memory map.
 
-A line of a corpus is {"author": "...", "content": "..."}. The cache of a corpus is a folder named by the digest of what
-went into it (the file, the vocabulary, the length), so a changed file or vocabulary has another folder. It is made
-aside and renamed: whole or not there.
+corpus/records.py says what a line is. The cache of a corpus is a folder named by the digest of what went into it (the
+file, the vocabulary, the length, the fields), so a changed file or vocabulary has another folder. It is made aside and
+renamed: whole or not there.
 
-Shapes: n texts, A authors.
+Shapes: n texts, A authors, or other units.
 """
 
 import hashlib
 import json
 import multiprocessing
 import os
-import re
 import secrets
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
@@ -25,57 +23,26 @@ import numpy as np
 from tqdm import tqdm
 
 from base.errors import UserError, fail
-from base.files import atomic_write, check_file, decode_line, is_text, open_text
+from base.files import atomic_write, check_file, decode_line, open_text
 from corpus.authors import Corpus
-from corpus.tokenizer import Tokenizer, load_tokenizer, vocabulary_files
+from corpus.records import (
+    PSEUDO_AUTHORS,
+    Source,
+    WordTokens,
+    check_tokenizer,
+    pair_ids,
+    read_record,
+    text_ids,
+    with_form,
+)
+from corpus.tokenizer import digest_vocab, load_tokenizer
 
-PSEUDO_AUTHORS = ("[deleted]", "AutoModerator")
 FORMAT = 1  # of the cache; another number makes every older cache void
 CHUNK = 1 << 23  # bytes of the corpus that a process tokenises at a time
-CACHED_WORDS = 1 << 18  # these cover 98 % of the words of an English corpus, in about 70 MB a process
 PROCESSES = 8  # most that tokenise at once: with some 120 MB each they stay under 1 GB on a machine of many cores
-# Splits a text without changing a token: a space behind something that is no space always begins a new piece of GPT-2's
-# pre-tokenisation, so the tokens of a text are those of its words, one after the other.
-WORDS = re.compile(r"(?<=\S)(?= )")
 
 
 # ------------------------------------------------------------------ from a file to tokens
-
-
-class WordTokens(dict):
-    """word -> its ids, encoded when first met.
-
-    A dictionary answers faster than a tokenizer. The first L tokens of a text lie in its first L words, so the rest is
-    never encoded. On texts of 1,400 characters cut to 128 tokens this takes 0.07 ms a text, the tokenizer alone 0.70 ms
-    (one core).
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = tuple(self.tokenizer.encode(word))
-        if len(self) < CACHED_WORDS:
-            self[word] = ids
-        return ids
-
-    def first(self, text: str, length: int) -> tuple[list[int], bool]:
-        """(the first `length` ids of `text`, whether there were more)."""
-        words = WORDS.split(text, maxsplit=length)
-        ids = list(chain.from_iterable(map(self.__getitem__, words[:length])))
-        return ids[:length], len(words) > length or len(ids) > length
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a cache is made of."""
-
-    path: str
-    flag: str
-    vocab: str  # folder of the vocabulary
-    length: int  # longer texts are cut to so many tokens
-    author_field: str = "author"
-    content_field: str = "content"
 
 
 Part = tuple[int, int, int, bytes]  # offset, bytes, first line's number, sha256
@@ -95,31 +62,9 @@ def scan(path: str, flag: str) -> tuple[str, list[Part]]:
     return digest.hexdigest(), parts
 
 
-def read_record(line: str, source: Source, where: str) -> tuple[str | None, str]:
-    """(author, content) of one line; None for a record without an author. UserError where it is no record."""
-    wanted = f'wanted {{"{source.author_field}": "...", "{source.content_field}": "..."}}'
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        fail(f"{where}: not a line of JSON, {wanted}")
-    if not isinstance(record, dict):
-        fail(f"{where}: not a JSON object, {wanted}")
-    for name in (source.author_field, source.content_field):
-        if name not in record:
-            fail(f"{where}: has no {name!r}, {wanted}; --author_field and --content_field name the fields")
-    author, content = record[source.author_field], record[source.content_field]
-    for name, value in ((source.author_field, "" if author is None else author), (source.content_field, content)):
-        if not isinstance(value, str):
-            fail(f"{where}: {name!r} is {json.dumps(value)[:60]}, wanted a string")
-        if not is_text(value):
-            fail(f"{where}: {name!r} holds half of a surrogate pair, which is not text; correct or remove the line")
-    if not content.strip():
-        fail(f"{where}: {source.content_field!r} is empty; remove the line")
-    return author or None, content
-
-
 def tokenise(part: Part, source: Source, words: WordTokens) -> tuple:
-    """(ids (sum of lengths,), lengths (n,) int32, authors, counts of what was left out or cut) of a part of a file."""
+    """(ids (sum of lengths,), lengths and first scored tokens (n,) int32, units, counts of what was left out or cut) of
+    a part of a file."""
     offset, size, line_number, sha256 = part
     with open(source.path, "rb") as handle:
         handle.seek(offset)
@@ -129,25 +74,29 @@ def tokenise(part: Part, source: Source, words: WordTokens) -> tuple:
     lines = content.split(b"\n")
     if not lines[-1]:
         lines.pop()
-    pieces, lengths, authors = [], [], []
+    pieces, lengths, scored, units = [], [], [], []
     counts: Counter[str] = Counter()
     for number, line in enumerate(lines, start=line_number):
-        author, content = read_record(decode_line(line, source.path, number), source, f"{source.path}:{number}")
+        record = read_record(decode_line(line, source.path, number), source, f"{source.path}:{number}")
         counts["records"] += 1
-        if author is None or author in PSEUDO_AUTHORS:
-            counts["without_author" if author is None else "pseudo_author"] += 1
+        if record.unit is None or (source.unit_field is None and record.unit in PSEUDO_AUTHORS):
+            counts["without_author" if record.unit is None else "pseudo_author"] += 1
             continue
-        ids, cut = words.first(content, source.length)
-        if len(ids) < 2:
-            counts["too_short"] += 1  # a single token: nothing predicts it
+        if source.pairs:
+            ids, first, cut = pair_ids(record.texts[0], record.texts[1], source.length, words)
+        else:
+            ids, first, cut = text_ids(record.texts[0], source.length, words)
+        if len(ids) <= first:
+            counts["too_short"] += 1  # a single token, which nothing predicts, or a prompt that leaves no room
             continue
         counts["cut"] += cut
         pieces.append(ids)
         lengths.append(len(ids))
-        authors.append(author)
+        scored.append(first)
+        units.append(record.unit)
     dtype = token_type(words.tokenizer.vocab_size)
     tokens: np.ndarray = np.fromiter(chain.from_iterable(pieces), dtype=dtype, count=sum(lengths))
-    return tokens, np.array(lengths, dtype=np.int32), authors, counts
+    return tokens, np.array(lengths, dtype=np.int32), np.array(scored, dtype=np.int32), units, counts
 
 
 def token_type(vocab_size: int) -> type:
@@ -193,18 +142,6 @@ def name_key(author: str) -> int:
     return int.from_bytes(hashlib.sha256(author.encode()).digest()[:8], "little")
 
 
-def digest_vocab(folder: str) -> str:
-    digest = hashlib.sha256()
-    try:
-        for path in vocabulary_files(folder):
-            with open(path, "rb") as handle:
-                digest.update(handle.read())
-    except OSError:
-        load_tokenizer(folder)  # a UserError for a file that is missing
-        raise
-    return digest.hexdigest()
-
-
 def prepare_cache(source: Source, cache_dir: str | None, processes: int | None = None) -> str:
     """The folder of the corpus's cache, made where it is not there. cache_dir None: beside the file. processes None:
     one for each core, up to PROCESSES.
@@ -212,10 +149,12 @@ def prepare_cache(source: Source, cache_dir: str | None, processes: int | None =
     Raises UserError with file:line for a line that is no record.
     """
     sha256, parts = scan(source.path, source.flag)
-    key = json.dumps(
-        [FORMAT, sha256, digest_vocab(source.vocab), source.length, source.author_field, source.content_field]
-    )
-    name = f"{os.path.splitext(os.path.basename(source.path))[0]}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+    source = with_form(source)
+    made_of = [FORMAT, sha256, digest_vocab(source.vocab), source.length, source.author_field, source.content_field]
+    if source.unit_field or source.pairs:  # other caches keep the names that they had before there were other units
+        made_of += [source.unit_field, source.pairs]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    name = f"{os.path.splitext(os.path.basename(source.path))[0]}-{key[:20]}"
     cache_dir = cache_dir or os.path.join(os.path.dirname(os.path.abspath(source.path)), ".author_cache")
     folder = os.path.join(cache_dir, name)
     if os.path.isdir(folder):
@@ -240,8 +179,10 @@ def prepare_cache(source: Source, cache_dir: str | None, processes: int | None =
 def write_cache(folder: str, source: Source, sha256: str, parts: list, processes: int) -> None:
     facts: Counter = Counter(records=0, without_author=0, pseudo_author=0, too_short=0, cut=0)
     numbers: dict[str, int] = {}  # author -> number, by first appearance
-    owners, lengths = [], []
-    vocab_size = load_tokenizer(source.vocab).vocab_size
+    keys: list[int] = []
+    owners, lengths, scored = [], [], []
+    tokenizer = load_tokenizer(source.vocab)
+    check_tokenizer(tokenizer, source)
     bar = tqdm(
         desc=f"tokenise {source.path}",
         total=sum(size for _, size, *_ in parts),
@@ -253,24 +194,34 @@ def write_cache(folder: str, source: Source, sha256: str, parts: list, processes
         for (_, size, *_), result in zip(parts, tokenised_parts(parts, source, processes), strict=True):
             if isinstance(result, UserError):
                 raise result
-            ids, part_lengths, authors, counts = result
+            ids, part_lengths, part_scored, units, counts = result
             out.write(ids.tobytes())
             lengths.append(part_lengths)
-            owners.append(np.array([numbers.setdefault(author, len(numbers)) for author in authors], dtype=np.int64))
+            scored.append(part_scored)
+            if source.owner_field is None:  # lines that are alike are units of their own
+                owners.append(np.arange(len(units), dtype=np.int64) + len(keys))
+                keys += map(name_key, units)
+            else:
+                owners.append(np.array([numbers.setdefault(unit, len(numbers)) for unit in units], dtype=np.int64))
             facts.update(counts)
             bar.update(size)
-    if not numbers:
-        left_out = f" ({describe_left_out(facts)})" if facts["records"] else ""
-        fail(f"{source.flag} {source.path}: holds no text with an author{left_out}")
+    keys += map(name_key, numbers)
+    if not keys:
+        left_out = f" ({describe_left_out(facts, source.unit, source.pairs)})" if facts["records"] else ""
+        what = "text with an author" if source.unit == "author" else f"text of a {source.unit}"
+        fail(f"{source.flag} {source.path}: holds no {what}{left_out}")
     lengths, owners = np.concatenate(lengths), np.concatenate(owners)
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     order = np.argsort(owners, kind="stable")
-    first = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=len(numbers)))])
-    keys = np.array([name_key(author) for author in numbers], dtype=np.uint64)
+    first = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=len(keys)))])
+    index = {"starts": starts[order], "lengths": lengths[order], "first": first, "keys": np.array(keys, np.uint64)}
+    if source.pairs:
+        index["scored"] = np.concatenate(scored)[order]
     with atomic_write(os.path.join(folder, "index.npz"), "wb") as out:
-        np.savez(out, starts=starts[order], lengths=lengths[order], first=first, keys=keys)
+        np.savez(out, **index)
     with atomic_write(os.path.join(folder, "facts.json")) as out:
-        json.dump({"sha256": sha256, "vocab_size": vocab_size, **facts}, out)
+        named = {"unit": source.unit, "pairs": source.pairs}
+        json.dump({"sha256": sha256, "vocab_size": tokenizer.vocab_size, **named, **facts}, out)
 
 
 def open_cache(folder: str) -> Corpus:
@@ -280,6 +231,7 @@ def open_cache(folder: str) -> Corpus:
             facts = json.load(handle)
         with np.load(os.path.join(folder, "index.npz"), allow_pickle=False) as index:
             arrays = {name: index[name] for name in ("starts", "lengths", "first", "keys")}
+            scored = index.get("scored")
         tokens = np.memmap(os.path.join(folder, "tokens.bin"), dtype=token_type(facts["vocab_size"]), mode="r")
     except (OSError, ValueError, KeyError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
@@ -289,11 +241,11 @@ def open_cache(folder: str) -> Corpus:
         )
     if len(tokens) != arrays["lengths"].sum(dtype=np.int64):
         fail(f"{folder}: a damaged cache (tokens.bin is not as long as index.npz says); remove the folder")
-    return Corpus(tokens, **arrays, facts=facts)
+    return Corpus(tokens, **arrays, facts={"unit": "author", "pairs": False, **facts}, scored=scored)
 
 
-def describe_left_out(facts: dict) -> str:
-    return (
-        f"left out: {facts['without_author']} records without an author, {facts['pseudo_author']} of "
-        f"{' and '.join(PSEUDO_AUTHORS)}, {facts['too_short']} of a single token"
-    )
+def describe_left_out(facts: dict, unit: str = "author", pairs: bool = False) -> str:
+    owner = f"{facts['without_author']} records without {'an author' if unit == 'author' else f'a {unit}'}, "
+    pseudo = f"{facts['pseudo_author']} of {' and '.join(PSEUDO_AUTHORS)}, "
+    short = f"{facts['too_short']} {'whose prompts leave no room' if pairs else 'of a single token'}"
+    return f"left out: {'' if unit == 'line' else owner}{pseudo if unit == 'author' else ''}{short}"

@@ -1,6 +1,8 @@
 """Texts that have authors: the corpus, its split by author, and the draws of each author's texts.
 
-The unit is the author, with every text of that author. What reads a corpus from its file is corpus/author_cache.py.
+The unit is the author, with every text of that author. Any other unit that a field names (a patient, a conversation)
+stands in the author's place, and a line does where it is the unit. What reads a corpus from its file is
+corpus/author_cache.py.
 
 Shapes: n texts, A authors, U drawn authors, K texts that an author contributes to a step at the most.
 """
@@ -24,8 +26,9 @@ class Corpus:
     starts, lengths  (n,) int64 and int32, by author
     first   (A + 1,) int64: the texts of author a are first[a] .. first[a + 1] - 1
     keys    (A,) uint64, a digest of each author's name
-    facts   "sha256" of the file, "vocab_size", and counts: "records", "without_author", "pseudo_author", "too_short",
-            "cut"
+    facts   "sha256" of the file, "vocab_size", "unit" (the word for it), "pairs" (of prompt and completion), and
+            counts: "records", "without_author", "pseudo_author", "too_short", "cut"
+    scored  (n,) int32, by author: the first scored token of each text; None: the second token of each
     """
 
     tokens: np.ndarray
@@ -34,6 +37,7 @@ class Corpus:
     first: np.ndarray
     keys: np.ndarray
     facts: dict
+    scored: np.ndarray | None = None
 
     @property
     def texts(self) -> int:
@@ -49,13 +53,17 @@ class Corpus:
         texts, sizes = self.authors_texts(authors)
         first = np.concatenate([[0], np.cumsum(sizes)])
         keys = self.keys[authors]
-        return AuthorTexts(self.tokens, self.starts[texts], self.lengths[texts], first, keys, samples, seed)
+        return self.units(texts, first, keys, samples, seed)
 
     def by_text(self, authors: np.ndarray) -> "AuthorTexts":
         """Every text of these authors as a unit of its own, for evaluation."""
         texts, sizes = self.authors_texts(authors)
         keys = np.repeat(self.keys[authors], sizes)
-        return AuthorTexts(self.tokens, self.starts[texts], self.lengths[texts], np.arange(len(texts) + 1), keys, 1, 0)
+        return self.units(texts, np.arange(len(texts) + 1), keys, 1, 0)
+
+    def units(self, texts: np.ndarray, first: np.ndarray, keys: np.ndarray, samples: int, seed: int) -> "AuthorTexts":
+        scored = None if self.scored is None else self.scored[texts]
+        return AuthorTexts(self.tokens, self.starts[texts], self.lengths[texts], first, keys, samples, seed, scored)
 
 
 def scramble(label: str, numbers: np.ndarray) -> np.ndarray:
@@ -99,6 +107,7 @@ class AuthorTexts:
     keys: np.ndarray
     samples: int
     seed: int
+    scored: np.ndarray | None = None
     used: np.ndarray = field(init=False)  # (n,) bool: texts that a step of this process drew; never written anywhere
 
     def __post_init__(self):
@@ -146,7 +155,8 @@ class AuthorTexts:
             alike = alike[np.argsort(longest[alike], kind="stable")]
             for group, T in cut.groups(longest[alike], int(K)):
                 rows = texts[(begins[alike[group]][:, None] + np.arange(K)).ravel()]
-                first_scored = np.ones(len(rows), dtype=np.int64)  # a text's first token is predicted from nothing
+                # A text's first token is predicted from nothing.
+                first_scored = np.ones(len(rows), dtype=np.int64) if self.scored is None else self.scored[rows]
                 yield collate(self.tokens, self.starts[rows], self.lengths[rows], first_scored, T, int(K))
 
     def never_used(self, q: float, steps: int, amplified: bool) -> float:

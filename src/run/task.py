@@ -37,7 +37,7 @@ WrapEngine = Callable[[Any, FlatParameters, PrivacyPlan, Cut], Engine]
 class Task:
     """What differs between the training scripts. All but `data` is public."""
 
-    unit: str  # "example" or "author"
+    unit: str  # the word for it: "example", "author", "line", or the field that names it
     data: Data  # of N units
     valid: ValidationData | None
     longest: int  # the most tokens that a text may have

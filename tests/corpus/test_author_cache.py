@@ -11,8 +11,9 @@ from collections import defaultdict
 import pytest
 
 from base.errors import UserError
-from corpus import author_cache
-from corpus.author_cache import Source, WordTokens, open_cache, prepare_cache
+from corpus import author_cache, records
+from corpus.author_cache import open_cache, prepare_cache
+from corpus.records import Source, WordTokens
 from corpus.tokenizer import load_tokenizer
 from helpers.processes import ROOT
 
@@ -28,7 +29,7 @@ def prose(draw: random.Random, words: int) -> str:
     return " ".join("".join(draw.choices(string.ascii_lowercase, k=draw.randint(1, 7))) for _ in range(words))
 
 
-def records(count: int, authors: int, seed: int = 0) -> list[dict]:
+def some_records(count: int, authors: int, seed: int = 0) -> list[dict]:
     draw = random.Random(seed)
     return [{"author": f"a{draw.randrange(authors)}", "content": prose(draw, draw.randint(2, 30)), "other": 1}
             for _ in range(count)]
@@ -71,14 +72,14 @@ def test_a_space_begins_a_piece_after_every_character():
     tokenizer = load_tokenizer(str(VOCAB))
     for code in itertools.chain(range(1, 0x3100), range(0xfe00, 0x10000)):
         text = f"a{chr(code)} b"
-        pieces = author_cache.WORDS.split(text)
+        pieces = records.WORDS.split(text)
         assert sum((tokenizer.encode(piece) for piece in pieces), []) == tokenizer.encode(text), hex(code)
 
 
 def test_a_full_memory_of_words_changes_nothing(monkeypatch):
     tokenizer = load_tokenizer(str(VOCAB))
     text = prose(random.Random(0), 50)
-    monkeypatch.setattr(author_cache, "CACHED_WORDS", 3)
+    monkeypatch.setattr(records, "CACHED_WORDS", 3)
     words = WordTokens(tokenizer)
     assert words.first(text, 1000)[0] == tokenizer.encode(text) and len(words) == 3
 
@@ -92,7 +93,7 @@ def test_the_cache_holds_the_corpus(tmp_path, monkeypatch, processes, chunk):
     monkeypatch.setattr(author_cache, "CHUNK", chunk)
     others = [(None, "nobody"), ("", "nobody"), ("[deleted]", "gone"), ("AutoModerator", "a bot"), ("short", "!"),
               ("\u00e9\u4e2d", "the last line here")]
-    lines = records(300, 40) + [{"author": author, "content": content} for author, content in others]
+    lines = some_records(300, 40) + [{"author": author, "content": content} for author, content in others]
     path = write(tmp_path / "train.jsonl", lines)
     path.write_text(path.read_text().rstrip("\n"))  # the last line without its end
     corpus = open_cache(prepare_cache(source(path), None, processes))
@@ -110,7 +111,7 @@ def test_the_cache_holds_the_corpus(tmp_path, monkeypatch, processes, chunk):
 @pytest.mark.parametrize("nth", [1, 2, 3, 4, 5, 6])
 def test_a_full_disk_leaves_no_cache(tmp_path, monkeypatch, nth):
     """ENOSPC from each write or flush of a file or folder: one line that names the cure, nothing is left behind."""
-    path, left, real = write(tmp_path / "train.jsonl", records(50, 9)), [nth], os.fsync
+    path, left, real = write(tmp_path / "train.jsonl", some_records(50, 9)), [nth], os.fsync
 
     def fsync(handle):
         left[0] -= 1
@@ -132,7 +133,7 @@ def test_where_no_process_can_be_added_one_tokenises(tmp_path, monkeypatch, caps
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(author_cache, "CHUNK", 1000)
-    path = write(tmp_path / "train.jsonl", records(50, 9))
+    path = write(tmp_path / "train.jsonl", some_records(50, 9))
     usual = texts_by_author(open_cache(prepare_cache(source(path), str(tmp_path / "several"), 2)))
     monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
     alone = texts_by_author(open_cache(prepare_cache(source(path), str(tmp_path / "one"), 2)))
@@ -143,7 +144,7 @@ def test_where_no_process_can_be_added_one_tokenises(tmp_path, monkeypatch, caps
 
 def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     """After its digest, before its texts: the digest would be of what the run does not train on."""
-    path, real = write(tmp_path / "train.jsonl", records(50, 9)), author_cache.write_cache
+    path, real = write(tmp_path / "train.jsonl", some_records(50, 9)), author_cache.write_cache
 
     def write_cache(*arguments):
         path.write_text(path.read_text().replace("a", "b", 1))
@@ -156,7 +157,7 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch
 
 
 def test_a_second_start_tokenises_nothing_and_a_change_makes_it_anew(tmp_path, monkeypatch):
-    path = write(tmp_path / "train.jsonl", records(50, 9))
+    path = write(tmp_path / "train.jsonl", some_records(50, 9))
     made = []
     original = author_cache.write_cache
     monkeypatch.setattr(author_cache, "write_cache", lambda *arguments: (made.append(1), original(*arguments)))
@@ -165,7 +166,7 @@ def test_a_second_start_tokenises_nothing_and_a_change_makes_it_anew(tmp_path, m
     os.utime(path)
     assert prepare_cache(source(path), None) == first and len(made) == 1  # the content counts, not its date
 
-    write(path, records(50, 9)[:-1])
+    write(path, some_records(50, 9)[:-1])
     assert prepare_cache(source(path), None) != first and len(made) == 2
     other = tmp_path / "vocab"
     other.mkdir()
@@ -177,7 +178,7 @@ def test_a_second_start_tokenises_nothing_and_a_change_makes_it_anew(tmp_path, m
 
 
 def test_a_cache_is_whole_or_not_there(tmp_path, monkeypatch):
-    path = write(tmp_path / "train.jsonl", records(50, 9))
+    path = write(tmp_path / "train.jsonl", some_records(50, 9))
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -195,7 +196,7 @@ def test_a_cache_is_whole_or_not_there(tmp_path, monkeypatch):
 
 def test_what_a_killed_run_left_aside_is_no_obstacle(tmp_path):
     """Also not where the killed process had our number, as in containers it often has."""
-    path = write(tmp_path / "train.jsonl", records(50, 9))
+    path = write(tmp_path / "train.jsonl", some_records(50, 9))
     folder = prepare_cache(source(path), None)
     os.rename(folder, f"{folder}.{os.getpid()}.partial")
     assert prepare_cache(source(path), None) == folder and open_cache(folder).texts == 50
@@ -208,7 +209,7 @@ def test_a_machine_of_many_cores_tokenises_with_few_processes(tmp_path, monkeypa
     monkeypatch.setattr(author_cache, "CHUNK", 100)
     monkeypatch.setattr(author_cache, "tokenised_parts", lambda parts, source, processes: (
         asked.append((len(parts), processes)), author_cache.start_worker(source), map(author_cache.work, parts))[-1])
-    prepare_cache(source(write(tmp_path / "train.jsonl", records(50, 9))), None)
+    prepare_cache(source(write(tmp_path / "train.jsonl", some_records(50, 9))), None)
     (parts, processes), = asked
     assert parts > 20 and processes == author_cache.PROCESSES
 
@@ -235,7 +236,7 @@ BAD = {
 def test_a_bad_line_is_named(tmp_path, monkeypatch, line, words, processes):
     """With the file and the line's number, the first of them, also where another process meets it; nothing is left."""
     monkeypatch.setattr(author_cache, "CHUNK", 300)
-    good = [json.dumps(record) for record in records(40, 5)]
+    good = [json.dumps(record) for record in some_records(40, 5)]
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join([*good[:20], line, *good[20:], "{", ""]), encoding="utf-8", newline="\n")
     with pytest.raises(UserError) as caught:
@@ -245,7 +246,7 @@ def test_a_bad_line_is_named(tmp_path, monkeypatch, line, words, processes):
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
-    plain = write(tmp_path / "plain.jsonl", records(9, 3))
+    plain = write(tmp_path / "plain.jsonl", some_records(9, 3))
     (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n"))
     one, other = (open_cache(prepare_cache(source(path), None)) for path in (plain, tmp_path / "marked.jsonl"))
     assert texts_by_author(one) == texts_by_author(other)
@@ -262,7 +263,7 @@ def test_files_that_cannot_be_used(tmp_path):
     for path, words in cases:
         with pytest.raises(UserError, match=words):
             prepare_cache(source(path), None)
-    good = write(tmp_path / "good.jsonl", records(3, 2))
+    good = write(tmp_path / "good.jsonl", some_records(3, 2))
     with pytest.raises(UserError, match="--cache_dir"):
         prepare_cache(source(good), str(good))
     with pytest.raises(UserError, match="encoder.json"):

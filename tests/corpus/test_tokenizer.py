@@ -11,8 +11,7 @@ import tokenizers
 import transformers
 
 from base.errors import UserError
-from corpus.author_cache import digest_vocab
-from corpus.tokenizer import load_tokenizer
+from corpus.tokenizer import digest_vocab, load_tokenizer
 from helpers.processes import ROOT
 
 TEXTS = [
@@ -269,15 +268,11 @@ def test_every_form_of_a_vocabulary_gives_the_same_ids(write, tmp_path):
 OTHER_TOKENIZERS = {
     "no BPE": (lambda c: c["model"].update(type="WordPiece"), "is no BPE"),
     "dropout": (lambda c: c["model"].update(dropout=0.1), "has dropout '0.1'"),
-    "whole words": (lambda c: c["model"].update(ignore_merges=True), "has ignore_merges"),
-    "a prefix": (lambda c: c["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix"),
-    "a normalizer": (lambda c: c.update(normalizer={"type": "Lowercase"}), "has a normalizer"),
-    "a space first": (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "without add_prefix_space"),
-    "other words": (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "wanted ByteLevel"),
-    "no words": (lambda c: c.update(pre_tokenizer=None), "wanted ByteLevel"),
-    "no pattern": (lambda c: c["pre_tokenizer"].update(use_regex=False), "wanted ByteLevel"),
-    "a template": (lambda c: c["post_processor"].update(special_tokens={"[CLS]": {}}), "adds tokens to a text"),
-    "another step": (lambda c: c.update(post_processor=[{"type": "BertProcessing"}]), "adds tokens to a text"),
+    "a prefix": (lambda c: c["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix '##'"),
+    "other words": (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "neither byte-level"),
+    "no words": (lambda c: c.update(pre_tokenizer=None), "neither byte-level"),
+    "a template": (lambda c: c["post_processor"].update(special_tokens={"[CLS]": {}}), "cannot be read by tokenizers"),
+    "another step": (lambda c: c.update(post_processor=[{"type": "BertProcessing"}]), "cannot be read by tokenizers"),
     "no merges": (lambda c: c["model"].update(merges=3), "has no vocab or merges"),
     "another id": (lambda c: c["added_tokens"][0].update(id=7), "is 1499 in vocab, 7 in added_tokens"),
     "no vocab": (lambda c: c["model"].pop("vocab"), "has no vocab"),
@@ -314,13 +309,28 @@ def beside_the_merges(folder):
 @pytest.mark.parametrize("write, file, words", [
     (behind_the_merges, "merges.txt", "wants 1244: it has 1 symbol more than the merges make: '[PAD]'"),
     (beside_the_merges, "added_tokens.json", "adds '[PAD]'"),
-    (lambda folder: by_transformers(folder, pad_token="[PAD]"), "tokenizer.json", "adds '[PAD]'"),
 ])
 def test_added_tokens_are_named(write, file, words, tmp_path):
     write(tmp_path)
     with pytest.raises(UserError) as error:
         load_tokenizer(str(tmp_path))
     assert str(error.value).startswith(f"{tmp_path / file}: ") and words in str(error.value)
+
+
+def test_a_tokenizer_json_with_tokens_or_rules_of_its_own_is_no_gpt2_s(tmp_path):
+    """It is read as transformers reads it: there <|endoftext|> in a text is the special token."""
+    changes = {"added": {}, "whole words": lambda c: c["model"].update(ignore_merges=True),
+               "a normalizer": lambda c: c.update(normalizer={"type": "Lowercase"}),
+               "a space first": lambda c: c["pre_tokenizer"].update(add_prefix_space=True),
+               "no pattern": lambda c: c["pre_tokenizer"].update(use_regex=False)}
+    for name, change in changes.items():
+        folder = tmp_path / name
+        by_transformers(folder, **({"pad_token": "[PAD]"} if name == "added" else {}))
+        if change:
+            edit_whole(change)(folder)
+        ours, theirs = load_tokenizer(str(folder)), transformers.TokenizersBackend.from_pretrained(folder)
+        assert [ours.encode(text) for text in TEXTS] == theirs(TEXTS)["input_ids"]
+        assert ours.encode("a<|endoftext|>")[-1] == ours.end_of_text == 1499
 
 
 def test_a_vocabulary_that_is_not_there_or_a_pointer(tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies
 from hypothesis import seed as seeded
 
 from base import errors
-from corpus.tokenizer import ALPHABET, END_OF_TEXT
+from corpus.gpt2_tokenizer import ALPHABET, END_OF_TEXT
 from helpers.small_runs import VOCABULARY, material
 
 
@@ -26,7 +26,7 @@ def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
     import format_converting_webnlg
     import gpt2_decode
     import gpt2_encode
-    from corpus import author_cache, examples
+    from corpus import author_cache, examples, records
     from corpus.tokenizer import load_tokenizer
     from privacy.ledger import read_ledger
     from privacy.plan import epsilons
@@ -38,8 +38,8 @@ def read_everything(kind: str, path: str, world: pathlib.Path) -> None:
     elif kind == "predictions":
         gpt2_decode.read_predictions(path, 2, load_tokenizer(str(world / "vocab")))
     elif kind == "authors":
-        source = author_cache.Source(path, "--train_file", str(world / "vocab"), 24)
-        words = author_cache.WordTokens(load_tokenizer(source.vocab))
+        source = records.Source(path, "--train_file", str(world / "vocab"), 24)
+        words = records.WordTokens(load_tokenizer(source.vocab))
         for part in author_cache.scan(path, source.flag)[1]:
             author_cache.tokenise(part, source, words)
     elif kind == "webnlg":
