@@ -79,14 +79,15 @@ config() {
 CONFIG
 }
 
-# pretrain RUN FLAGS...: a training without privacy in $work/RUN, gone on with where it was begun.
+# pretrain RUN FLAGS...: a training without privacy in $work/RUN, gone on with where it was begun. --noise_seed seeds the
+# order of the examples, which a resumed run then keeps.
 pretrain() {
     local run="$work/$1" resume=()
     shift
     [ ! -s "$run/privacy_ledger.jsonl" ] || resume=(--resume)
     "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 2 src/gpt2_ft.py --model_card "$model" \
         --work_dir "$run" --noise_multiplier 0 --lora_dim 0 --seq_len 256 --lr 0.003 --correct_bias --adam_beta2 0.98 \
-        --clip 1.0 --random_seed 1 "$@" "${resume[@]}"
+        --clip 1.0 --random_seed 1 --noise_source seeded --noise_seed 1 "$@" "${resume[@]}"
 }
 
 # ended RUN: whether the training in $work/RUN has done its last step.

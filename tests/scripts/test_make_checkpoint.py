@@ -1,9 +1,14 @@
-"""scripts/make_checkpoint.sh, in a copy of the repository whose programs say their words."""
+"""scripts/make_checkpoint.sh, in a copy of the repository whose programs say their words; its trainings, killed."""
 
 import os
 import shutil
+import signal
 
+import pytest
+
+from helpers.interrupted_runs import UPDATE, kill
 from helpers.processes import ROOT, assert_user_error, bash, fresh_copy
+from helpers.small_runs import equal, flags, start_ranks, train, weights
 
 
 def test_a_checkpoint_is_made_where_the_user_is_and_never_over_another(tmp_path):
@@ -91,3 +96,21 @@ def test_the_english_base_is_made_in_steps_and_goes_on(tmp_path):
     assert named(programs(make("new"))) == everything[2:]
     (work / "form/privacy.json").write_text('{"train_runtime": 1.0}')
     assert named(programs(make("new"))) == everything[3:]
+
+
+PRETRAINING = dict(noise_multiplier=0, lora_dim=0, lora_alpha=None,
+                   lora_dropout=None, scheduler="constant", warmup_step=3, weight_decay=0.1, no_decay_bias=True,
+                   adam_beta2=0.98, clip=1.0, correct_bias=True, bf16=True, random_seed=1)
+
+
+@pytest.mark.parametrize("phase", [{"init_checkpoint": None}, {"scheduler": "linear"}])  # the long one, the last one
+def test_a_pretraining_that_is_killed_ends_as_one_that_is_not(tmp_path, phase):
+    """Two ranks, without noise, in bfloat16: killed in step 4, a step after its checkpoint, then resumed."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(flags(whole, **{**PRETRAINING, **phase}), 2)
+    ranks = start_ranks(flags(broken, **{**PRETRAINING, **phase}), 2, {0: [kill(UPDATE, "after", 4)]})
+    assert [rank.wait() for rank in ranks][0] == -signal.SIGKILL
+    assert (broken / "model.2.pt").exists() and not (broken / "model.4.pt").exists()
+    train(flags(broken, **{**PRETRAINING, **phase}, resume=True), 2)
+    assert equal(weights(whole), weights(broken))
+    assert not equal(weights(whole), weights(whole, 4))
