@@ -120,7 +120,7 @@ make_english() {
     if [ -z "$finish" ] && [ ! -d "$work/form" ] && ! ended stable; then
         pretrain stable --train_data "$made/text_train.jsonl" --valid_data "$made/text_valid.jsonl" \
             --train_batch_size 8 --scheduler constant --warmup_step 200 --weight_decay 0.1 --no_decay_bias --bf16 \
-            --max_epoch 6 --log_interval 50 --eval_interval 500 --save_interval 250
+            --max_epoch 6 --log_interval 50 --eval_interval 500 --save_interval 500
     fi
     if ! ended form; then
         checkpoints=("$work"/stable/model.*.pt)
