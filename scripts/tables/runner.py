@@ -102,8 +102,8 @@ def parse(task: AnyTask, words: list[str]) -> argparse.Namespace:
     for name in ("epsilon", "method", "seeds"):
         setattr(args, name, getattr(args, name).replace(",", " ").split() or [""])
     for name, (form, wanted) in FORMS.items():
-        value = getattr(args, name, None)
-        for word in value if isinstance(value, list) else [value] * (value is not None):
+        value: list[str] | str | None = getattr(args, name, None)
+        for word in value if isinstance(value, list) else [value] if value is not None else []:
             if not re.fullmatch(form, word):
                 fail(f"--{name} {word}: expected {wanted}")
     for name in PATHS:
