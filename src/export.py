@@ -3,7 +3,8 @@
     python src/export.py --init_checkpoint trained_models/e2e --output exported --vocab vocab
     python src/export.py --init_checkpoint trained_models/e2e --output adapter --format peft --base_name gpt2-medium
 
-merged  config.json and model.safetensors, for transformers' from_pretrained; --vocab adds the tokenizer's files.
+merged  config.json and model.safetensors, for transformers' from_pretrained; --vocab adds the tokenizer's files, and
+        --float16 rounds the weights to half the size (to 11 bits; every script here computes with them in float32).
 peft    adapter_config.json and adapter_model.safetensors, for peft's PeftModel.from_pretrained(base, folder).
 
 Where the weights come from runs with a ledger, what each of them spent is said in the weights' metadata and in a
@@ -18,6 +19,7 @@ import re
 import sys
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 import loralib as lora
@@ -87,6 +89,14 @@ def merged_weights(model: GPT2LMModel) -> dict[str, Tensor]:
     weights = {name: value.clone() for name, value in base_weights(model).items()}
     lora.unmerge(model)
     return weights
+
+
+def to_float16(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in float16. UserError where one is beyond its range."""
+    for name, value in weights.items():
+        if not bool((value.abs() <= torch.finfo(torch.float16).max).all()):
+            fail(f"--float16: {name} holds a weight beyond 65504, float16's largest; leave the flag out")
+    return {name: value.half() for name, value in weights.items()}
 
 
 def name_base(loaded: Loaded, given: str | None) -> str:
@@ -172,6 +182,7 @@ def main() -> None:
         "--vocab",
         help="folder of the vocabulary: adds the tokenizer's files (default: beside the weights, unless GPT-2's)",
     )
+    add("--float16", action="store_true", help="for merged: weights in float16, half the size")
     add("--format", choices=tuple(WEIGHTS), default="merged", help="what to write (default merged)")
     add(
         "--base_name",
@@ -184,6 +195,8 @@ def main() -> None:
     check_positive(args, lora_alpha=math.inf)
     if args.base_name is not None and args.format != "peft":
         fail(f"--base_name {args.base_name}: means nothing with --format {args.format}")
+    if args.float16 and args.format != "merged":
+        fail(f"--float16: means nothing with --format {args.format}")
     for name in (*WEIGHTS.values(), FILE_NAME):
         if os.path.exists(os.path.join(args.output, name)):
             fail(f"--output {args.output}: holds a {name}; choose another folder")
@@ -204,6 +217,8 @@ def main() -> None:
         named = tokenizer.end_of_text if tokenizer else None
         end_of_text = model.config.end_of_text if named is None else named
         name, config, weights = "config.json", hugging_face_config(model.config, end_of_text), merged_weights(model)
+        if args.float16:
+            config, weights = {**config, "dtype": "float16"}, to_float16(weights)
 
     report = os.path.join(args.output, provenance.REPORT_NAME)
     # A killed export has left the same one.

@@ -183,3 +183,23 @@ def test_a_killed_export_is_not_taken_for_a_whole_one(tmp_path):
     assert not list((tmp_path / "out").glob("*.safetensors"))
     export(tmp_path / "run", tmp_path / "out")
     assert load_model(str(tmp_path / "out")).model.config.vocab_size == 61
+
+
+def test_weights_in_float16(tmp_path):
+    """Half the size; every script and transformers read them, rounded to the nearest; refused where they overflow."""
+    model = write_run(tmp_path / "run", 61)
+    whole, half = export(tmp_path / "run", tmp_path / "a"), export(tmp_path / "run", tmp_path / "b", "--float16")
+    sizes = [(pathlib.Path(folder) / "model.safetensors").stat().st_size for folder in (whole, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+    expected = dict(load_model(str(whole)).model.named_parameters())
+    for name, value in load_model(str(half)).model.named_parameters():
+        assert value.dtype == torch.float32 and torch.equal(value, expected[name].half().float()), name
+    assert transformers.AutoModelForCausalLM.from_pretrained(half).dtype == torch.float16
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.bias[3] = 70000.0
+    save_checkpoint(str(tmp_path / "run"), 2, model, None, {})
+    for flags, word in ((["--float16"], "65504"), (["--float16", "--format", "peft", "--base_name", "x"], "peft")):
+        given = ["--init_checkpoint", tmp_path / "run", "--output", tmp_path / "c", *flags]
+        run = server().start("src/export.py", given)
+        assert run.wait() == 2 and "error: --float16" in run.stderr and word in run.stderr
+    assert not (tmp_path / "c").exists()

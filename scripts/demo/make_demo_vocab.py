@@ -48,6 +48,17 @@ def train(texts: list[str], size: int) -> tuple[dict[str, int], list[tuple[str, 
     return {**vocab, END_OF_TEXT: size - 1}, merges
 
 
+def write_vocabulary(
+    folder: str, vocab: dict[str, int], merges: list[tuple[str, str]]
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Write the two files into `folder`; returns what they hold, as it was given."""
+    with atomic_write(os.path.join(folder, "encoder.json")) as out:
+        out.write(json.dumps(dict(sorted(vocab.items(), key=lambda item: item[1]))))
+    with atomic_write(os.path.join(folder, "vocab.bpe")) as out:
+        out.write("#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
+    return vocab, merges
+
+
 def main() -> None:
     parser = Parser(description="train the demonstration's vocabulary")
     parser.add_argument("--train", required=True, help="public text, context||completion a line")
@@ -59,9 +70,5 @@ def main() -> None:
     if not os.path.isdir(args.out):
         fail(f"--out {args.out}: no such folder; make it first")
 
-    vocab, merges = train(training_texts(args.train), args.size)
-    with atomic_write(os.path.join(args.out, "encoder.json")) as out:
-        out.write(json.dumps(dict(sorted(vocab.items(), key=lambda item: item[1]))))
-    with atomic_write(os.path.join(args.out, "vocab.bpe")) as out:
-        out.write("#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
+    vocab, merges = write_vocabulary(args.out, *train(training_texts(args.train), args.size))
     print(f"{args.out}: {len(vocab)} ids, {len(merges)} merges")

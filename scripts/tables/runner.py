@@ -39,6 +39,7 @@ FORMS = {  # of a word of an option: what it must match, and what is wanted
     "seeds": (r"\d+", "whole numbers"),
     "batch": (r"[1-9]\d*", "a whole number above 0"),
     "nproc": (r"[1-9]\d*", "a whole number above 0"),
+    "length_penalty": (r"\d+(\.\d+)?", "a number"),
     "name": ("[A-Za-z0-9.-]+", "letters, digits, dots and hyphens"),
 }
 PATHS = ("data", "test", "vocab", "train_file", "mirror", "runs", "results")
@@ -101,8 +102,8 @@ def parse(task: AnyTask, words: list[str]) -> argparse.Namespace:
     for name in ("epsilon", "method", "seeds"):
         setattr(args, name, getattr(args, name).replace(",", " ").split() or [""])
     for name, (form, wanted) in FORMS.items():
-        value = getattr(args, name)
-        for word in value if isinstance(value, list) else [value] * (value is not None):
+        value: list[str] | str | None = getattr(args, name, None)
+        for word in value if isinstance(value, list) else [value] if value is not None else []:
             if not re.fullmatch(form, word):
                 fail(f"--{name} {word}: expected {wanted}")
     for name in PATHS:

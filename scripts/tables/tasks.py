@@ -28,8 +28,8 @@ TEXT_TRAINING = """
     --label_smooth 0.1 --work_dir $run --random_seed $seed $extra"""
 TEXT_SEARCH = """
     $launch --data $tokens/test.jsonl --batch_size 1 --seq_len $seq_len --eval_len 64 --model_card $model
-    --init_checkpoint $checkpoint --platform local --beam 10 --length_penalty 0.8 --no_repeat_ngram_size 4
-    --repetition_penalty 1.0 $end --work_dir $run --output_file predict.jsonl"""
+    --init_checkpoint $checkpoint --platform local --beam 10 --length_penalty $length_penalty
+    --no_repeat_ngram_size 4 --repetition_penalty 1.0 $end --work_dir $run --output_file predict.jsonl"""
 TEXT_DECODING = """
     python src/gpt2_decode.py --vocab $vocab --sample_file $run/predict.jsonl --input_file $tokens/test_formatted.jsonl
     $references --output_ref_file $refs --output_pred_file $texts"""
@@ -308,6 +308,7 @@ def text_task(name: str, title: str, epsilons: str, parts: tuple[str, str, str],
         ("test", "FILE", None, f"with --data: another test set than its {parts[2]}"),
         ("vocab", "DIR", None, "with --data: folder of the vocabulary to encode it with (default: vocab)"),
         ("seq_len", "T", 512, "longest example in tokens (default 512)"),
+        ("length_penalty", "A", "0.8", "of the beam search; longer texts with a larger one (default 0.8)"),
     ]
     return TextTask(
         name=name,

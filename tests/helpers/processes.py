@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +21,17 @@ def run_script(*arguments: object, cwd: pathlib.Path = ROOT, timeout: float = 30
     """Run `python ARGUMENTS` and return the finished process with its text output."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True, **options)
+
+
+def fresh_copy(folder: pathlib.Path) -> pathlib.Path:
+    """scripts/ and src/ alone, as a clone without any download has them."""
+    for name in ("scripts", "src"):
+        shutil.copytree(ROOT / name, folder / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "clone"
+
+
+def bash(*arguments: object, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
 
 
 def write_script(path: pathlib.Path, body: str, modules: str = "distributed, errors, files",

@@ -20,6 +20,7 @@ REPORT, EXPORT, AUDIT = "src/privacy_report.py", "src/export.py", "src/privacy_a
 WEBNLG, DART, AUTHORS = "src/format_converting_webnlg.py", "src/format_converting_dart.py", "src/fine-tune-dp.py"
 REDDIT, CORPUS, PLOT = "scripts/prepare_reddit.py", "scripts/start.py make_author_corpus", "scripts/plot_run.py"
 DEMO_DATA, DEMO_VOCAB = "scripts/start.py make_demo_data", "scripts/start.py make_demo_vocab"
+ENGLISH = "scripts/start.py make_english_corpus"
 TIME_BEAM, TIME_TRAINING = "scripts/start.py benchmark_beam", "scripts/start.py benchmark_training"
 START, SCALING, FAULTS = "scripts/start.py", "scripts/start.py project_scaling", "scripts/audit_faults.py"
 RUNNER, TABLES, SCORE_TRIPLES = "scripts/start.py runner", "scripts/results_tables.py", "eval/webnlg/webnlg_scores.py"
@@ -144,7 +145,7 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (FORMAT, "@e2e.txt @absent/new", ["absent"]),
     *((script, "--no_such_flag", ["--help"]) for script in (
         FORMAT, ENCODE, DECODE, SCORE, BEAM, REPORT, EXPORT, AUDIT, WEBNLG, DART, AUTHORS, REDDIT, CORPUS, PLOT,
-        DEMO_DATA, DEMO_VOCAB, TIME_BEAM, TIME_TRAINING, FAULTS, TABLES, SCALING, SCORE_TRIPLES)),
+        DEMO_DATA, DEMO_VOCAB, ENGLISH, TIME_BEAM, TIME_TRAINING, FAULTS, TABLES, SCALING, SCORE_TRIPLES)),
     *((script, f"@{name} @new", [f"{name}"]) for script in (WEBNLG, DART)
       for name in ("absent", "folder", "empty", "half.json", "text.jsonl", "latin1.jsonl", "deep.jsonl")),
     (WEBNLG, "@a_list/config.json @new", ["entries"]), (DART, "@a_list/config.json @new", ["holds no text"]),
@@ -172,6 +173,9 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (DEMO_DATA, "--domain public --out @absent", ["--out", "absent"]), (DEMO_DATA, "--domain sea", ["sea"]),
     (DEMO_VOCAB, "--train @no_bars.txt --out @folder", ["no_bars.txt:2"]),
     (DEMO_VOCAB, "--train @e2e.txt --out @folder --size 3", ["--size 3"]),
+    (ENGLISH, "--webnlg @folder --out @new", ["--text: give a folder"]),
+    (ENGLISH, "--text @folder --webnlg @folder --out @new", ["dict-gcide", "No such file", "apt-get download"]),
+    (ENGLISH, "--text @folder --webnlg @folder --out @new --size 3", ["--size 3", "258"]),
     (PLOT, "@absent", ["absent"]), (PLOT, "@folder/.. --out @new.png", ["metrics.jsonl:2"]),
     (PLOT, "@run --out @absent/new.png", ["absent"]), (PLOT, "@run --out @new", ["--out", ".png"]),
     (TIME_BEAM, "--init_checkpoint @tiny --data @absent", ["--data", "absent"]),

@@ -6,14 +6,13 @@ import http.server
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from helpers.processes import ROOT, assert_user_error, run_script
+from helpers.processes import ROOT, assert_user_error, bash, fresh_copy, run_script
 
 DEMO_VOCAB = ROOT / "vocab/demo"
 LINES = [
@@ -149,17 +148,6 @@ def test_real_data_in_one_command_twice_from_anywhere(tmp_path, shared):
 
 
 # ------------------------------------------------------ download scripts
-
-
-def fresh_copy(folder):
-    """scripts/ and src/ alone, as a clone without any download has them."""
-    for name in ("scripts", "src"):
-        shutil.copytree(ROOT / name, folder / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder / "clone"
-
-
-def bash(*arguments, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
 
 
 def fetch(copy, *arguments) -> subprocess.CompletedProcess:
@@ -374,36 +362,3 @@ def test_an_unpinned_checkpoint_is_checked_against_the_hub_s_pointer(tmp_path):
         path.write_text(text.replace("https://huggingface.co/openai-community", address))
         assert_user_error(bash(path, "gpt2-medium"), "did not send a Git LFS pointer")
     assert os.listdir(third / "pretrained_checkpoints") == []
-
-
-# ----------------------------------------------- checkpoints that are made here
-
-
-def test_a_checkpoint_is_made_where_the_user_is_and_never_over_another(tmp_path):
-    """From a folder of the user's, in a copy whose programs say their words; a second call goes on with the run."""
-    copy, user = fresh_copy(tmp_path), tmp_path / "user"
-    python = copy / ".venv/bin/python"
-    for folder in (python.parent, user / "corpus", user / "taken", copy / "trained_models/webnlg_pretraining/run"):
-        folder.mkdir(parents=True)
-    python.write_text('#!/bin/bash\necho "$@"\n')
-    python.chmod(0o755)
-    (copy / "scripts/download_vocab.sh").write_text("")
-    shutil.copy(ROOT / "requirements.txt", copy)
-
-    def make(*arguments):
-        return bash(copy / "scripts/make_checkpoint.sh", *arguments, cwd=user)
-
-    assert_user_error(make("webnlg", "corpus"), "corpus", "train.json")
-    for part in ("train", "dev"):
-        (user / f"corpus/{part}.json").touch()
-    assert_user_error(make("webnlg", "corpus", "taken"), "taken: is there already")
-    assert_user_error(make("demo", "taken"), "taken: is there already")
-    assert make("wiki").returncode == make("demo", "new", "more").returncode == 2
-
-    first = make("webnlg", "corpus", "new")
-    assert first.returncode == 0, first.stderr
-    for word in (f"format_converting_webnlg.py {user}/corpus/dev.json", f"--output {user}/new"):
-        assert word in first.stdout
-    assert "--resume" not in first.stdout
-    (copy / "trained_models/webnlg_pretraining/run/privacy_ledger.jsonl").write_text("a step")
-    assert "--resume" in make("webnlg", "corpus", "new").stdout

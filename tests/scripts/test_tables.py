@@ -134,8 +134,10 @@ def test_every_combination_is_a_run(dry):
     started_from = [value(line, "--init_checkpoint") for line in searches]
     assert len(searches) == 9 and started_from.count("pretrained_checkpoints/demo") == 1
     assert not any("--eos_token_id" in line for line in searches)  # this vocabulary has no token of two line feeds
-    published = commands(dry("e2e", "gpt2.sm"), "src/gpt2_beam.py")
+    published, longer = (commands(dry("e2e", "gpt2.sm", *more), "src/gpt2_beam.py")
+                         for more in ([], ["--length_penalty", "1.25"]))
     assert [value(line, "--eos_token_id") for line in published] == ["628"]
+    assert [value(line, "--length_penalty") for line in published + longer] == ["0.8", "1.25"]
 
 
 def test_the_steps_of_webnlg_and_dart(dry):
@@ -157,7 +159,8 @@ def test_the_steps_of_webnlg_and_dart(dry):
 @pytest.mark.parametrize("task, arguments, words", [
     ("e2e", ["--nproc", "3"], ["--nproc 3", "does not divide", "128"]), ("e2e", ["--nproc", "0"], ["--nproc 0"]),
     ("e2e", ["--epsilon", "low"], ["--epsilon low"]), ("e2e", ["--method", "half"], ["--method half"]),
-    ("e2e", ["--seeds", "a"], ["--seeds a"]), ("e2e", ["--batch"], ["--batch: wants a value"]),
+    ("e2e", ["--seeds", "a"], ["--seeds a"]), ("dart", ["--length_penalty", "-1"], ["--length_penalty"]),
+    ("e2e", ["--batch"], ["--batch: wants a value"]),
     ("e2e", ["--colour", "red"], ["--colour: unknown flag"]), ("e2e", ["gpt3"], ["gpt3: no such model"]),
     ("e2e", ["--data", "/no/such"], ["--data /no/such", "there is no /no/such/train.txt"]),
     ("e2e", ["--name", "a/b"], ["--name a/b"]), ("e2e", ["--vocab", "vocab/demo"], ["--vocab vocab/demo", "--data"]),
