@@ -28,7 +28,7 @@ from typing import Any
 from base.errors import fail
 from base.files import atomic_write
 from base.flags import Parser
-from corpus.tokenizer import Tokenizer
+from corpus.gpt2_tokenizer import GPT2Tokenizer
 from corpus.triples import read_data
 from english_sources import PACKAGES, Package, tidy, unpack
 from make_demo_vocab import train, write_vocabulary
@@ -84,7 +84,7 @@ def hold_out(documents: list[str], held_out: int) -> dict[str, list[str]]:
     return {"train": mixed[len(mixed) // held_out :], "valid": mixed[: len(mixed) // held_out]}
 
 
-def cut_blocks(texts: list[str], tokenizer: Tokenizer, block: int) -> Iterator[list[int]]:
+def cut_blocks(texts: list[str], tokenizer: GPT2Tokenizer, block: int) -> Iterator[list[int]]:
     """The documents' ids with <|endoftext|> before each, in blocks of `block` ids; the rest of the last is left out."""
     waiting: list[int] = []
     for ids in tokenizer.encode_batch(texts):
@@ -149,7 +149,7 @@ def as_lines(records: list[dict]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def encode_forms(forms: list[dict[str, str]], tokenizer: Tokenizer) -> list[dict[str, list[int]]]:
+def encode_forms(forms: list[dict[str, str]], tokenizer: GPT2Tokenizer) -> list[dict[str, list[int]]]:
     """The examples as gpt2_encode.py --add_bos --add_eos writes them."""
     end = [tokenizer.end_of_text]
     contexts = tokenizer.encode_batch([one["context"] for one in forms])
@@ -168,7 +168,7 @@ def make(
     learned_from = [text for one in forms["train"] for text in (one["context"], f" {one['completion']}")]
     os.makedirs(os.path.join(out, "vocab"), exist_ok=True)
     vocabulary = train([*texts["train"], *learned_from], size)
-    tokenizer = Tokenizer(*write_vocabulary(os.path.join(out, "vocab"), *vocabulary))
+    tokenizer = GPT2Tokenizer(*write_vocabulary(os.path.join(out, "vocab"), *vocabulary))
     report: dict = {"vocabulary": tokenizer.vocab_size}
     files: dict[str, list] = {}
     for part in texts:
