@@ -36,6 +36,7 @@ class Mutant:
 PLAN, SAMPLING, CLIPPING, MECHANISM, RANDOMNESS, ACCOUNTING = (
     f"privacy/{name}.py" for name in ("plan", "sampling", "clipping", "mechanism", "randomness", "accounting"))
 TRAINING, LEDGER, PROVENANCE = "run/loop.py", "privacy/ledger.py", "run/provenance.py"
+CHAINED = "base/chain.py"
 RANKS = ("test_privacy_plan.py::test_noise_has_its_scale_after_the_all_reduce",)
 STEP = ("test_private_step.py::test_a_step_is_the_mechanism_written_out",)
 DRAWS = ("test_privacy_plan.py::test_draws_are_disjoint_and_the_extras_are_summed_and_no_more",)
@@ -196,16 +197,13 @@ MUTANTS = (
            (("setup.VALIDATION_LOSS,", 'f"validation loss; {count_shared(valid, train)} shared",'),), SHOWN),
     Mutant("the training file taken for validation data", "run/setup.py",
            (("if sha256 == train_sha256:", "if False:"),), VALIDATION),
-    Mutant("a record that cannot be synced counts as written", LEDGER,
-           (("            os.fsync(self.handle)\n", "            sync(self.handle)\n"),
-            ("lock, sync_folder", "lock, sync, sync_folder")), UNSYNCED),
+    Mutant("a record that cannot be synced counts as written", CHAINED,
+           (("        os.fsync(handle)\n    except OSError:\n        take_back(", "        sync(handle)\n    except OSError:\n"
+             "        take_back("), ("import check_file", "import check_file, sync")), UNSYNCED),
     Mutant("SIGHUP is no request to stop", "base/signals.py",
            (("signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)", "signal.SIGINT, signal.SIGQUIT)"),), ASKED),
     Mutant("ledger written over another's records", LEDGER,
-           (("os.O_RDWR | os.O_APPEND | (0", "os.O_RDWR | (0"), ("        self.check(undone)\n", ""),
-            ("written = os.write(self.handle, line)",
-             "os.lseek(self.handle, self.state.size, os.SEEK_SET)\n            written = os.write(self.handle, line)\n"
-             "            os.ftruncate(self.handle, self.state.size + written)")), ALONE),
+           (("os.O_RDWR | os.O_APPEND | (0", "os.O_RDWR | (0"), ("        self.check(undone)\n", "")), ALONE),
     Mutant("unknown format read as the present one", LEDGER,
            (('check_format(record.get("format"), FORMAT, where)', 'min(FORMAT, record.get("format", 1))'),), UNKNOWN),
     Mutant("records of an earlier format kept as of the present one", LEDGER,
