@@ -3,6 +3,7 @@
     python src/privacy_report.py trained_models/GPT2_M/e2e                       a training folder,
     python src/privacy_report.py trained_models/GPT2_M/e2e/privacy_ledger.jsonl  its ledger,
     python src/privacy_report.py trained_models/GPT2_M/e2e/privacy.json --delta 1e-6 1e-7   or its report
+    python src/privacy_report.py trained_models/first trained_models/second      several runs together
 
     python src/privacy_report.py --plan 42061 128 20 --sigma 0.6 --delta 1e-5
     python src/privacy_report.py --plan 42061 128 20 --epsilon 8 --delta 1e-5 --plot plan.png
@@ -26,8 +27,10 @@ from base.files import atomic_write, read_object
 from base.flags import Parser
 from privacy import accounting
 from privacy.accounting import Phase
+from privacy.composition import compose
 from privacy.ledger import FILE_NAME, NAMES, LedgerState, check_none_was_kept, noise_sources, read_ledger
 from privacy.plan import choose_sigma, participations, relation, spent, warnings
+from run.composed import describe_composition, read_accounts
 from run.provenance import REPORT_NAME, disagreements
 
 SETTINGS = ("unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta")  # what runs can differ in
@@ -131,6 +134,31 @@ def report_ledger(path: str, deltas: list[float]) -> int:
     verdict = "does NOT agree with the ledger: believe the ledger" if different else "agrees with the ledger"
     print(f"{REPORT_NAME}  {verdict}")
     return 1 if different else 0
+
+
+def report_many(paths: list[str], deltas: list[float]) -> int:
+    """One statement of several runs."""
+    accounts, lines = read_accounts([find_files(path) for path in paths])
+    print("\n".join(lines))
+    if not accounts:
+        print("epsilon       0: nothing was drawn")
+        return 0
+    composition = compose(accounts)
+    for line in describe_composition(composition):
+        print(line)
+    last = [account.state.records[-1] for account in accounts]
+    wanted = {
+        min(record["delta"] for record in last): "the smallest of the runs' deltas",
+        1 / (10 * max(record["N"] for record in last)): "1/(10 N) of the largest",
+    }
+    for delta in deltas:
+        wanted.setdefault(delta, "--delta")
+    for words, phases in composition.statements:
+        print(f"epsilon       {words}")
+        print(epsilon_table(phases, wanted))
+    for words in dict.fromkeys(words for account in accounts for words in warnings(account.state)):
+        print(f"warning       {words}")
+    return 0
 
 
 # --- a plan ---
@@ -283,7 +311,7 @@ def draw(
 def main() -> int:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("path", nargs="?", metavar="LEDGER|WORK_DIR|privacy.json", help="whose epsilon to recompute")
+    add("path", nargs="*", metavar="LEDGER|WORK_DIR|privacy.json", help="whose epsilon to recompute; several: composed")
     add("--delta", type=float, nargs="+", default=[], help="more deltas for a ledger; exactly one for a plan")
     add("--plan", type=float, nargs=3, metavar=("N", "BATCH", "EPOCHS"), help="units, expected batch, epochs to come")
     add("--sigma", type=float, help="plan with this noise multiplier")
@@ -293,13 +321,13 @@ def main() -> int:
     for delta in args.delta:
         if not 0 < delta < 1:
             fail(f"--delta {delta:g}: wanted a number above 0 and below 1, such as 1e-5")
-    if (args.path is None) == (args.plan is None):
+    if bool(args.path) == (args.plan is not None):
         fail("wanted either a ledger, training folder or privacy.json, or --plan N BATCH EPOCHS; see --help")
     if args.plan is None:
         for flag in ("sigma", "epsilon", "plot"):
             if getattr(args, flag) is not None:
                 fail(f"--{flag}: goes with --plan N BATCH EPOCHS alone; a ledger has its own noise")
-        return report_ledger(args.path, args.delta)
+        return report_ledger(args.path[0], args.delta) if len(args.path) == 1 else report_many(args.path, args.delta)
 
     N, batch, epochs = args.plan
     if not all(math.isfinite(value) and value > 0 for value in args.plan):

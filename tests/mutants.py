@@ -78,6 +78,8 @@ KEPT = ("test_formats.py::test_what_is_kept_of_an_earlier_format_is_what_was_wri
 EARLIER = ("test_formats.py::test_a_ledger_without_format_numbers_counts_as_it_did",)
 CHAIN = ("test_provenance.py::test_the_chain_outlives_its_folders",)
 FOREIGN, SHARDS = "weights/foreign.py", ("test_foreign.py::test_runs_are_found_behind_shards",)
+SPENDING, BUDGETS = "run/spending.py", "privacy/budget.py"
+RACE = ("test_budget_faults.py::test_released_while_it_draws_no_step_is_lost",)
 LINKS = ("test_provenance.py::test_weights_under_a_link",)
 
 STD = "self.std, self.batch, self.world, self.source = sigma * sensitivity,"
@@ -198,8 +200,9 @@ MUTANTS = (
     Mutant("the training file taken for validation data", "run/setup.py",
            (("if sha256 == train_sha256:", "if False:"),), VALIDATION),
     Mutant("a record that cannot be synced counts as written", CHAINED,
-           (("        os.fsync(handle)\n    except OSError:\n        take_back(", "        sync(handle)\n    except OSError:\n"
-             "        take_back("), ("import check_file", "import check_file, sync")), UNSYNCED),
+           (("        os.fsync(handle)\n    except OSError:\n        take_back(",
+             "        sync(handle)\n    except OSError:\n        take_back("),
+            ("import check_file", "import check_file, sync")), UNSYNCED),
     Mutant("SIGHUP is no request to stop", "base/signals.py",
            (("signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)", "signal.SIGINT, signal.SIGQUIT)"),), ASKED),
     Mutant("ledger written over another's records", LEDGER,
@@ -218,6 +221,41 @@ MUTANTS = (
            ("test_ledger_alone.py::test_the_copies_of_two_runs_are_both_asked_for",)),
     Mutant("a ledger put in place of the run's goes unseen", LEDGER,
            (("(present.st_dev, present.st_ino) != (held.st_dev, held.st_ino)", "False"),), TAKEN),
+    Mutant("reservation written after the first draw", "run/setup.py",
+           (("            reserve(trainer, reservation)\n",
+             "            step, name = trainer.step, reservation\n            trainer.step = lambda drawn: "
+             "(step(drawn), trainer.plan.hold or reserve(trainer, name))[0]\n"),),
+           ("test_budget_runs.py::test_reserved_before_the_first_draw_and_released_after_the_last",)),
+    Mutant("reservation of nothing", SPENDING,
+           (("ledger=ledger, uses=pack(more))", "ledger=ledger, uses=[])"),),
+           ("test_budget_faults.py::test_the_reservation_is_on_disk_before_the_first_step_is_drawn",)),
+    Mutant("ledger read before its run is kept from drawing", BUDGETS,
+           (("    if opened.state.reservations[name].open:\n        opened.write(\"close\"",
+             "    used = charged()\n    if opened.state.reservations[name].open:\n        opened.write(\"close\""),
+            ("uses=pack(charged()))", "uses=pack(used))")), RACE),
+    Mutant("reservation looked at before the step is charged", PLAN,
+           (("                    self.ledger.charge(step)\n", ""),
+            ("                    self.permitted -= 1\n",
+             "                    self.ledger.charge(step)\n                    self.permitted -= 1\n")),
+           ("test_budget_faults.py::test_a_run_that_lost_its_reservation_draws_no_further_step",)),
+    Mutant("running reservations not counted", BUDGETS,
+           (("sum((one.counted for one in self.reservations.values()), Counter())",
+             "sum((one.counted for one in self.reservations.values() if one.released), Counter())"),),
+           ("test_budget.py::test_reserved_charged_and_released",)),
+    Mutant("a budget of other data accepted", SPENDING, (("if state.data != data:", "if False:"),),
+           ("test_budget.py::test_what_is_no_budget_for_a_run",)),
+    Mutant("a copied folder shares the reservation", SPENDING,
+           (("if resume and held.ledger == real_ledger(folder):", "if resume:"),),
+           ("test_budget_faults.py::test_a_copied_or_moved_folder_gets_a_reservation_of_its_own",)),
+    Mutant("a ledger that lost records released", SPENDING, (("or steps > state.charged", "or False"),
+                                                            ("if last and last not in", "if False and last not in")),
+           ("test_budget_faults.py::test_a_run_whose_ledger_is_not_what_it_was_counts_in_full",)),
+    Mutant("any ledger at the place released", SPENDING, (("if named_in(folder) != held.name:", "if False:"),),
+           ("test_budget_faults.py::test_a_run_whose_ledger_is_not_what_it_was_counts_in_full",)),
+    Mutant("a copy of a ledger not counted", "run/composed.py",
+           (("first = seen.setdefault((found.st_dev, found.st_ino), ledger)",
+             "first = seen.setdefault((0, hash(state.last_checksum)), ledger)"),),
+           ("test_composition.py::test_one_file_by_several_names_counts_once_and_copies_count_twice",)),
     Mutant("only the last run of a chain named", PROVENANCE,
            (('return [*report["initial_weights"], *([own]', "return [*([own]"),), CHAIN),
     Mutant("links to weights not followed", PROVENANCE,
