@@ -253,7 +253,10 @@ def print_plan(planned: PlanSettings, task: Task, world: World) -> None:
     steps = min(task.steps, task.last_step or task.steps)
     if world.is_main:
         plan = {name: getattr(planned, name) for name in ("unit", "N", "batch", "sigma", "delta", "target_epsilon")}
-        print(json.dumps({**plan, "steps": steps, "uses": pack(planned.uses(steps))}), flush=True)
+        print(
+            json.dumps({**plan, "steps": steps, "validated": task.valid is not None, "uses": pack(planned.uses(steps))}),
+            flush=True,
+        )
     world.close()
     sys.exit(0)
 
