@@ -79,6 +79,8 @@ EARLIER = ("test_formats.py::test_a_ledger_without_format_numbers_counts_as_it_d
 CHAIN = ("test_provenance.py::test_the_chain_outlives_its_folders",)
 FOREIGN, SHARDS = "weights/foreign.py", ("test_foreign.py::test_runs_are_found_behind_shards",)
 SPENDING, BUDGETS = "run/spending.py", "privacy/budget.py"
+SELECTED = ("test_selection.py::test_epsilon_is_dp_accounting_s",
+            "test_selection.py::test_never_below_the_truth_where_it_can_be_computed")
 RACE = ("test_budget_faults.py::test_released_while_it_draws_no_step_is_lost",)
 LINKS = ("test_provenance.py::test_weights_under_a_link",)
 
@@ -256,6 +258,12 @@ MUTANTS = (
            (("first = seen.setdefault((found.st_dev, found.st_ino), ledger)",
              "first = seen.setdefault((0, hash(state.last_checksum)), ledger)"),),
            ("test_composition.py::test_one_file_by_several_names_counts_once_and_copies_count_twice",)),
+    Mutant("the number of trials costs nothing", "privacy/selection.py",
+           (("math.log(trials.mean) / (ORDERS - 1)", "0 / (ORDERS - 1)"),), SELECTED),
+    Mutant("a trial's delta forgotten in private selection", "privacy/selection.py",
+           (("rdp + penalty + trials.mean * delta", "rdp + penalty"),), SELECTED),
+    Mutant("the cheapest trial prices the selection", "privacy/selection.py", (("worst = np.max(", "worst = np.min("),),
+           ("test_selection.py::test_trials_of_different_cost_have_that_of_the_largest",)),
     Mutant("only the last run of a chain named", PROVENANCE,
            (('return [*report["initial_weights"], *([own]', "return [*([own]"),), CHAIN),
     Mutant("links to weights not followed", PROVENANCE,

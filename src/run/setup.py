@@ -254,7 +254,9 @@ def print_plan(planned: PlanSettings, task: Task, world: World) -> None:
     if world.is_main:
         plan = {name: getattr(planned, name) for name in ("unit", "N", "batch", "sigma", "delta", "target_epsilon")}
         print(
-            json.dumps({**plan, "steps": steps, "validated": task.valid is not None, "uses": pack(planned.uses(steps))}),
+            json.dumps(
+                {**plan, "steps": steps, "validated": task.valid is not None, "uses": pack(planned.uses(steps))}
+            ),
             flush=True,
         )
     world.close()

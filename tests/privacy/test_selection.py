@@ -1,4 +1,4 @@
-"""Private selection, against dp_accounting's RepeatAndSelectDpEvent, exact sums of the distributions, and brute force."""
+"""Private selection, against dp_accounting's RepeatAndSelectDpEvent, sums of the distributions, and exact RDP."""
 
 import itertools
 import math
@@ -12,7 +12,8 @@ from privacy.accounting import Phase
 from privacy.sampled_gaussian import ORDERS
 from privacy.selection import Trials, selected_curve, selection_epsilon
 
-DISTRIBUTIONS = [Trials(10), Trials(1), Trials(300), Trials(10, 1.0), Trials(10, 0.0), Trials(50, 0.5), Trials(1.5, 3.0)]
+DISTRIBUTIONS = [Trials(10), Trials(1), Trials(300), Trials(10, 1.0), Trials(10, 0.0), Trials(50, 0.5),
+                 Trials(1.5, 3.0)]
 
 
 @pytest.mark.parametrize("trials", DISTRIBUTIONS, ids=str)
