@@ -69,7 +69,7 @@ CHANGES = {
 }
 # No validation, and a checkpoint at the end alone.
 PRESET = {"valid_data": "", "scheduler": "constant", "eval_interval": None, "save_interval": MOST_STEPS}
-LEFT_OUT = ("obj", "no_decay_bias", "warmup_step", "i_steps", "i_lrs", "clip", "mechanism")
+LEFT_OUT = ("obj", "no_decay_bias", "warmup_step", "i_steps", "i_lrs", "clip", "mechanism", "budget", "plan_only")
 
 
 def parse(words: list[str]) -> Settings:

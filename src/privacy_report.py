@@ -3,6 +3,7 @@
     python src/privacy_report.py trained_models/GPT2_M/e2e                       a training folder,
     python src/privacy_report.py trained_models/GPT2_M/e2e/privacy_ledger.jsonl  its ledger,
     python src/privacy_report.py trained_models/GPT2_M/e2e/privacy.json --delta 1e-6 1e-7   or its report
+    python src/privacy_report.py trained_models/first trained_models/second      several runs together
 
     python src/privacy_report.py trained_models/GPT2_M/e2e --card card.html      and a page about it for others
 
@@ -30,9 +31,11 @@ from base.flags import Parser
 from privacy import accounting
 from privacy.accounting import Phase
 from privacy.attack_risk import PRIOR, check_advantage, check_prior
+from privacy.composition import compose
 from privacy.ledger import FILE_NAME, NAMES, LedgerState, check_none_was_kept, noise_sources, read_ledger
 from privacy.plan import choose_sigma, choose_sigma_for_advantage, participations, relation, spent, warnings
 from run import card, risk_words
+from run.composed import describe_composition, read_accounts
 from run.provenance import REPORT_NAME, disagreements
 
 SETTINGS = ("unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta")  # what runs can differ in
@@ -154,6 +157,33 @@ def write_card(path: str | None, ledger: str, state: LedgerState, report: dict |
     if path is not None:
         card.write(path, card.collect(ledger, state, report, prior))
         print(f"card          {path}")
+
+
+def report_many(paths: list[str], deltas: list[float], prior: float) -> int:
+    """One statement of several runs."""
+    accounts, lines = read_accounts([find_files(path) for path in paths])
+    print("\n".join(lines))
+    if not accounts:
+        print("epsilon       0: nothing was drawn")
+        return 0
+    composition = compose(accounts)
+    for line in describe_composition(composition):
+        print(line)
+    last = [account.state.records[-1] for account in accounts]
+    wanted = {
+        min(record["delta"] for record in last): "the smallest of the runs' deltas",
+        1 / (10 * max(record["N"] for record in last)): "1/(10 N) of the largest",
+    }
+    for delta in deltas:
+        wanted.setdefault(delta, "--delta")
+    for words, phases in composition.statements:
+        print(f"epsilon       {words}")
+        print(epsilon_table(phases, wanted))
+        for line in risk_words.lines(phases, next(iter(wanted)), prior):
+            print(line)
+    for words in dict.fromkeys(words for account in accounts for words in warnings(account.state)):
+        print(f"warning       {words}")
+    return 0
 
 
 # --- a plan ---
@@ -330,7 +360,7 @@ def draw(
 def main() -> int:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("path", nargs="?", metavar="LEDGER|WORK_DIR|privacy.json", help="whose epsilon to recompute")
+    add("path", nargs="*", metavar="LEDGER|WORK_DIR|privacy.json", help="whose epsilon to recompute; several: composed")
     add("--delta", type=float, nargs="+", default=[], help="more deltas for a ledger; exactly one for a plan")
     add("--plan", type=float, nargs=3, metavar=("N", "BATCH", "EPOCHS"), help="units, expected batch, epochs to come")
     add("--sigma", type=float, help="plan with this noise multiplier")
@@ -355,13 +385,18 @@ def main() -> int:
             fail(f"--plot {args.plot}: {folder} is no folder that can be written to; make it first")
     if args.card is not None:
         card.check_path(args.card)
-    if (args.path is None) == (args.plan is None):
+    if bool(args.path) == (args.plan is not None):
         fail("wanted either a ledger, training folder or privacy.json, or --plan N BATCH EPOCHS; see --help")
     if args.plan is None:
         for flag in ("sigma", "epsilon", "advantage"):
             if getattr(args, flag) is not None:
                 fail(f"--{flag}: goes with --plan N BATCH EPOCHS alone; a ledger has its own noise")
-        return report_ledger(args.path, args.delta, args.prior, args.plot, args.card)
+        if len(args.path) == 1:
+            return report_ledger(args.path[0], args.delta, args.prior, args.plot, args.card)
+        for flag in ("plot", "card"):
+            if getattr(args, flag) is not None:
+                fail(f"--{flag} {getattr(args, flag)}: goes with one ledger alone, and {len(args.path)} are given")
+        return report_many(args.path, args.delta, args.prior)
     if args.card is not None:
         fail(f"--card {args.card}: goes with a ledger alone; a plan has promised nothing yet")
 

@@ -36,6 +36,7 @@ class Mutant:
 PLAN, SAMPLING, CLIPPING, MECHANISM, RANDOMNESS, ACCOUNTING = (
     f"privacy/{name}.py" for name in ("plan", "sampling", "clipping", "mechanism", "randomness", "accounting"))
 TRAINING, LEDGER, PROVENANCE = "run/loop.py", "privacy/ledger.py", "run/provenance.py"
+CHAINED = "base/chain.py"
 RANKS = ("test_privacy_plan.py::test_noise_has_its_scale_after_the_all_reduce",)
 STEP = ("test_private_step.py::test_a_step_is_the_mechanism_written_out",)
 DRAWS = ("test_privacy_plan.py::test_draws_are_disjoint_and_the_extras_are_summed_and_no_more",)
@@ -80,6 +81,10 @@ KEPT = ("test_formats.py::test_what_is_kept_of_an_earlier_format_is_what_was_wri
 EARLIER = ("test_formats.py::test_a_ledger_without_format_numbers_counts_as_it_did",)
 CHAIN = ("test_provenance.py::test_the_chain_outlives_its_folders",)
 FOREIGN, SHARDS = "weights/foreign.py", ("test_foreign.py::test_runs_are_found_behind_shards",)
+SPENDING, BUDGETS = "run/spending.py", "privacy/budget.py"
+SELECTED = ("test_selection.py::test_epsilon_is_dp_accounting_s",
+            "test_selection.py::test_never_below_the_truth_where_it_can_be_computed")
+RACE = ("test_budget_faults.py::test_released_while_it_draws_no_step_is_lost",)
 LINKS = ("test_provenance.py::test_weights_under_a_link",)
 PAIRS = ("test_records.py::test_one_more_unit_of_prompts_and_completions",)
 
@@ -200,16 +205,14 @@ MUTANTS = (
            (("setup.VALIDATION_LOSS,", 'f"validation loss; {count_shared(valid, train)} shared",'),), SHOWN),
     Mutant("the training file taken for validation data", "run/setup.py",
            (("if sha256 == train_sha256:", "if False:"),), VALIDATION),
-    Mutant("a record that cannot be synced counts as written", LEDGER,
-           (("            os.fsync(self.handle)\n", "            sync(self.handle)\n"),
-            ("lock, sync_folder", "lock, sync, sync_folder")), UNSYNCED),
+    Mutant("a record that cannot be synced counts as written", CHAINED,
+           (("        os.fsync(handle)\n    except OSError:\n        take_back(",
+             "        sync(handle)\n    except OSError:\n        take_back("),
+            ("import check_file", "import check_file, sync")), UNSYNCED),
     Mutant("SIGHUP is no request to stop", "base/signals.py",
            (("signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)", "signal.SIGINT, signal.SIGQUIT)"),), ASKED),
     Mutant("ledger written over another's records", LEDGER,
-           (("os.O_RDWR | os.O_APPEND | (0", "os.O_RDWR | (0"), ("        self.check(undone)\n", ""),
-            ("written = os.write(self.handle, line)",
-             "os.lseek(self.handle, self.state.size, os.SEEK_SET)\n            written = os.write(self.handle, line)\n"
-             "            os.ftruncate(self.handle, self.state.size + written)")), ALONE),
+           (("os.O_RDWR | os.O_APPEND | (0", "os.O_RDWR | (0"), ("        self.check(undone)\n", "")), ALONE),
     Mutant("unknown format read as the present one", LEDGER,
            (('check_format(record.get("format"), FORMAT, where)', 'min(FORMAT, record.get("format", 1))'),), UNKNOWN),
     Mutant("records of an earlier format kept as of the present one", LEDGER,
@@ -224,6 +227,47 @@ MUTANTS = (
            ("test_ledger_alone.py::test_the_copies_of_two_runs_are_both_asked_for",)),
     Mutant("a ledger put in place of the run's goes unseen", LEDGER,
            (("(present.st_dev, present.st_ino) != (held.st_dev, held.st_ino)", "False"),), TAKEN),
+    Mutant("reservation written after the first draw", "run/setup.py",
+           (("            reserve(trainer, reservation)\n",
+             "            step, name = trainer.step, reservation\n            trainer.step = lambda drawn: "
+             "(step(drawn), trainer.plan.hold or reserve(trainer, name))[0]\n"),),
+           ("test_budget_runs.py::test_reserved_before_the_first_draw_and_released_after_the_last",)),
+    Mutant("reservation of nothing", SPENDING,
+           (("ledger=ledger, uses=pack(more))", "ledger=ledger, uses=[])"),),
+           ("test_budget_faults.py::test_the_reservation_is_on_disk_before_the_first_step_is_drawn",)),
+    Mutant("ledger read before its run is kept from drawing", BUDGETS,
+           (("    if opened.state.reservations[name].open:\n        opened.write(\"close\"",
+             "    used = charged()\n    if opened.state.reservations[name].open:\n        opened.write(\"close\""),
+            ("uses=pack(charged()))", "uses=pack(used))")), RACE),
+    Mutant("reservation looked at before the step is charged", PLAN,
+           (("                    self.ledger.charge(step)\n", ""),
+            ("                    self.permitted -= 1\n",
+             "                    self.ledger.charge(step)\n                    self.permitted -= 1\n")),
+           ("test_budget_faults.py::test_a_run_that_lost_its_reservation_draws_no_further_step",)),
+    Mutant("running reservations not counted", BUDGETS,
+           (("sum((one.counted for one in self.reservations.values()), Counter())",
+             "sum((one.counted for one in self.reservations.values() if one.released), Counter())"),),
+           ("test_budget.py::test_reserved_charged_and_released",)),
+    Mutant("a budget of other data accepted", SPENDING, (("if state.data != data:", "if False:"),),
+           ("test_budget.py::test_what_is_no_budget_for_a_run",)),
+    Mutant("a copied folder shares the reservation", SPENDING,
+           (("if resume and held.ledger == real_ledger(folder):", "if resume:"),),
+           ("test_budget_faults.py::test_a_copied_or_moved_folder_gets_a_reservation_of_its_own",)),
+    Mutant("a ledger that lost records released", SPENDING, (("or steps > state.charged", "or False"),
+                                                            ("if last and last not in", "if False and last not in")),
+           ("test_budget_faults.py::test_a_run_whose_ledger_is_not_what_it_was_counts_in_full",)),
+    Mutant("any ledger at the place released", SPENDING, (("if named_in(folder) != held.name:", "if False:"),),
+           ("test_budget_faults.py::test_a_run_whose_ledger_is_not_what_it_was_counts_in_full",)),
+    Mutant("a copy of a ledger not counted", "run/composed.py",
+           (("first = seen.setdefault((found.st_dev, found.st_ino), ledger)",
+             "first = seen.setdefault((0, hash(state.last_checksum)), ledger)"),),
+           ("test_composition.py::test_one_file_by_several_names_counts_once_and_copies_count_twice",)),
+    Mutant("the number of trials costs nothing", "privacy/selection.py",
+           (("math.log(trials.mean) / (ORDERS - 1)", "0 / (ORDERS - 1)"),), SELECTED),
+    Mutant("a trial's delta forgotten in private selection", "privacy/selection.py",
+           (("rdp + penalty + trials.mean * delta", "rdp + penalty"),), SELECTED),
+    Mutant("the cheapest trial prices the selection", "privacy/selection.py", (("worst = np.max(", "worst = np.min("),),
+           ("test_selection.py::test_trials_of_different_cost_have_that_of_the_largest",)),
     Mutant("only the last run of a chain named", PROVENANCE,
            (('return [*report["initial_weights"], *([own]', "return [*([own]"),), CHAIN),
     Mutant("links to weights not followed", PROVENANCE,

@@ -20,10 +20,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy.special import erfcx, ndtr
 
 from base.errors import fail
-from privacy.sampled_gaussian import ROUNDING, Phase, prv_epsilon, rdp_epsilon
+from privacy.sampled_gaussian import ORDERS, ROUNDING, Phase, prv_epsilon, rdp_curve, rdp_epsilon
 
 MOST_STEPS = 10**15  # of a phase; a float still counts them one by one
 MOST_PHASES = 32
@@ -185,6 +186,14 @@ def epsilon_rdp(phases: Sequence[Phase], delta: float) -> float:
     if not merged:
         return 0.0
     return math.inf if any(phase.sigma == 0 for phase in merged) else rdp_epsilon(merged, math.log(delta))
+
+
+def curve(phases: Sequence[Phase]) -> np.ndarray:
+    """RDP of all `phases` composed, at each of ORDERS; infinite where something was without noise."""
+    merged = merge(phases)
+    if any(phase.sigma == 0 for phase in merged):
+        return np.full(len(ORDERS), math.inf)
+    return rdp_curve(merged)
 
 
 def epsilon_shuffle(sigma: float, participations: int, delta: float) -> float:

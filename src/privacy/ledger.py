@@ -15,16 +15,14 @@ Guarantee: at any moment the ledger holds at least every noisy sum that ever rea
 """
 
 import contextlib
-import errno
 import glob
-import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from base.chain import Overtaken, append, digest, mend, read_chain
 from base.errors import fail
 from base.files import atomic_write, check_file, check_format, lock, sync_folder
 
@@ -81,8 +79,7 @@ def written(record: Mapping) -> dict:
 
 def checksum(previous: str, record: Mapping) -> str:
     """Digest of a record (without its checksum) and of the checksum before it."""
-    body = json.dumps({key: value for key, value in written(record).items() if key != "checksum"}, sort_keys=True)
-    return hashlib.sha256(f"{previous}\n{body}".encode()).hexdigest()[:16]
+    return digest(previous, written(record))
 
 
 def encode(record: Mapping) -> bytes:
@@ -163,24 +160,21 @@ def read_ledger(path: str, opened: int | None = None) -> LedgerState:
     """Read and check a whole ledger, `opened` where it is. Raises UserError with file:line for damage that a kill
     cannot explain."""
     check_none_was_kept(path)
-    check_file(path)
     state = LedgerState()
-    try:
-        with open(path if opened is None else opened, "rb", closefd=opened is None) as handle:
-            content = handle.read()
-    except OSError as error:
-        fail(f"{path}: the privacy ledger cannot be read ({error.strerror}); without it nobody knows what was spent")
-    *lines, rest = content.split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            record: Any = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        problem = check_record(record, state, f"{path}:{number}")
-        if problem is not None:
-            fail(f"{path}:{number}: damaged: {problem}; restore the ledger, its epsilon cannot be trusted")
-        state.records.append({**ABSENT, **record})
-        state.size += len(line) + 1
+
+    def accept(record: object, where: str) -> str | None:
+        problem = check_record(record, state, where)
+        if problem is None and isinstance(record, dict):
+            state.records.append({**ABSENT, **record})
+        return problem
+
+    state.size, rest = read_chain(
+        path,
+        opened,
+        accept,
+        unreadable="the privacy ledger cannot be read ({}); without it nobody knows what was spent",
+        damaged="restore the ledger, its epsilon cannot be trusted",
+    )
     state.torn = bool(rest)
     return state
 
@@ -249,24 +243,16 @@ class Ledger:
         the settings of the line before it."""
         last = self.state.records[-1] if self.state.records else self.settings
         record = self.chained({**last, "step": last.get("step", 0) + 1, "attempt": max(1, self.state.attempts)})
-        line, before = encode(record), os.lseek(self.handle, 0, os.SEEK_CUR)  # where reading came to the end
-        if os.fstat(self.handle).st_size != before:
-            fail(f"{self.path}: grows while it is read: another run is writing there; wait for its end, or stop it")
-        handle = os.open(self.path, os.O_RDWR)  # the other one can but append
+        line = encode(record)
         try:
-            if os.pwrite(handle, line, self.state.size) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.ftruncate(handle, self.state.size + len(line))  # the torn line may have been the longer one
-            os.fsync(handle)
-        except OSError as error:
-            with contextlib.suppress(OSError):  # failing here too leaves a record too many, never one too few
-                os.ftruncate(handle, before)  # what could not be repaired stays torn: it counts
+            mend(self.path, self.handle, line, self.state.size)
+        except Overtaken:
+            fail(f"{self.path}: grows while it is read: another run is writing there; wait for its end, or stop it")
+        except OSError as error:  # what could not be repaired stays torn: it counts
             fail(
                 f"{self.path}: {error.strerror}: its last line is cut short and could not be repaired; make room and "
                 "--resume"
             )
-        finally:
-            os.close(handle)
         self.add(record, line)
         self.state.torn = False
 
@@ -278,26 +264,14 @@ class Ledger:
         record = self.chained({**self.settings, "step": step, "attempt": self.attempt})
         undone = f"step {step} was not drawn"
         self.check(undone)
-        line, written = encode(record), 0
+        line = encode(record)
         try:
-            written = os.write(self.handle, line)  # at the end, wherever that is by now
-            if written != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self.handle)
-        except OSError as error:
-            self.take_back(written)
-            fail(f"{self.path}: {error.strerror}: {undone}; make room and --resume")
-        if os.lseek(self.handle, 0, os.SEEK_CUR) != self.state.size + len(line):
-            self.take_back(written)
+            append(self.handle, line, self.state.size)
+        except Overtaken:
             fail(f"{self.path}: another run or program wrote there at the same moment; {undone}; {self.keep()}")
+        except OSError as error:
+            fail(f"{self.path}: {error.strerror}: {undone}; make room and --resume")
         self.add(record, line)
-
-    def take_back(self, written: int) -> None:
-        """Cut off what this run's last write left, if nothing was written after it. A record too many may stay."""
-        with contextlib.suppress(OSError):
-            end = os.lseek(self.handle, 0, os.SEEK_CUR)
-            if os.fstat(self.handle).st_size == end:
-                os.ftruncate(self.handle, end - written)
 
     def chained(self, record: Mapping) -> dict:
         """The next record: the keys of TYPES in their order, with its checksum."""

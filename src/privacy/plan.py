@@ -12,8 +12,9 @@ release().
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -76,6 +77,16 @@ def warnings(state: LedgerState) -> list[str]:
     )
 
 
+class Hold(Protocol):
+    """A share of a data set's budget that the run reserved before its first step."""
+
+    def check(self, undone: str) -> None:
+        """Raise UserError where it does not hold any more. undone: the words for what then stops."""
+
+    def settle(self, charged: Callable[[], Counter]) -> Any:
+        """Give back what was not used: all but charged(), which is called when no step can be drawn any more."""
+
+
 @dataclass(frozen=True)
 class PlanSettings:
     """The constants that a run's epsilon follows from. All are public."""
@@ -121,6 +132,11 @@ class PlanSettings:
     @property
     def strict_delta(self) -> float:
         return 1 / (10 * self.N)
+
+    def uses(self, steps: int, done: int = 0) -> Counter:
+        """{(mechanism, sampler, sigma, q): uses of a unit} of the steps after `done`, up to `steps`."""
+        q, count = SAMPLERS[self.sampling].planned(self.N, self.batch, steps, done)
+        return Counter({(self.mechanism, self.sampling, float(self.sigma), q): count})
 
     def ledger_entries(self, world_size: int) -> dict:
         """The MUST_MATCH keys of a ledger's records."""
@@ -174,6 +190,7 @@ class PrivacyPlan:
         )
         self.dropout = NoiseSource(settings.noise_source, "dropout", world.rank, seed)
         self.open: int | None = None
+        self.hold: Hold | None = None
         self.permitted = self.count_permitted(done) if world.is_main else 0
 
     @property
@@ -200,6 +217,15 @@ class PrivacyPlan:
             )
         return self.sampler.permitted(more, settings.N, settings.batch, done)
 
+    def to_come(self, last: int, done: int) -> Counter:
+        """PlanSettings.uses of the steps after `done`, up to `last` or to where the run's own budget ends."""
+        return self.settings.uses(done + min(last - done, self.permitted), done)
+
+    def bind(self, hold: Hold, left: int, done: int) -> None:
+        """From now on draw only while `hold` holds, and no more than `left` uses."""
+        self.hold = hold
+        self.permitted = min(self.permitted, self.sampler.permitted(left, self.settings.N, self.settings.batch, done))
+
     def open_step(self, step: int) -> Tensor | None:
         """Charge step `step` (counted from 1) and draw it: the included units of this rank, int64.
 
@@ -215,6 +241,8 @@ class PrivacyPlan:
                     verdict.fill_(1)
                 else:
                     self.ledger.charge(step)
+                    if self.hold is not None:  # after the record, never before: see privacy.budget
+                        self.hold.check(f"step {step} was not drawn")
                     self.permitted -= 1
             except UserError as failure:
                 error = failure

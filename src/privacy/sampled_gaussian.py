@@ -113,10 +113,19 @@ def rdp_per_step(sigma: float, q: float) -> np.ndarray:
     return rdp
 
 
-def rdp_epsilon(phases: tuple[Phase, ...], log_delta: float) -> float:
-    """Balle et al. (2020), theorem 21, at the best of ORDERS."""
+def rdp_curve(phases: tuple[Phase, ...]) -> np.ndarray:
+    """RDP of all steps at each of ORDERS, for the worse of both directions. Every sigma is above 0."""
     with np.errstate(over="ignore"):
-        rdp = sum(phase.steps * rdp_per_step(phase.sigma, phase.q) for phase in phases)
+        return sum((phase.steps * rdp_per_step(phase.sigma, phase.q) for phase in phases), np.zeros(len(ORDERS)))
+
+
+def rdp_epsilon(phases: tuple[Phase, ...], log_delta: float) -> float:
+    """The epsilon of rdp_curve()."""
+    return epsilon_of_curve(rdp_curve(phases), log_delta)
+
+
+def epsilon_of_curve(rdp: np.ndarray, log_delta: float) -> float:
+    """Balle et al. (2020), theorem 21, at the best of ORDERS."""
     epsilon = rdp + np.log1p(-1 / ORDERS) - (log_delta + np.log(ORDERS)) / (ORDERS - 1)
     return max(0.0, float(epsilon.min()))
 

@@ -40,9 +40,9 @@ class PoissonSampler:
         return self.own[self.source.uniform(len(self.own)) < self.q]
 
     @staticmethod
-    def planned(N: int, batch: int, steps: int) -> tuple[float, int]:
-        """(q, uses) of a run of `steps` steps."""
-        return batch / N, steps
+    def planned(N: int, batch: int, steps: int, done: int = 0) -> tuple[float, int]:
+        """(q, uses) of an attempt that takes the steps after `done` up to `steps`."""
+        return batch / N, steps - done
 
     @staticmethod
     def permitted(uses: int, N: int, batch: int, done: int) -> int:
@@ -80,8 +80,9 @@ class ShuffleSampler:
         return batch[self.world.rank :: self.world.size]
 
     @staticmethod
-    def planned(N: int, batch: int, steps: int) -> tuple[float, int]:
-        return 1.0, math.ceil(steps / steps_per_epoch(N, batch))
+    def planned(N: int, batch: int, steps: int, done: int = 0) -> tuple[float, int]:
+        per_epoch = steps_per_epoch(N, batch)
+        return 1.0, math.ceil(steps / per_epoch) - done // per_epoch if steps > done else 0
 
     @staticmethod
     def permitted(uses: int, N: int, batch: int, done: int) -> int:

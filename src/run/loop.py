@@ -22,7 +22,7 @@ from losses import token_losses
 from model import GPT2LMModel
 from optimizer import AdamW, norm
 from privacy.plan import PrivacyPlan, finite_or_text
-from run import provenance
+from run import provenance, spending
 from run.log import Display, Meter, WorkDir
 from run.settings import Settings
 from run.task import Data, Learner, Position, Task
@@ -357,6 +357,8 @@ class Trainer:
         if ended:
             self.facts.update(self.summary())
         report = self.write_report()
+        if ended and self.plan.hold is not None:
+            self.display.say(spending.settle(self.plan.hold, self.plan.ledger), important=True)
         if not self.plan.settings.private:
             self.display.say("epsilon = inf: the run had no noise and gives no privacy", important=True)
             return

@@ -18,7 +18,7 @@ ARGS = "args.json"
 # the run began: it had its default.
 FORMAT = 2
 # Entries of args.json beside the flags in which a resumed run may differ. (The ledger compares sigma and world_size.)
-MAY_CHANGE = {"padded_lengths", "job", "versions", "without_effect", "format", "sigma", "world_size"}
+MAY_CHANGE = {"reservation", "padded_lengths", "job", "versions", "without_effect", "format", "sigma", "world_size"}
 
 
 def open_ledger(work: WorkDir, settings: Settings, plan: PlanSettings, recorded: dict, world_size: int) -> Ledger:

@@ -124,6 +124,12 @@ class Privacy:
         choices=NAMES["noise_source"],
     )
     noise_seed: int | None = flag(help="the seed of --noise_source seeded")
+    budget: str | None = flag(
+        help="the budget file of the training data (src/privacy_budget.py): the run reserves what it may spend before "
+        "its first step, or is refused",
+        metavar="FILE",
+        may_change=True,
+    )
     grad_engine: str = flag(
         "book_keeping",
         "how the clipped sum is computed; opacus = by Opacus's GradSampleModule and, with several processes, its "
@@ -155,6 +161,9 @@ class Loop:
     log_interval: int = flag(100, least=1, may_change=True)
     eval_interval: int | None = flag(2000, least=1, may_change=True)
     save_interval: int = flag(500, least=1, may_change=True)
+    plan_only: bool = flag(
+        False, "print the run's privacy plan as a line of JSON and stop: nothing is written or drawn", may_change=True
+    )
     resume: bool = flag(False, "continue the run in the work folder from its last checkpoint", may_change=True)
     resume_changed: tuple[str, ...] = flag(
         (),
@@ -214,6 +223,11 @@ class Settings:
             fail(f"--noise_seed {privacy.noise_seed}: means nothing with --noise_source {privacy.noise_source}")
         if privacy.target_advantage is not None and not 0 < privacy.target_advantage < 1:
             fail(f"--target_advantage {privacy.target_advantage:g}: expected a number above 0 and below 1, such as 0.1")
+        if privacy.budget is not None and privacy.noise_source == "seeded":
+            fail(
+                f"--budget {privacy.budget}: refused with --noise_source seeded: runs of one seed share their noise, "
+                "and what they disclose together is not what the budget counts"
+            )
         check_noise(privacy, self.flag_of("max_grad_norm"))
         if loop.tensorboard and importlib.util.find_spec("tensorboard") is None:
             fail(

@@ -1,7 +1,9 @@
 """Set-up of a run: from a training script's settings and data to a Trainer."""
 
 import dataclasses
+import json
 import platform
+import sys
 
 import torch
 
@@ -12,11 +14,12 @@ from base.products import BLOCK_ROWS
 from corpus.batching import PublicLengths, TightCut, choose_lengths
 from model import GPT2Config
 from optimizer import AdamW, FlatParameters
+from privacy.budget import pack
 from privacy.clipping import BookKeeping, NonPrivate, rounding_share
 from privacy.company import check_company, check_ranks_compute_alike, check_ranks_round_alike
 from privacy.ledger import Ledger, NoLedger
 from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma, choose_sigma_for_advantage
-from run import loop, provenance
+from run import loop, provenance, spending
 from run.log import NoWorkDir, WorkDir
 from run.resume import check_ledger_is_whole, check_ranks_agree, is_restarted, open_ledger, steps_without_noise
 from run.settings import DEFAULT_TOKENS, MOST_STEPS, Settings
@@ -172,6 +175,8 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
             "--target_epsilon, --target_advantage or --noise_multiplier, or leave the flag out",
             on_every_rank=True,
         )
+    if settings.loop.plan_only:
+        print_plan(planned, task, world)
     flat, optimizer = prepare_parameters(settings, world, loaded, planned.private)
     cut = lengths if planned.private else TightCut(lengths.token_budget)
     resumes = settings.loop.resume
@@ -179,10 +184,14 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
     work: WorkDir = NoWorkDir(folder)
     ledger: Ledger = NoLedger()
     position = Position()
+    reservation: str | None = None
     origin: dict = {"initial_weights": []}
     with world.raise_if_any_failed():
         if world.is_main:
             spent = provenance.spent_before(loaded)  # refuses damaged reports before anything is written
+            reservation = spending.choose_name(
+                settings.privacy.budget, folder, task.unit, task.digests.get("train_sha256", ""), resumes
+            )
             work = WorkDir(folder, must_exist=resumes, flag=flag)
             recorded |= {
                 "sigma": planned.sigma,
@@ -194,6 +203,7 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
                 "padded_lengths": list(lengths.lengths),
                 "world_size": world.size,
                 "job": distributed.job_name(),
+                "reservation": reservation,
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
             }
             ledger = open_ledger(work, settings, planned, recorded, world.size)
@@ -228,12 +238,51 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
         world, settings, dataclasses.replace(task, disclosed=disclosed), learner, plan, work, position
     )
     trainer.facts.update(origin)
+    with world.raise_if_any_failed():
+        if world.is_main and reservation is not None:  # last of all, so that whatever fails before reserves nothing
+            reserve(trainer, reservation)
     if restarted:
         trainer.display.say(
             f"{folder}: begun by this job, {distributed.job_name()}, and started again: continued as by --resume",
             important=True,
         )
     return trainer
+
+
+def print_plan(planned: PlanSettings, task: Task, world: World) -> None:
+    """Print the plan as a line of JSON, on rank 0, and end the process. Its uses are as in a budget file."""
+    steps = min(task.steps, task.last_step or task.steps)
+    if world.is_main:
+        plan = {name: getattr(planned, name) for name in ("unit", "N", "batch", "sigma", "delta", "target_epsilon")}
+        print(
+            json.dumps(
+                {**plan, "steps": steps, "validated": task.valid is not None, "uses": pack(planned.uses(steps))}
+            ),
+            flush=True,
+        )
+    world.close()
+    sys.exit(0)
+
+
+def reserve(trainer: loop.Trainer, name: str) -> None:
+    """Reserve the run's share of --budget, on rank 0, and say what is left."""
+    path, digests = trainer.settings.privacy.budget, trainer.task.digests
+    assert path is not None
+    share = spending.reserve(path, name, trainer.plan, digests.get("train_sha256", ""), trainer.last, trainer.done)
+    say = trainer.display.say
+    say(f"budget {path}: {spending.describe(share.state)}, this run included")
+    if share.short:
+        say(
+            f"WARNING: the budget has no room for every step to come: the run ends within what it has reserved, after "
+            f"{trainer.plan.permitted} steps at the most",
+            important=True,
+        )
+    if not share.hold.locked:
+        say(
+            f"WARNING: the file system of {path} has no locks: start one run after the other; a run that finds its "
+            "reservation overwritten draws no further step",
+            important=True,
+        )
 
 
 def prepare_parameters(settings: Settings, world: World, loaded: Loaded, private: bool) -> tuple[FlatParameters, AdamW]:

@@ -22,6 +22,7 @@ REDDIT, CORPUS, PLOT = "scripts/prepare_reddit.py", "scripts/start.py make_autho
 DEMO_DATA, DEMO_VOCAB = "scripts/start.py make_demo_data", "scripts/start.py make_demo_vocab"
 ENGLISH = "scripts/start.py make_english_corpus"
 TIME_BEAM, TIME_TRAINING = "scripts/start.py benchmark_beam", "scripts/start.py benchmark_training"
+BUDGET, SWEEP = "src/privacy_budget.py", "scripts/sweep.py"
 START, SCALING, FAULTS = "scripts/start.py", "scripts/start.py project_scaling", "scripts/audit_faults.py"
 RUNNER, TABLES, SCORE_TRIPLES = "scripts/start.py runner", "scripts/results_tables.py", "eval/webnlg/webnlg_scores.py"
 
@@ -145,7 +146,8 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (FORMAT, "@e2e.txt @absent/new", ["absent"]),
     *((script, "--no_such_flag", ["--help"]) for script in (
         FORMAT, ENCODE, DECODE, SCORE, BEAM, REPORT, EXPORT, AUDIT, WEBNLG, DART, AUTHORS, REDDIT, CORPUS, PLOT,
-        DEMO_DATA, DEMO_VOCAB, ENGLISH, TIME_BEAM, TIME_TRAINING, FAULTS, TABLES, SCALING, SCORE_TRIPLES)),
+        DEMO_DATA, DEMO_VOCAB, ENGLISH, TIME_BEAM, TIME_TRAINING, FAULTS, TABLES, SCALING, SCORE_TRIPLES, BUDGET,
+        SWEEP)),
     *((script, f"@{name} @new", [f"{name}"]) for script in (WEBNLG, DART)
       for name in ("absent", "folder", "empty", "half.json", "text.jsonl", "latin1.jsonl", "deep.jsonl")),
     (WEBNLG, "@a_list/config.json @new", ["entries"]), (DART, "@a_list/config.json @new", ["holds no text"]),
@@ -186,6 +188,12 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (TIME_TRAINING, "--seq_len 2000", ["--seq_len 2000"]),
     (FAULTS, "--train_data @train.jsonl --model_card @tiny --output @new --examples 0", ["--examples 0"]),
     (FAULTS, "--train_data @train.jsonl --model_card @tiny --output @new --only none --settings sea", ["sea"]),
+    (BUDGET, "create @new --train_data @absent --epsilon 8 --delta 1e-5", ["--train_data", "absent"]),
+    (BUDGET, "show @train.jsonl", ["train.jsonl:1: damaged"]),
+    (BUDGET, "release @absent", ["absent", "no such budget"]),
+    (REPORT, "@run @damaged_run", ["privacy_ledger.jsonl:1: damaged"]), (REPORT, "@run @absent", ["absent"]),
+    (SWEEP, f"{ROOT}/src/gpt2_ft.py --out @new --grid lr=1,2 --score bleu --", ["--score bleu", "no such column"]),
+    (SWEEP, "@e2e.txt --out @new --grid lr=1,2 --", ["e2e.txt", "no training script"]),
     (RUNNER, "", ["no table"]), (RUNNER, "e2e --no_such_flag", ["--no_such_flag: unknown flag", "--help"]),
     (RUNNER, "author --dry-run --batch 0", ["--batch 0"]), (RUNNER, "dart --seeds", ["--seeds: wants a value"]),
     (SCORE_TRIPLES, "@folder", ["has no SYS"]), (SCORE_TRIPLES, "@folder @sys.txt", ["folder", "no reference0"]),

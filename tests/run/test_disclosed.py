@@ -16,6 +16,7 @@ import torch
 
 from corpus.examples import count_shared, read_examples
 from helpers import author_runs, small_runs
+from helpers.budgets import CLOSED, CREATED, RELEASED, RESERVED, VOID, chained
 from helpers.disclosed import Left, differing, e2e_flags, table
 from helpers.small_runs import metrics, read, server, start_ranks, train
 from row import write_row
@@ -106,6 +107,7 @@ def after(left):
         started("src/gpt2_beam.py", *search, "--work_dir", run)
         started("src/export.py", "--init_checkpoint", run, "--output", run / "merged")
         started("src/export.py", "--init_checkpoint", run, "--output", run / "peft", "--format", "peft")
+        (run / "budget.jsonl").write_text(chained(CREATED, RESERVED, CLOSED, RELEASED, VOID))
         (run / "scores.json").write_text('{"scores": {}, "signature": {}}')
         row(run, "e2e")
         row(left("authors, whole model", changed_unit).folder / "run", "author")

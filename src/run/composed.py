@@ -1,0 +1,61 @@
+"""Several runs read for one statement: their ledgers, and what the files beside them say of data and origin."""
+
+import os
+from collections.abc import Iterable
+
+from base.errors import fail
+from base.files import read_object
+from privacy.composition import Account, Composition
+from privacy.ledger import read_ledger
+from run import provenance
+
+ARGS = "args.json"
+WANTED = "what the run wrote; restore it, or remove it"
+
+
+def read_accounts(files: Iterable[tuple[str, str | None]]) -> tuple[list[Account], list[str]]:
+    """(the runs with a record, each file once; a line for each run). files: (ledger, privacy.json or None)."""
+    accounts: list[Account] = []
+    lines: list[str] = []
+    seen: dict[tuple[int, int], str] = {}
+    for ledger, report_path in files:
+        state = read_ledger(ledger)
+        found = os.stat(ledger)
+        first = seen.setdefault((found.st_dev, found.st_ino), ledger)
+        if first != ledger or any(account.name == ledger for account in accounts):
+            lines.append(f"ledger        {ledger}: is the file {first}, counted once")
+            continue
+        if not state.records:
+            if state.torn:
+                fail(f"{ledger}: its only line is cut short: one step was charged, its sigma and q are not known")
+            lines.append(f"ledger        {ledger}: nothing was drawn")
+            continue
+        report = provenance.checked(read_object(report_path, WANTED), report_path) if report_path else {}
+        before = tuple(report.get("initial_weights", ()))
+        data = digest_beside(ledger)
+        accounts.append(Account(ledger, state, data, report.get("run"), before))
+        said = f"training file sha256 {data[:12]}" if data else "training file not known"
+        lines.append(f"ledger        {ledger}: {state.charged} steps charged, {said}")
+    return accounts, lines
+
+
+def digest_beside(ledger: str) -> str | None:
+    """The sha256 of the training file, by the args.json beside a ledger."""
+    path = os.path.join(os.path.dirname(ledger), ARGS)
+    digest = read_object(path, WANTED).get("train_sha256") if os.path.exists(path) else None
+    return digest if isinstance(digest, str) else None
+
+
+def describe_composition(composition: Composition) -> list[str]:
+    """The lines before the table."""
+    lines = [
+        f"unit          one {composition.unit}",
+        f"relation      {composition.relation}",
+        f"steps charged {composition.steps} in {len(composition.accounts)} runs",
+    ]
+    if (number := len(composition.by_data)) > 1:
+        lines.append(
+            f"data          of {number} different training files: whoever is in one of them alone has the smaller "
+            "epsilon of that one; whoever may be in all has that of all runs together"
+        )
+    return lines + [f"note          {words}" for words in composition.remarks]
