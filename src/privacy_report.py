@@ -21,6 +21,7 @@ import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -29,11 +30,12 @@ from base.errors import UserError, fail, run_main
 from base.files import atomic_write, read_object
 from base.flags import Parser
 from privacy import accounting
-from privacy.accounting import Phase
+from privacy.allocation import AnyPhase
 from privacy.attack_risk import PRIOR, check_advantage, check_prior
 from privacy.composition import compose
 from privacy.ledger import FILE_NAME, NAMES, LedgerState, check_none_was_kept, noise_sources, read_ledger
-from privacy.plan import choose_sigma, choose_sigma_for_advantage, participations, relation, spent, warnings
+from privacy.plan import Course, choose_sigma, participations, relation, spent, warnings
+from privacy.sampled_gaussian import Phase
 from run import card, risk_words
 from run.composed import describe_composition, read_accounts
 from run.provenance import REPORT_NAME, disagreements
@@ -42,6 +44,7 @@ SETTINGS = ("unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta"
 TARGETS = (1.0, 2.0, 3.0, 8.0)  # epsilons that a plan prices beside its own
 FACTORS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of its sigma, likewise
 METHODS = {
+    "pld": "privacy loss on a grid",
     "prv": "PRV upper bound",
     "rdp": "RDP, where the PRV grid gives none or more",
     "gaussian": "analytic Gaussian, no amplification",
@@ -87,7 +90,7 @@ def settings_lines(state: LedgerState) -> list[str]:
     return lines
 
 
-def epsilon_table(phases: list[Phase], deltas: dict[float, str]) -> str:
+def epsilon_table(phases: Sequence[AnyPhase], deltas: dict[float, str]) -> str:
     """A line a delta: PRV, RDP, and where the first comes from."""
     lines = [f"{'delta':>12}  {'epsilon PRV':>12}  {'epsilon RDP':>12}  by"]
     for delta, origin in deltas.items():
@@ -208,7 +211,7 @@ def plan(
     uses = math.ceil(steps / per_epoch)
     counts = sorted({max(1, round(steps * share)) for share in (0.001, 0.01, 0.05, *(i / 10 for i in range(1, 11)))})
     targets = sorted({*TARGETS, *([target] if target is not None else [])})
-    evaluations = (sigma is None) + 1 + len(counts) + len(FACTORS) + len(targets)
+    evaluations = (sigma is None) + 2 + len(counts) + len(FACTORS) + len(targets)
     bar = tqdm(total=evaluations, desc="accounting", leave=False, disable=not sys.stderr.isatty())
 
     def ticked(value: Any) -> Any:
@@ -216,9 +219,9 @@ def plan(
         return value
 
     if target is not None:
-        sigma = ticked(choose_sigma(target, delta, N, batch, steps, "poisson"))
+        sigma = ticked(choose_sigma(Course(N, batch, steps), delta, target, None))
     if advantage is not None:
-        sigma = ticked(choose_sigma_for_advantage(advantage, N, batch, steps, "poisson"))
+        sigma = ticked(choose_sigma(Course(N, batch, steps), delta, None, advantage))
     assert sigma is not None
     phases = [Phase(sigma, q, steps)]
     bound = ticked(accounting.epsilon_bound(phases, delta))
@@ -249,6 +252,7 @@ def plan(
                 )
             )
         )
+    allocated = ticked(accounting.epsilon_prv(Course(N, batch, steps, "allocation").phases(sigma), delta))
     bar.close()
 
     print(f"plan          N {N}, expected batch {batch}, q {q:.8g}, {epochs:g} epochs = {steps} steps")
@@ -271,6 +275,10 @@ def plan(
     print(
         f"shuffled      the same noise, every unit {uses} times: epsilon {shuffled:.4f} at delta {delta:g}, "
         f"not amplified (Poisson {bound.epsilon:.4f})"
+    )
+    print(
+        f"allocated     the same noise, every unit in one step of each epoch at random: epsilon {allocated:.4f} at "
+        f"delta {delta:g}"
     )
     header = f"{'PRV':>10} {'RDP':>10} {'PRV 1/(10N)':>12} {'shuffled':>10}"
     print(f"\n{'steps':>10} {'epochs':>8} {header}")
@@ -296,7 +304,7 @@ def plan(
 def sigma_or_none(target: float, delta: float, N: int, batch: int, steps: int, sampling: str) -> float | None:
     """choose_sigma, or None where it refuses."""
     try:
-        return choose_sigma(target, delta, N, batch, steps, sampling)
+        return choose_sigma(Course(N, batch, steps, sampling), delta, target, None)
     except ValueError:
         return None
 
@@ -318,7 +326,7 @@ def draw(
     delta: float,
     strict: float,
     title: str,
-    phases: list[Phase],
+    phases: Sequence[AnyPhase],
 ) -> None:
     """Write the PNG: epsilon against steps, sigma against epsilon, and the attack risk of `phases`, the whole run. The
     rows are those of the printed tables.

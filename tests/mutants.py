@@ -58,10 +58,14 @@ ALIGNED = ("test_rounding.py::test_no_data_move_the_sum_by_more_than_the_noise_p
 ROWS = ("test_clipping.py::test_units_of_several_texts",)
 CHANCE = ("test_accounting_exact.py::test_a_small_chance_of_a_draw_is_a_chance",)
 MANY = ("test_accounting_exact.py::test_the_rounding_of_many_steps_is_paid_for",)
+LOSSES = "privacy/loss_grid.py"
 ATTACK, RISK = "privacy/attack_risk.py", tuple(f"test_attack_risk.py::{name}" for name in (
     "test_a_monte_carlo_attack", "test_one_step_is_never_below_exact_arithmetic",
     "test_what_is_above_the_grid_counts_as_found", "test_the_worse_direction_bounds_both"))
 WITHOUT = ("test_gpt2_ft.py::test_steps_without_noise_are_not_forgotten",)
+ALLOCATION = ("test_sampling.py::test_allocation_is_one_uniform_step_of_each_epoch",
+              "test_sampling.py::test_what_an_allocation_charges")
+EPOCH = ("test_allocation.py::test_an_epoch_whole_or_in_part_by_drawing_it",)
 SHUFFLE = ("test_sampling.py::test_shuffle_uses_each_unit_once_an_epoch",)
 UNLIKE = ("test_neighbours.py::test_ranks_that_compute_in_different_ways_are_refused",)
 COMPANY = ("test_company.py::test_the_same_bits_in_any_company",)
@@ -192,6 +196,19 @@ MUTANTS = (
            (("self.plan.seed_dropout()", "torch.manual_seed(0)"),), DROPOUT),
     Mutant("dropout masks of 32 bits", RANDOMNESS, (("        torch.set_rng_state(state)\n", ""),), ENTROPY),
     Mutant("one step beyond the budget", PLAN, (("if self.permitted < 1:", "if self.permitted < 0:"),), BUDGET),
+    Mutant("an allocation reused in the next epoch", SAMPLING,
+           (("self.source.begin_step(epoch + 1)\n            self.epoch, self.places",
+             "self.source.begin_step(1)\n            self.epoch, self.places"),), ALLOCATION[:1]),
+    Mutant("an allocation to too few steps", SAMPLING,
+           (("* self.t).long()", "* (self.t - 1)).long()"),), ALLOCATION[:1]),
+    Mutant("an allocation priced an epoch short", SAMPLING,
+           (("uses[Allocated(sigma, t, t, 1)] += whole", "uses[Allocated(sigma, t, t, 1)] += whole - 1"),),
+           ALLOCATION[1:]),
+    Mutant("a stopped epoch priced as if its steps were few of many", "privacy/allocation.py",
+           (("return (values + (t - taken)) / t", "return (values + (2 * t - taken)) / (2 * t)"),), EPOCH),
+    Mutant("values spread without their mean", "privacy/allocation.py",
+           (("found[start : start + n - d] += pairs - upper", "found[start : start + n - d] += pairs + upper"),
+            ("found[start + 1 : start + 1 + n - d] += upper\n", "pass\n")), EPOCH),
     Mutant("shuffle pads the last batch", SAMPLING,
            (("batch = self.order[", "batch = torch.cat([self.order, self.order])["),),
            SHUFFLE),
@@ -282,9 +299,9 @@ MUTANTS = (
            (("noise = 4 * UNIT * float(", "noise = 0 * float("),), MANY),
     Mutant("one direction of the attack left out", ATTACK,
            (("else np.maximum(self.removed, self.added)", "else self.added"),), RISK[3:]),
-    Mutant("losses rounded down", ATTACK,
+    Mutant("losses rounded down", LOSSES,
            (("np.append(lower, 0.0) + np.append(0.0, main - lower)", "np.append(main, 0.0)"),), RISK[1:2]),
-    Mutant("infinite loss dropped", ATTACK,
+    Mutant("infinite loss dropped", LOSSES,
            (("-math.expm1(-infinite) + _beyond(phases, parts, t)", "0.0"),), RISK[2:3]),
     Mutant("one phase of an attack forgotten", ATTACK,
            (("return _attack_risk(accounting.merge(phases))", "return _attack_risk(accounting.merge(phases)[:1])"),),

@@ -198,7 +198,7 @@ def test_steps_without_noise_are_not_forgotten(tmp_path):
     assert read(other)["epsilon_prv"] == "inf" and "gives no privacy" in rank.stdout and not rank.stderr
 
 
-@pytest.mark.parametrize("sampling", ["poisson", "shuffle"])
+@pytest.mark.parametrize("sampling", ["poisson", "shuffle", "allocation"])
 def test_the_target_is_met_and_never_passed(tmp_path, sampling):
     work = tmp_path / "run"
     train(flags(work, noise_multiplier=None, target_epsilon=3, sampling=sampling))

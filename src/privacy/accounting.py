@@ -4,7 +4,7 @@ Relation: add or remove one unit. Every function here returns an upper bound of 
 any sigma, q and delta that a float holds and up to MOST_STEPS steps in a phase. The work is bounded, too: an epsilon
 takes at most MOST_PHASES times RDP and three PRV grids (see sampled_gaussian), a search MOST_TRIES epsilons.
 
-`epsilon_bound` returns the smallest of four sound bounds and names it:
+`epsilon_bound` returns the smallest of these sound bounds and names it:
   prv       the PRV upper bound. Its error term is Opacus's 0.01; less in proportion below an RDP epsilon of 0.5 (as
             far as FINE_POINTS reach), more in proportion above 16, and more where the grid would pass MAX_POINTS. Left
             out where the grid cannot be trusted: an error term of 1, a span beyond what exp() holds, rounding that may
@@ -13,17 +13,20 @@ takes at most MOST_PHASES times RDP and three PRV grids (see sampled_gaussian), 
   gaussian  the analytic Gaussian mechanism (Balle and Wang 2018) without amplification: exact where every q is 1, and
             sound for any q, since sampling cannot add to what full participation discloses.
   sampling  epsilon 0, where delta is not below the probability that the unit is drawn at all.
+  pld       in place of prv where a phase is of random allocation: the privacy loss on a grid (privacy.loss_grid).
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import erfcx, ndtr
 
 from base.errors import fail
+from privacy import allocation, loss_grid
+from privacy.allocation import Allocated, AnyPhase
 from privacy.sampled_gaussian import ORDERS, ROUNDING, Phase, prv_epsilon, rdp_curve, rdp_epsilon
 
 MOST_STEPS = 10**15  # of a phase; a float still counts them one by one
@@ -35,7 +38,8 @@ TOLERANCE = 0.002  # a calibrated epsilon lies between (1 - TOLERANCE) target an
 
 @dataclass(frozen=True)
 class Bound:
-    """An upper bound of epsilon and its origin: "prv", "rdp", "gaussian", "sampling"; "none": no steps, or no noise."""
+    """An upper bound of epsilon and its origin: "prv", "pld", "rdp", "gaussian", "sampling"; "none": no steps, or no
+    noise."""
 
     epsilon: float
     method: str
@@ -53,13 +57,14 @@ def check_steps(steps: float, least: int, words: str = "steps", purpose: str = "
         fail(f"{words} {steps}: wanted a whole number of {least} or more, at most {MOST_STEPS:g}{purpose}")
 
 
-def merge(phases: Sequence[Phase]) -> tuple[Phase, ...]:
-    """The same mechanism in a canonical form: one phase per (sigma, q), all full-participation phases as one Gaussian.
+def merge(phases: Sequence[AnyPhase]) -> tuple[AnyPhase, ...]:
+    """The same mechanism in a canonical form: one phase per (sigma, q), all full-participation phases as one Gaussian,
+    one phase per kind of epoch under random allocation.
 
     Raises UserError for a phase that is none. Order and splitting never change an epsilon, to the last bit. Beyond
     MOST_PHASES, the phases that are left disclose a little more (_coarser).
     """
-    total: dict[tuple[float, float], int] = {}
+    total: dict[AnyPhase, int] = {}
     for phase in phases:
         if not (0 <= phase.sigma < math.inf):
             fail(f"noise multiplier sigma {phase.sigma}: wanted a finite number of 0 or more")
@@ -67,29 +72,45 @@ def merge(phases: Sequence[Phase]) -> tuple[Phase, ...]:
             fail(f"sampling probability q {phase.q}: wanted a number from 0 to 1; is the batch larger than the data?")
         check_steps(phase.steps, 0)
         if phase.steps and phase.q:
-            key = (float(phase.sigma), float(phase.q))
+            sigma = float(phase.sigma)
+            key: AnyPhase = Phase(sigma, float(phase.q), 1)
+            if isinstance(phase, Allocated):
+                key = _epoch(sigma, phase.t, phase.taken)
             total[key] = total.get(key, 0) + int(phase.steps)
     fine, ratio = total, 1.01
     while len(total) > MOST_PHASES:
         total, ratio = _coarser(fine, ratio), ratio**1.3
-    full = [(sigma, steps) for (sigma, q), steps in sorted(total.items()) if q == 1 and sigma > 0]
-    merged = [Phase(sigma, q, steps) for (sigma, q), steps in sorted(total.items()) if q < 1 or sigma == 0]
+    ordered = sorted(total.items(), key=lambda item: (item[0].amplified, item[0].sigma, item[0].q, str(item[0])))
+    full = [(phase.sigma, steps) for phase, steps in ordered if not phase.amplified and phase.sigma > 0]
+    merged = [replace(phase, steps=steps) for phase, steps in ordered if phase.amplified or not phase.sigma]
     if full:
         # n releases with sigma are one with sigma / sqrt(n): the mu of Gaussian DP add in squares.
         merged.append(Phase(1 / math.hypot(*(math.sqrt(steps) / sigma for sigma, steps in full)), 1.0, 1))
     return tuple(merged)
 
 
-def _coarser(total: dict[tuple[float, float], int], ratio: float) -> dict[tuple[float, float], int]:
+def _epoch(sigma: float, t: int, taken: int) -> AnyPhase:
+    """One epoch, or a step that discloses no less, where there is no grid for it."""
+    if t == 1 or sigma < allocation.SIGMA_RANGE[0]:
+        return Phase(sigma, 1.0, 1)  # it surely takes part
+    return Allocated(min(sigma, allocation.SIGMA_RANGE[1]), t, taken, 1)
+
+
+def _coarser(total: dict[AnyPhase, int], ratio: float) -> dict[AnyPhase, int]:
     """Every sigma rounded down and every q up to a power of `ratio`, which can only disclose more: less noise is more
-    with some added, a smaller q is a larger one after a coin of the unit's own."""
-    found: dict[tuple[float, float], int] = {}
+    with some added, a smaller q is a larger one after a coin of the unit's own. So are the steps taken of an epoch, of
+    which fewer are the beginning of more."""
+    found: dict[AnyPhase, int] = {}
     base = math.log(ratio)
-    for (sigma, q), steps in total.items():
+    for phase, steps in total.items():
+        sigma, q = phase.sigma, phase.q
         if sigma > 0:
             sigma = min(sigma, math.exp(math.floor(math.log(sigma) / base) * base))
         q = max(q, min(1.0, math.exp(math.ceil(math.log(q) / base) * base)))
-        found[sigma, q] = found.get((sigma, q), 0) + steps
+        key: AnyPhase = Phase(sigma, q, 1)
+        if isinstance(phase, Allocated):
+            key = _epoch(sigma, phase.t, min(phase.t, math.ceil(q * phase.t)))
+        found[key] = found.get(key, 0) + steps
     return found
 
 
@@ -131,7 +152,7 @@ def epsilon_gaussian(mu: float, delta: float) -> float:
     return mu * (high + mu / 2) * (1 + 1e-14)  # mu and the product are rounded
 
 
-def chance_of_a_draw(phases: tuple[Phase, ...]) -> float:
+def chance_of_a_draw(phases: tuple[AnyPhase, ...]) -> float:
     """The probability that a unit is drawn in any step: 1 - prod (1 - q)^steps, which rounds to 0 for a small q."""
     if any(phase.q == 1 for phase in phases):
         return 1.0
@@ -142,7 +163,7 @@ def chance_of_a_draw(phases: tuple[Phase, ...]) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _without_a_grid(phases: tuple[Phase, ...], delta: float) -> Bound:
+def _without_a_grid(phases: tuple[AnyPhase, ...], delta: float) -> Bound:
     """The least of all bounds but the PRV's: some milliseconds of work."""
     if not phases:
         return Bound(0.0, "none")
@@ -152,20 +173,25 @@ def _without_a_grid(phases: tuple[Phase, ...], delta: float) -> Bound:
         return Bound(0.0, "sampling")
     mu = math.hypot(*(math.sqrt(phase.steps) / phase.sigma for phase in phases))
     bounds = [Bound(epsilon_gaussian(mu, delta), "gaussian")]
-    if any(phase.q < 1 for phase in phases):
+    if any(phase.amplified for phase in phases):
         bounds.append(Bound(rdp_epsilon(phases, math.log(delta)), "rdp"))
     return min(bounds, key=lambda bound: bound.epsilon)
 
 
 @functools.lru_cache(maxsize=4096)
-def _bound(phases: tuple[Phase, ...], delta: float) -> Bound:
+def _bound(phases: tuple[AnyPhase, ...], delta: float) -> Bound:
     quick = _without_a_grid(phases, delta)
-    if not 0 < quick.epsilon < math.inf or all(phase.q == 1 for phase in phases):
+    if not 0 < quick.epsilon < math.inf or not any(phase.amplified for phase in phases):
         return quick
-    return min(Bound(prv_epsilon(phases, delta), "prv"), quick, key=lambda bound: bound.epsilon)
+    sampled = tuple(phase for phase in phases if isinstance(phase, Phase))
+    if sampled == phases:
+        close = Bound(prv_epsilon(sampled, delta), "prv")
+    else:
+        close = Bound(loss_grid.epsilon(phases, delta), "pld")
+    return min(close, quick, key=lambda bound: bound.epsilon)
 
 
-def epsilon_bound(phases: Sequence[Phase], delta: float) -> Bound:
+def epsilon_bound(phases: Sequence[AnyPhase], delta: float) -> Bound:
     """The headline: the least of the sound bounds at `delta` of all `phases` composed, and which one it is.
 
     0 where nothing was released, infinite where something was without noise. Repeated calls are answered from memory.
@@ -174,12 +200,12 @@ def epsilon_bound(phases: Sequence[Phase], delta: float) -> Bound:
     return _bound(merge(phases), float(delta))
 
 
-def epsilon_prv(phases: Sequence[Phase], delta: float) -> float:
+def epsilon_prv(phases: Sequence[AnyPhase], delta: float) -> float:
     """The PRV upper bound of epsilon at `delta`, or the smaller sound bound that `epsilon_bound` names in its place."""
     return epsilon_bound(phases, delta).epsilon
 
 
-def epsilon_rdp(phases: Sequence[Phase], delta: float) -> float:
+def epsilon_rdp(phases: Sequence[AnyPhase], delta: float) -> float:
     """The RDP epsilon at `delta`, over ORDERS: Opacus's where its own orders hold the best one."""
     check_delta(delta)
     merged = merge(phases)
@@ -188,7 +214,7 @@ def epsilon_rdp(phases: Sequence[Phase], delta: float) -> float:
     return math.inf if any(phase.sigma == 0 for phase in merged) else rdp_epsilon(merged, math.log(delta))
 
 
-def curve(phases: Sequence[Phase]) -> np.ndarray:
+def curve(phases: Sequence[AnyPhase]) -> np.ndarray:
     """RDP of all `phases` composed, at each of ORDERS; infinite where something was without noise."""
     merged = merge(phases)
     if any(phase.sigma == 0 for phase in merged):
@@ -218,7 +244,7 @@ def _check_target(target_epsilon: float, delta: float) -> None:
 
 
 Function = Callable[[float], float]
-Measure = Callable[[tuple[Phase, ...]], float]  # of merged phases
+Measure = Callable[[tuple[AnyPhase, ...]], float]  # of merged phases
 
 
 def _next_place(tried: list[tuple[float, float]], quick: Function, target: float, low: float, high: float) -> float:
@@ -269,42 +295,46 @@ def smallest_sigma(epsilon: Function, quick: Function, target: float, aim: float
     return high
 
 
-def calibrate_sigma(target_epsilon: float, delta: float, q: float, steps: int) -> float:
-    """The smallest noise multiplier, to 0.5 % in epsilon, for which `steps` steps with q stay within the target.
+def sigma_for(target_epsilon: float, delta: float, phases: Callable[[float], Sequence[AnyPhase]], words: str) -> float:
+    """The smallest noise multiplier for which phases(sigma) stay within the target, to 0.5 % in epsilon.
 
     epsilon_prv at the answer is never above the target. UserError where that needs a sigma outside SIGMA_RANGE. Where
     the bound itself has a step (MAX_SPAN ends the PRV grid near an epsilon of 490) the answer is the step's lower side.
+    words: what is wanted, for messages.
     """
+    _check_target(target_epsilon, delta)
+    rough = any(phase.amplified for phase in phases(1.0))  # else the bound is exact
+    return smallest_sigma(
+        lambda sigma: epsilon_prv(phases(sigma), delta),
+        lambda sigma: _without_a_grid(merge(phases(sigma)), delta).epsilon,
+        target_epsilon,
+        target_epsilon * (1 - TOLERANCE / 2 if rough else 1 - 1e-9),
+        f"target epsilon {target_epsilon:g} at delta {delta:g} over {words}",
+    )
+
+
+def calibrate_sigma(target_epsilon: float, delta: float, q: float, steps: int) -> float:
+    """sigma_for() `steps` steps with q."""
     _check_target(target_epsilon, delta)
     if not 0 < q <= 1:
         fail(f"sampling probability q {q}: wanted a number above 0 and up to 1; is the batch larger than the data?")
     check_steps(steps, 1, purpose=" to calibrate the noise for")
-    words = f"target epsilon {target_epsilon:g} at delta {delta:g} over {steps} steps with q = {q:.4g}"
-    return smallest_sigma(
-        lambda sigma: epsilon_prv([Phase(sigma, q, steps)], delta),
-        lambda sigma: _without_a_grid(merge([Phase(sigma, q, steps)]), delta).epsilon,
-        target_epsilon,
-        target_epsilon * (1 - TOLERANCE / 2),
-        words,
-    )
+    return sigma_for(target_epsilon, delta, lambda sigma: [Phase(sigma, q, steps)], f"{steps} steps with q = {q:.4g}")
 
 
 def calibrate_sigma_shuffle(target_epsilon: float, delta: float, participations: int) -> float:
-    """The smallest noise multiplier for which `participations` uses of a unit, not amplified, stay within target."""
+    """sigma_for() `participations` uses of a unit, not amplified."""
     _check_target(target_epsilon, delta)
     check_steps(participations, 1, "participations", " to calibrate the noise for")
-    words = f"target epsilon {target_epsilon:g} at delta {delta:g} over {participations} participations, not amplified"
-
-    def epsilon(sigma: float) -> float:
-        return epsilon_shuffle(sigma, participations, delta)
-
-    return smallest_sigma(epsilon, epsilon, target_epsilon, target_epsilon * (1 - 1e-9), words)
+    words = f"{participations} participations, not amplified"
+    return sigma_for(target_epsilon, delta, lambda sigma: [Phase(sigma, 1.0, participations)], words)
 
 
-def permitted_steps(
-    target_epsilon: float, delta: float, spent: Sequence[Phase], q: float, sigma: float, wanted: int
-) -> int:
-    """The largest n <= wanted for which `spent` and n more steps of (sigma, q) stay within the target at `delta`.
+More = Callable[[int], Sequence[AnyPhase]]  # number of steps -> what they add
+
+
+def permitted_steps(target_epsilon: float, delta: float, spent: Sequence[AnyPhase], more: More, wanted: int) -> int:
+    """The largest n <= wanted for which `spent` and more(n), the phases of n more steps, stay within the target.
 
     0 where `spent` alone is at or above it. Epsilon grows with n, so all smaller n are permitted as well. Exact up to
     two million steps, to a millionth beyond; where the bound jumps, to a ten-thousandth, or what MOST_TRIES found.
@@ -315,21 +345,24 @@ def permitted_steps(
         lambda phases: _without_a_grid(phases, float(delta)).epsilon,
         target_epsilon,
         spent,
-        Phase(sigma, q, wanted),
+        more,
+        wanted,
     )
 
 
-def most_steps(measure: Measure, quick: Measure, target: float, spent: Sequence[Phase], more: Phase) -> int:
-    """The largest n <= more.steps for which `measure` of `spent` and n steps of `more` is not above the target.
+def most_steps(
+    measure: Measure, quick: Measure, target: float, spent: Sequence[AnyPhase], more: More, wanted: int
+) -> int:
+    """The largest n <= wanted for which `measure` of `spent` and more(n) is not above the target.
 
     measure, quick: of merged phases, both growing with steps; quick is an upper bound that costs little (_next_place).
     """
-    check_steps(more.steps, 0)
+    check_steps(wanted, 0)
 
-    def phases(count: float) -> tuple[Phase, ...]:
-        return merge([*spent, Phase(more.sigma, more.q, math.floor(count))])
+    def phases(count: float) -> tuple[AnyPhase, ...]:
+        return merge([*spent, *more(math.floor(count))])
 
-    low, high = 0, int(more.steps)  # permitted, not permitted
+    low, high = 0, int(wanted)  # permitted, not permitted
     if measure(phases(high)) <= target:
         return high
     if measure(phases(low)) > target:

@@ -30,6 +30,7 @@ from base.chain import Overtaken, append, digest, mend, read_chain
 from base.errors import fail
 from base.files import check_file, check_format, lock, sync_folder
 from privacy import accounting
+from privacy.allocation import Share
 from privacy.composition import Cost, phases_of
 from privacy.ledger import NAMES
 from privacy.plan import relation
@@ -47,8 +48,12 @@ CREATE = "python src/privacy_budget.py create"
 
 
 def pack(cost: Cost) -> list[list]:
-    """A cost as a record has it: [[mechanism, sampler, sigma, q, uses], ...]."""
-    return [[*key, count] for key, count in sorted(cost.items()) if count]
+    """A cost as a record has it: [[mechanism, sampler, sigma, q, uses], ...]; of random allocation, an epoch is a use,
+    and [steps taken, steps of an epoch] stands in place of q."""
+    items = sorted(cost.items(), key=str)
+    return [
+        [*key, list(share) if isinstance(share, tuple) else share, count] for (*key, share), count in items if count
+    ]
 
 
 def unpack(uses: list) -> Cost | None:
@@ -61,13 +66,21 @@ def unpack(uses: list) -> Cost | None:
         if (
             mechanism not in NAMES["mechanism"]
             or sampling not in NAMES["sampling"]
-            or any(type(value) not in (int, float) for value in (sigma, q))
+            or type(sigma) not in (int, float)
             or type(count) is not int
-            or not (0 <= sigma < math.inf and 0 < q <= 1 and 0 < count <= accounting.MOST_STEPS)
+            or not (0 <= sigma < math.inf and 0 < count <= accounting.MOST_STEPS)
+            or (share := unpack_share(q)) is None
         ):
             return None
-        cost[mechanism, sampling, float(sigma), float(q)] += count
+        cost[mechanism, sampling, float(sigma), share] += count
     return cost
+
+
+def unpack_share(q: object) -> Share | None:
+    if isinstance(q, list):
+        whole = len(q) == 2 and all(type(value) is int for value in q) and 1 <= q[0] <= q[1]
+        return (q[0], q[1]) if whole else None
+    return float(q) if isinstance(q, (int, float)) and not isinstance(q, bool) and 0 < q <= 1 else None
 
 
 @dataclass

@@ -11,32 +11,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from base.errors import fail
-from privacy.accounting import Phase
+from privacy.allocation import AnyPhase, Share, use_of
 from privacy.ledger import LedgerState, noise_sources
 from privacy.mechanism import MECHANISMS
 from privacy.plan import relation, uses
 
-Cost = Counter[tuple[str, str, float, float]]  # (mechanism, sampler, sigma, q) -> uses of a unit
+Cost = Counter[tuple[str, str, float, Share]]  # (mechanism, sampler, sigma, share) -> uses of a unit
 
 
 def cost_of(state: LedgerState) -> Cost:
     """Everything that a ledger charges. KeyError for an unknown mechanism or sampler."""
     cost: Cost = Counter()
     for mechanism, sampling, counted in uses(state):
-        cost.update({(mechanism, sampling, sigma, q): count for (sigma, q), count in counted.items()})
+        cost.update({(mechanism, sampling, use.sigma, use.share): count for use, count in counted.items()})
     return cost
 
 
-def phases_of(cost: Cost) -> list[Phase]:
+def phases_of(cost: Cost) -> list[AnyPhase]:
     """The phases for the accountant."""
     return [
         phase
-        for (mechanism, _, sigma, q), count in sorted(cost.items())
-        for phase in MECHANISMS[mechanism].phases(Counter({(sigma, q): count}))
+        for (mechanism, _, sigma, share), count in sorted(cost.items(), key=str)
+        for phase in MECHANISMS[mechanism].phases(Counter({use_of(sigma, share): count}))
     ]
 
 
-def composed_phases(states: Iterable[LedgerState]) -> list[Phase]:
+def composed_phases(states: Iterable[LedgerState]) -> list[AnyPhase]:
     """All steps that several ledgers charge, as phases for the accountant."""
     return phases_of(sum((cost_of(state) for state in states), Counter()))
 
@@ -77,7 +77,7 @@ class Composition:
         return relation(self.unit, self.accounts[0].samplings)
 
     @property
-    def phases(self) -> list[Phase]:
+    def phases(self) -> list[AnyPhase]:
         return composed_phases(account.state for account in self.accounts)
 
     @property
@@ -91,7 +91,7 @@ class Composition:
         return {data: [account for account in self.accounts if account.data in (data, None)] for data in known}
 
     @property
-    def statements(self) -> list[tuple[str, list[Phase]]]:
+    def statements(self) -> list[tuple[str, list[AnyPhase]]]:
         """(of whom, phases) of each statement: one, or where the data differ one for each data set, too."""
         unit, groups = self.unit, self.by_data
         if len(groups) < 2:

@@ -66,7 +66,7 @@ KEYS = {1: set(TYPES) - {"format", "mechanism"}, 2: set(TYPES)}  # format -> the
 ABSENT = {"format": 1, "mechanism": "gaussian"}  # key -> its value in records whose format does not have it
 NAMES = {  # key -> its permitted values
     "mechanism": ("gaussian",),
-    "sampling": ("poisson", "shuffle"),
+    "sampling": ("poisson", "shuffle", "allocation"),
     "noise_source": ("os", "secure", "seeded"),
 }
 

@@ -6,14 +6,13 @@ The sampler counts how often a unit takes part (privacy.sampling).
 """
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from base.distributed import World
-from privacy import accounting, attack_risk
-from privacy.accounting import Phase
+from privacy.allocation import AnyPhase
 from privacy.randomness import NoiseSource
 from privacy.sampling import Uses
 
@@ -52,38 +51,9 @@ class GaussianMechanism:
         return self.std * math.sqrt(coordinates) / self.batch
 
     @staticmethod
-    def phases(uses: Uses) -> list[Phase]:
-        """The phases that the accountant prices for a sampler's uses: compositions of sampled Gaussian mechanisms."""
-        return [Phase(sigma, q, count) for (sigma, q), count in uses.items()]
-
-    @staticmethod
-    def smallest_sigma(target_epsilon: float, delta: float, q: float, uses: int, amplified: bool) -> float:
-        """The smallest noise multiplier whose epsilon after `uses` uses stays within the target.
-
-        q, uses, amplified: of the sampler. Where it is not amplified, q is 1 and the result is exact.
-        """
-        if amplified:
-            return accounting.calibrate_sigma(target_epsilon, delta, q, uses)
-        return accounting.calibrate_sigma_shuffle(target_epsilon, delta, uses)
-
-    @staticmethod
-    def permitted_uses(
-        target_epsilon: float, delta: float, spent: Sequence[Phase], sigma: float, q: float, wanted: int
-    ) -> int:
-        """The largest n <= wanted for which n more uses after `spent` stay within the target."""
-        return accounting.permitted_steps(target_epsilon, delta, spent, q, sigma, wanted)
-
-    @staticmethod
-    def smallest_sigma_for_advantage(target_advantage: float, q: float, uses: int) -> float:
-        """The smallest noise multiplier whose membership advantage after `uses` uses stays within the target."""
-        return attack_risk.calibrate_sigma(target_advantage, q, uses)
-
-    @staticmethod
-    def permitted_uses_for_advantage(
-        target_advantage: float, spent: Sequence[Phase], sigma: float, q: float, wanted: int
-    ) -> int:
-        """As permitted_uses, of the membership advantage."""
-        return attack_risk.permitted_steps(target_advantage, spent, q, sigma, wanted)
+    def phases(uses: Uses) -> list[AnyPhase]:
+        """What the accountant prices for a sampler's uses."""
+        return [replace(use, steps=count) for use, count in uses.items()]
 
 
 MECHANISMS = {"gaussian": GaussianMechanism}

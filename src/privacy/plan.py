@@ -22,11 +22,12 @@ from torch import Tensor
 from base.distributed import World
 from base.errors import UserError
 from privacy import accounting, attack_risk
-from privacy.accounting import Phase
+from privacy.allocation import AnyPhase
 from privacy.clipping import ClippingRule
 from privacy.ledger import Ledger, LedgerState, NoLedger, noise_sources
 from privacy.mechanism import MECHANISMS
 from privacy.randomness import NoiseSource
+from privacy.sampled_gaussian import Phase
 from privacy.sampling import SAMPLERS, Uses, steps_per_epoch
 
 SEEDED_WARNING = "seeded noise: whoever knows the seed can subtract it; the epsilon holds only against the others"
@@ -49,7 +50,7 @@ def uses(state: LedgerState) -> list[tuple[str, str, Uses]]:
     return [(mechanism, sampling, SAMPLERS[sampling].charged(group)) for (mechanism, sampling), group in groups.items()]
 
 
-def spent(state: LedgerState) -> list[Phase]:
+def spent(state: LedgerState) -> list[AnyPhase]:
     """Everything that a ledger charges, as phases for the accountant. KeyError for an unknown mechanism or sampler."""
     return [phase for mechanism, _, counted in uses(state) for phase in MECHANISMS[mechanism].phases(counted)]
 
@@ -59,7 +60,7 @@ def participations(state: LedgerState) -> Counter:
     found: Counter = Counter()
     for _, sampling, counted in uses(state):
         if not SAMPLERS[sampling].amplified:
-            found.update({sigma: count for (sigma, _), count in counted.items()})
+            found.update({use.sigma: count for use, count in counted.items()})
     return found
 
 
@@ -134,9 +135,9 @@ class PlanSettings:
         return 1 / (10 * self.N)
 
     def uses(self, steps: int, done: int = 0) -> Counter:
-        """{(mechanism, sampler, sigma, q): uses of a unit} of the steps after `done`, up to `steps`."""
-        q, count = SAMPLERS[self.sampling].planned(self.N, self.batch, steps, done)
-        return Counter({(self.mechanism, self.sampling, float(self.sigma), q): count})
+        """{(mechanism, sampler, sigma, share): uses} of the steps after `done`, up to `steps`."""
+        planned = SAMPLERS[self.sampling].planned(self.sigma, self.N, self.batch, max(0, steps - done), done)
+        return Counter({(self.mechanism, self.sampling, use.sigma, use.share): count for use, count in planned.items()})
 
     def ledger_entries(self, world_size: int) -> dict:
         """The MUST_MATCH keys of a ledger's records."""
@@ -155,21 +156,34 @@ class PlanSettings:
         }
 
 
-def choose_sigma(
-    target_epsilon: float, delta: float, N: int, batch: int, steps: int, sampling: str, mechanism: str = "gaussian"
-) -> float:
-    """The smallest noise multiplier whose reported epsilon after `steps` steps stays within the target."""
-    sampler = SAMPLERS[sampling]
-    q, count = sampler.planned(N, batch, steps)
-    return MECHANISMS[mechanism].smallest_sigma(target_epsilon, delta, q, count, sampler.amplified)
+@dataclass(frozen=True)
+class Course:
+    """The steps of a run, as far as their price follows from public constants."""
+
+    N: int
+    batch: int
+    steps: int
+    sampling: str = "poisson"
+    mechanism: str = "gaussian"
+
+    def phases(self, sigma: float, steps: int | None = None, done: int = 0) -> list[AnyPhase]:
+        """What one attempt discloses that takes `steps` steps (all of them: None) after step `done`."""
+        count = self.steps if steps is None else steps
+        uses = SAMPLERS[self.sampling].planned(sigma, self.N, self.batch, count, done)
+        return MECHANISMS[self.mechanism].phases(uses)
+
+    @property
+    def words(self) -> str:
+        """For messages: what a noise multiplier was sought for."""
+        return f"{self.steps} steps of {self.batch} of {self.N} units, {self.sampling} sampling"
 
 
-def choose_sigma_for_advantage(
-    target_advantage: float, N: int, batch: int, steps: int, sampling: str, mechanism: str = "gaussian"
-) -> float:
-    """The smallest noise multiplier whose reported membership advantage after `steps` steps stays within the target."""
-    q, count = SAMPLERS[sampling].planned(N, batch, steps)
-    return MECHANISMS[mechanism].smallest_sigma_for_advantage(target_advantage, q, count)
+def choose_sigma(course: Course, delta: float, target_epsilon: float | None, target_advantage: float | None) -> float:
+    """The smallest noise multiplier with which the run stays within the one target that is given."""
+    if target_advantage is not None:
+        return attack_risk.sigma_for(target_advantage, course.phases, course.words)
+    assert target_epsilon is not None
+    return accounting.sigma_for(target_epsilon, delta, course.phases, course.words)
 
 
 class PrivacyPlan:
@@ -205,17 +219,17 @@ class PrivacyPlan:
         settings = self.settings
         if not settings.private or settings.target_epsilon is settings.target_advantage is None:
             return settings.steps
-        q, planned = self.sampler.planned(settings.N, settings.batch, settings.steps)
-        more, before = planned, spent(self.state)
+        course = Course(settings.N, settings.batch, settings.steps, settings.sampling, settings.mechanism)
+
+        def more(steps: int) -> list[AnyPhase]:
+            return course.phases(settings.sigma, steps, done)
+
+        permitted, before = settings.steps, spent(self.state)
         if settings.target_epsilon is not None:
-            more = self.mechanism.permitted_uses(
-                settings.target_epsilon, settings.delta, before, settings.sigma, q, planned
-            )
+            permitted = accounting.permitted_steps(settings.target_epsilon, settings.delta, before, more, permitted)
         if settings.target_advantage is not None:
-            more = self.mechanism.permitted_uses_for_advantage(
-                settings.target_advantage, before, settings.sigma, q, more
-            )
-        return self.sampler.permitted(more, settings.N, settings.batch, done)
+            permitted = attack_risk.permitted_steps(settings.target_advantage, before, more, permitted)
+        return permitted
 
     def to_come(self, last: int, done: int) -> Counter:
         """PlanSettings.uses of the steps after `done`, up to `last` or to where the run's own budget ends."""
@@ -223,8 +237,13 @@ class PrivacyPlan:
 
     def bind(self, hold: Hold, left: int, done: int) -> None:
         """From now on draw only while `hold` holds, and no more than `left` uses."""
-        self.hold = hold
-        self.permitted = min(self.permitted, self.sampler.permitted(left, self.settings.N, self.settings.batch, done))
+        settings, self.hold = self.settings, hold
+        low, high = 0, self.permitted
+        while low < high:  # the most steps that `left` uses permit
+            middle = (low + high + 1) // 2
+            wanted = self.sampler.planned(settings.sigma, settings.N, settings.batch, middle, done).total()
+            low, high = (middle, high) if wanted <= left else (low, middle - 1)
+        self.permitted = low
 
     def open_step(self, step: int) -> Tensor | None:
         """Charge step `step` (counted from 1) and draw it: the included units of this rank, int64.

@@ -16,7 +16,9 @@ Work: RDP has at most NODES nodes and 1,023 terms an order; a grid MAX_POINTS po
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from scipy import fft
@@ -45,6 +47,21 @@ class Phase:
     sigma: float
     q: float
     steps: int
+
+    @property
+    def amplified(self) -> bool:
+        return self.q < 1
+
+    @property
+    def share(self) -> float:
+        """What of the steps a unit takes part in, as budget files have it."""
+        return self.q
+
+    def rdp(self) -> np.ndarray:
+        """RDP of one step at each of ORDERS (rdp_per_step)."""
+        return rdp_per_step(self.sigma, self.q)
+
+    rough_rdp = rdp  # where an estimate will do
 
 
 # --- RDP ---
@@ -113,13 +130,22 @@ def rdp_per_step(sigma: float, q: float) -> np.ndarray:
     return rdp
 
 
-def rdp_curve(phases: tuple[Phase, ...]) -> np.ndarray:
+class Priced(Protocol):
+    """A phase of any sampler: how many releases, and the RDP of one at each of ORDERS."""
+
+    @property
+    def steps(self) -> int: ...
+
+    def rdp(self) -> np.ndarray: ...
+
+
+def rdp_curve(phases: Sequence[Priced]) -> np.ndarray:
     """RDP of all steps at each of ORDERS, for the worse of both directions. Every sigma is above 0."""
     with np.errstate(over="ignore"):
-        return sum((phase.steps * rdp_per_step(phase.sigma, phase.q) for phase in phases), np.zeros(len(ORDERS)))
+        return sum((phase.steps * phase.rdp() for phase in phases), np.zeros(len(ORDERS)))
 
 
-def rdp_epsilon(phases: tuple[Phase, ...], log_delta: float) -> float:
+def rdp_epsilon(phases: Sequence[Priced], log_delta: float) -> float:
     """The epsilon of rdp_curve()."""
     return epsilon_of_curve(rdp_curve(phases), log_delta)
 

@@ -1,10 +1,9 @@
-"""Which units take part in a step, and how often that lets one unit take part in a run.
+"""Which units take part in a step, and what that lets one unit disclose.
 
 Every unit belongs to one rank alone (unit u to rank u mod world size), so no unit can enter a step twice.
 
 A sampler is a class with the methods of PoissonSampler, an entry of SAMPLERS, and a name in privacy.ledger.NAMES. The
-class that draws also counts the uses of a unit, which the mechanism prices, so the two cannot differ. A use is a step
-in which a unit takes part with probability q, independently of all other uses.
+class that draws also counts the uses of a unit, which the mechanism prices, so the two cannot differ.
 """
 
 import math
@@ -15,9 +14,17 @@ import torch
 from torch import Tensor
 
 from base.distributed import World
+from privacy.allocation import Allocated
 from privacy.randomness import NoiseSource
+from privacy.sampled_gaussian import Phase
 
-Uses = Counter[tuple[float, float]]  # (sigma, q) -> uses
+# A use is a phase of one step, or of one epoch, each independent of all others.
+Uses = Counter[Phase | Allocated]
+
+
+def own_units(N: int, world: World) -> Tensor:
+    """The units of this rank, int64."""
+    return torch.arange(N)[world.rank :: world.size]
 
 
 class PoissonSampler:
@@ -31,7 +38,7 @@ class PoissonSampler:
 
     def __init__(self, N: int, batch: int, world: World, source: NoiseSource):
         """N units, of which `batch` are expected in a step; source: this rank's, of masks."""
-        self.own = torch.arange(N)[world.rank :: world.size]
+        self.own = own_units(N, world)
         self.q, self.source = batch / N, source
 
     def draw(self, step: int) -> Tensor:
@@ -40,19 +47,14 @@ class PoissonSampler:
         return self.own[self.source.uniform(len(self.own)) < self.q]
 
     @staticmethod
-    def planned(N: int, batch: int, steps: int, done: int = 0) -> tuple[float, int]:
-        """(q, uses) of an attempt that takes the steps after `done` up to `steps`."""
-        return batch / N, steps - done
-
-    @staticmethod
-    def permitted(uses: int, N: int, batch: int, done: int) -> int:
-        """How many steps `uses` more uses permit after `done` steps."""
-        return uses
+    def planned(sigma: float, N: int, batch: int, steps: int, done: int = 0) -> Uses:
+        """The uses of one attempt that takes `steps` steps after step `done`; more steps are never fewer uses."""
+        return Counter({Phase(sigma, batch / N, 1): steps})
 
     @staticmethod
     def charged(records: Iterable[Mapping]) -> Uses:
         """The uses in a ledger's records, all of this sampler."""
-        return Counter((record["sigma"], record["q"]) for record in records)
+        return Counter(Phase(record["sigma"], record["q"], 1) for record in records)
 
 
 class ShuffleSampler:
@@ -80,15 +82,10 @@ class ShuffleSampler:
         return batch[self.world.rank :: self.world.size]
 
     @staticmethod
-    def planned(N: int, batch: int, steps: int, done: int = 0) -> tuple[float, int]:
+    def planned(sigma: float, N: int, batch: int, steps: int, done: int = 0) -> Uses:
+        """A use for each epoch that the attempt begins or goes on in."""
         per_epoch = steps_per_epoch(N, batch)
-        return 1.0, math.ceil(steps / per_epoch) - done // per_epoch if steps > done else 0
-
-    @staticmethod
-    def permitted(uses: int, N: int, batch: int, done: int) -> int:
-        """Whole epochs. A resumed attempt pays again for the epoch that it begins in, of which less is left."""
-        per_epoch = steps_per_epoch(N, batch)
-        return max(0, uses * per_epoch - done % per_epoch)
+        return Counter({Phase(sigma, 1.0, 1): math.ceil((done % per_epoch + steps) / per_epoch) if steps else 0})
 
     @staticmethod
     def charged(records: Iterable[Mapping]) -> Uses:
@@ -96,19 +93,72 @@ class ShuffleSampler:
 
         A resumed attempt shuffles afresh, so an epoch that it shares with the attempt before counts twice.
         """
-        epochs = {
-            (record["attempt"], (record["step"] - 1) // record["steps_per_epoch"], record["sigma"])
-            for record in records
-        }
-        return Counter((sigma, 1.0) for _, _, sigma in epochs)
+        return Counter(Phase(sigma, 1.0, 1) for sigma, _, _, _ in _epochs(records))
+
+
+class AllocationSampler:
+    """Every unit in one step of each epoch, drawn uniformly and independently of the other units (random allocation).
+
+    Each rank draws for its own units with its own key, an epoch at a time, before the epoch's first step. Each epoch of
+    each attempt is a use, of which the attempt's steps count (privacy.allocation).
+    """
+
+    relation = "add or remove one {unit}"
+    amplified = True
+
+    def __init__(self, N: int, batch: int, world: World, source: NoiseSource):
+        self.own = own_units(N, world)
+        self.t, self.source = steps_per_epoch(N, batch), source
+        self.epoch, self.places = -1, torch.empty(0, dtype=torch.int64)
+
+    def draw(self, step: int) -> Tensor:
+        epoch, position = divmod(step - 1, self.t)
+        if epoch != self.epoch:
+            self.source.begin_step(epoch + 1)
+            self.epoch, self.places = epoch, (self.source.uniform(len(self.own)) * self.t).long()
+        return self.own[self.places == position]
+
+    @staticmethod
+    def planned(sigma: float, N: int, batch: int, steps: int, done: int = 0) -> Uses:
+        """A use for each epoch that the attempt begins or goes on in, of the steps that it takes there."""
+        t = steps_per_epoch(N, batch)
+        first = min(steps, -done % t)  # steps left of the epoch that an earlier attempt began
+        whole, rest = divmod(steps - first, t)
+        uses: Uses = Counter({Allocated(sigma, t, t, 1): whole})
+        uses.update(Allocated(sigma, t, taken, 1) for taken in (first, rest) if taken)
+        return uses
+
+    @staticmethod
+    def charged(records: Iterable[Mapping]) -> Uses:
+        """A resumed attempt allocates afresh: what is left of the epoch that it begins in is a use of its own."""
+        uses: Uses = Counter()
+        for (sigma, t, _, _), taken in _epochs(records).items():
+            whole, rest = divmod(taken, t)  # more records than steps: a line that was repaired at the epoch's end
+            uses[Allocated(sigma, t, t, 1)] += whole
+            uses[Allocated(sigma, t, rest, 1)] += rest > 0
+        return +uses
+
+
+def _epochs(records: Iterable[Mapping]) -> Counter[tuple[float, int, int, int]]:
+    """(sigma, steps an epoch, attempt, epoch) -> steps charged."""
+    return Counter(
+        (
+            record["sigma"],
+            record["steps_per_epoch"],
+            record["attempt"],
+            (record["step"] - 1) // record["steps_per_epoch"],
+        )
+        for record in records
+    )
 
 
 def steps_per_epoch(N: int, batch: int) -> int:
-    """Steps until every unit was in a batch once: on average (Poisson), or exactly (shuffling)."""
+    """Steps until every unit was in a batch once: on average (Poisson), or exactly."""
     return math.ceil(N / batch)
 
 
-SAMPLERS: dict[str, type[PoissonSampler] | type[ShuffleSampler]] = {
+SAMPLERS: dict[str, type[PoissonSampler] | type[ShuffleSampler] | type[AllocationSampler]] = {
     "poisson": PoissonSampler,
     "shuffle": ShuffleSampler,
+    "allocation": AllocationSampler,
 }

@@ -21,7 +21,7 @@ import numpy as np
 
 from base.errors import fail
 from privacy import accounting
-from privacy.accounting import Phase
+from privacy.allocation import AnyPhase
 from privacy.sampled_gaussian import ORDERS, epsilon_of_curve
 
 MOST_MEAN = 10_000.0
@@ -109,7 +109,7 @@ def selected_curve(rdp: np.ndarray, trials: Trials) -> np.ndarray:
         return rdp + penalty + trials.mean * delta
 
 
-def selection_epsilon(trial_phases: Sequence[Sequence[Phase]], trials: Trials, delta: float) -> float:
+def selection_epsilon(trial_phases: Sequence[Sequence[AnyPhase]], trials: Trials, delta: float) -> float:
     """Epsilon at `delta` of the best of a random number of trials. trial_phases: what each possible trial discloses."""
     accounting.check_delta(delta)
     trials.check()

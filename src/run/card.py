@@ -17,7 +17,7 @@ from base.errors import fail
 from base.files import atomic_write, read_object
 from base.markdown import markdown
 from privacy import accounting, attack_risk
-from privacy.accounting import Phase
+from privacy.allocation import AnyPhase
 from privacy.attack_risk import ADDED, REMOVED, permitted_by_epsilon
 from privacy.ledger import LedgerState, noise_sources
 from privacy.plan import relation, spent, warnings
@@ -29,6 +29,8 @@ TITLE = "Differential privacy"
 MECHANISMS = {"gaussian": "Gaussian: noise on the sum of the clipped gradients of a step (DP-SGD), sigma times C"}
 SAMPLERS = {
     "poisson": "Poisson: each unit in each step with probability q, independently; who took part is secret",
+    "allocation": "random allocation: each unit in one step of each epoch, uniform and independent; who took part "
+    "is secret",
     "shuffle": "shuffling: each unit once an epoch, in a fresh order; no amplification is claimed",
 }
 SEEDS = {
@@ -60,7 +62,7 @@ class Card:
     plain: list[str]
     rows: list[tuple[str, str]] = field(default_factory=list)
     curve: list[tuple[float, ...]] = field(default_factory=list)
-    phases: tuple[Phase, ...] = ()
+    phases: tuple[AnyPhase, ...] = ()
     epsilon: float = 0.0
     delta: float = 0.0
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from base.files import atomic_write
 from privacy import attack_risk
-from privacy.accounting import Phase
+from privacy.allocation import AnyPhase
 from privacy.attack_risk import ADDED, REMOVED, permitted_by_epsilon
 
 
@@ -26,7 +26,7 @@ def percent(value: float) -> str:
     return f"{float(up(value, 3)) * 100:.3g} %"
 
 
-def lines(phases: Sequence[Phase], delta: float, prior: float) -> list[str]:
+def lines(phases: Sequence[AnyPhase], delta: float, prior: float) -> list[str]:
     """Lines of the terminal, each with its label: upper bounds for every attack, whatever else the attacker knows."""
     found = attack_risk.figures(phases, delta, prior)
     rows = [
@@ -48,7 +48,7 @@ def lines(phases: Sequence[Phase], delta: float, prior: float) -> list[str]:
     return rows
 
 
-def draw_curve(axes: Any, phases: Sequence[Phase], epsilon: float, delta: float) -> None:
+def draw_curve(axes: Any, phases: Sequence[AnyPhase], epsilon: float, delta: float) -> None:
     """The curve into matplotlib's axes, beside the diagonal and beside what epsilon alone would permit."""
     rates = np.concatenate([np.geomspace(1e-6, 0.01, 60), np.linspace(0.01, 1, 120)[1:]])
     risk = attack_risk.attack_risk(phases)
@@ -64,7 +64,7 @@ def draw_curve(axes: Any, phases: Sequence[Phase], epsilon: float, delta: float)
     axes.legend(fontsize=8)
 
 
-def draw_ledger(path: str, phases: Sequence[Phase], epsilon: float, delta: float) -> None:
+def draw_ledger(path: str, phases: Sequence[AnyPhase], epsilon: float, delta: float) -> None:
     """Write the curve alone as a PNG."""
     import matplotlib
 

@@ -109,7 +109,8 @@ class Privacy:
     target_delta: float | None = flag(help="delta of the reported epsilon, a public constant")
     max_grad_norm: float = flag(1.0, "C, the norm to which each {unit}'s gradient is clipped", within=CLIP_RANGE)
     sampling: str | None = flag(
-        help="poisson (default with noise): what the accountants price; shuffle (default without): every unit once an "
+        help="poisson (default with noise): every unit in each step with probability q; allocation: every unit in one "
+        "step of each epoch at random, for a smaller epsilon; shuffle (default without noise): every unit once an "
         "epoch, reported without amplification",
         choices=NAMES["sampling"],
     )
@@ -227,6 +228,11 @@ class Settings:
             fail(
                 f"--budget {privacy.budget}: refused with --noise_source seeded: runs of one seed share their noise, "
                 "and what they disclose together is not what the budget counts"
+            )
+        if privacy.budget is not None and privacy.sampling == "allocation":
+            fail(
+                f"--budget {privacy.budget}: refused with --sampling allocation, whose epochs a budget file does not "
+                "reserve; give --sampling poisson, or leave --budget out and compose with src/privacy_report.py"
             )
         check_noise(privacy, self.flag_of("max_grad_norm"))
         if loop.tensorboard and importlib.util.find_spec("tensorboard") is None:

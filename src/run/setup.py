@@ -18,7 +18,7 @@ from privacy.budget import pack
 from privacy.clipping import BookKeeping, NonPrivate, rounding_share
 from privacy.company import check_company, check_ranks_compute_alike, check_ranks_round_alike
 from privacy.ledger import Ledger, NoLedger
-from privacy.plan import PlanSettings, PrivacyPlan, choose_sigma, choose_sigma_for_advantage
+from privacy.plan import Course, PlanSettings, PrivacyPlan, choose_sigma
 from run import loop, provenance, spending
 from run.log import NoWorkDir, WorkDir
 from run.resume import check_ledger_is_whole, check_ranks_agree, is_restarted, open_ledger, steps_without_noise
@@ -119,13 +119,9 @@ def make_plan_settings(settings: Settings, task: Task, world: World) -> PlanSett
         if given is not None:
             sigma.fill_(given)
         elif world.is_main:
-            run = (task.N, batch, task.steps, sampling, privacy.mechanism)
+            course = Course(task.N, batch, task.steps, sampling, privacy.mechanism)
             try:
-                if privacy.target_advantage is not None:
-                    sigma.fill_(choose_sigma_for_advantage(privacy.target_advantage, *run))
-                else:
-                    assert privacy.target_epsilon is not None
-                    sigma.fill_(choose_sigma(privacy.target_epsilon, task.delta, *run))
+                sigma.fill_(choose_sigma(course, task.delta, privacy.target_epsilon, privacy.target_advantage))
             except UserError as failure:
                 fail(f"--target_{'epsilon' if privacy.target_advantage is None else 'advantage'}: {failure}")
     return PlanSettings(

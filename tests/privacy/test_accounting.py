@@ -310,28 +310,33 @@ def test_calibration_refused_in_words(arguments, words):
         accounting.calibrate_sigma_shuffle(-1, 1e-5, 3)
 
 
+def steps_of(sigma: float, q: float):
+    """What n steps add."""
+    return lambda count: [Phase(sigma, q, count)]
+
+
 @pytest.mark.parametrize(
     "spent", [[], [Phase(0.6, 0.003, 500)], [Phase(0.9, 0.01, 50), Phase(0.7, 0.003, 40)], [Phase(5.0, 1.0, 2)]]
 )
 def test_permitted_steps(spent):
     target, delta, q, sigma = 3.0, 1e-5, 0.003, 0.7
-    count = accounting.permitted_steps(target, delta, spent, q, sigma, 10**5)
+    count = accounting.permitted_steps(target, delta, spent, steps_of(sigma, q), 10**5)
     assert 0 < count < 10**5
     assert accounting.epsilon_prv([*spent, Phase(sigma, q, count)], delta) <= target
     assert accounting.epsilon_prv([*spent, Phase(sigma, q, count + 1)], delta) > target
-    assert accounting.permitted_steps(target, delta, spent, q, sigma, count + 1) == count
-    assert accounting.permitted_steps(target, delta, spent, q, sigma, count) == count
-    assert accounting.permitted_steps(target, delta, spent, q, sigma, 5) == 5
+    assert accounting.permitted_steps(target, delta, spent, steps_of(sigma, q), count + 1) == count
+    assert accounting.permitted_steps(target, delta, spent, steps_of(sigma, q), count) == count
+    assert accounting.permitted_steps(target, delta, spent, steps_of(sigma, q), 5) == 5
 
 
 def test_permitted_steps_at_the_ends():
-    assert accounting.permitted_steps(3.0, 1e-5, [Phase(0.6, 0.003, 9000)], 0.003, 0.6, 100) == 0
-    assert accounting.permitted_steps(3.0, 1e-5, [], 0.003, 0.0, 100) == 0
-    assert accounting.permitted_steps(3.0, 1e-5, [], 0.003, 0.6, 0) == 0
-    assert accounting.permitted_steps(30.0, 1e-5, [], 1.0, 1.0, 10**6) == _largest_full(30.0, 1e-5)
+    assert accounting.permitted_steps(3.0, 1e-5, [Phase(0.6, 0.003, 9000)], steps_of(0.6, 0.003), 100) == 0
+    assert accounting.permitted_steps(3.0, 1e-5, [], steps_of(0.0, 0.003), 100) == 0
+    assert accounting.permitted_steps(3.0, 1e-5, [], steps_of(0.6, 0.003), 0) == 0
+    assert accounting.permitted_steps(30.0, 1e-5, [], steps_of(1.0, 1.0), 10**6) == _largest_full(30.0, 1e-5)
     # What calibration gave for a number of steps permits them all.
     sigma = accounting.calibrate_sigma(3.0, 1e-5, 0.003, 700)
-    assert accounting.permitted_steps(3.0, 1e-5, [], 0.003, sigma, 700) == 700
+    assert accounting.permitted_steps(3.0, 1e-5, [], steps_of(sigma, 0.003), 700) == 700
 
 
 def _largest_full(target: float, delta: float) -> int:

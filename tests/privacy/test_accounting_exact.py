@@ -137,7 +137,8 @@ def test_searches_end_in_time(limit):
             assert accounting.epsilon_prv([Phase(sigma, q, steps)], delta) <= target
         except UserError as error:
             assert "next to no privacy" in str(error) or "no noise multiplier" in str(error)
-        count = limit(3 * SECONDS, accounting.permitted_steps, target, delta, [], q, 0.7, steps)
+        count = limit(3 * SECONDS, accounting.permitted_steps, target, delta, [],
+                          lambda count: [Phase(0.7, q, count)], steps)
         assert accounting.epsilon_prv([Phase(0.7, q, count)], delta) <= target
 
 

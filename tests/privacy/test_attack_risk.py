@@ -12,7 +12,7 @@ from scipy.special import ndtr, ndtri
 from base.errors import UserError
 from helpers.exact_accounting import one_step
 from helpers.processes import ROOT
-from privacy import accounting, attack_risk
+from privacy import accounting, attack_risk, loss_grid
 from privacy.accounting import Phase
 from privacy.attack_risk import ADDED, REMOVED, WORSE
 from run.risk_words import percent, up
@@ -155,9 +155,9 @@ def test_mass_moves_up_alone(direction):
     """The masses of a step on a coarse grid: all of it is there, and P's share of exp(-Y) is what the interval held;
     what is above the grid is infinite, what is below goes to its first point."""
     phase, t = Phase(0.7, 0.2, 1), np.arange(-20, 21) * 0.05
-    mass, infinite, moved = attack_risk.step_masses(phase, t, direction)
+    mass, infinite, moved = loss_grid.step_masses(phase, t, direction)
     assert mass.sum() + infinite == pytest.approx(1, abs=1e-14) and mass.min() >= 0 and 0 < moved < 1e-12
-    better_mass, better_infinite, _ = attack_risk.step_masses(phase, np.arange(-200, 201) * 0.005, direction)
+    better_mass, better_infinite, _ = loss_grid.step_masses(phase, np.arange(-200, 201) * 0.005, direction)
     fine = np.arange(-200, 200) * 0.005
     # E[(1 - exp(t - y))_+] of the coarse masses is not below that of the fine ones, and equal at the coarse points
     for place in (-0.1, 0.0, 0.2, 0.5):
@@ -171,7 +171,7 @@ def test_mass_moves_up_alone(direction):
 def test_what_is_above_the_grid_counts_as_found(monkeypatch, name):
     """A grid that ends within the losses: the bound is looser and still one."""
     whole = attack_risk.attack_risk(MIXED[name])
-    monkeypatch.setattr(attack_risk, "_span", lambda phases: 3.0)
+    monkeypatch.setattr(loss_grid, "_span", lambda phases: 3.0)
     monkeypatch.setattr(attack_risk, "_gaussian", lambda mu, t: np.ones_like(t))
     attack_risk._attack_risk.cache_clear()
     short = attack_risk.attack_risk(MIXED[name])
@@ -248,7 +248,7 @@ def test_a_prior_is_between_0_and_1(prior):
 @pytest.mark.parametrize("target", [0.02, 0.3])
 def test_calibration_for_an_advantage(target, q, uses):
     started = time.monotonic()
-    sigma = attack_risk.calibrate_sigma(target, q, uses)
+    sigma = attack_risk.sigma_for(target, lambda sigma: [Phase(sigma, q, uses)], "these steps")
     assert time.monotonic() - started < 15
     assert 0.995 * target <= attack_risk.advantage([Phase(sigma, q, uses)]) <= target
     if q == 1:
@@ -256,15 +256,18 @@ def test_calibration_for_an_advantage(target, q, uses):
 
 
 def test_permitted_steps_of_an_advantage():
+    def more(count: int) -> list[Phase]:
+        return [Phase(1.0, 0.02, count)]
+
     spent = [Phase(0.8, 0.02, 40)]
-    count = attack_risk.permitted_steps(0.2, spent, 0.02, 1.0, 5000)
+    count = attack_risk.permitted_steps(0.2, spent, more, 5000)
     assert 0 < count < 5000
     assert attack_risk.advantage([*spent, Phase(1.0, 0.02, count)]) <= 0.2
     assert attack_risk.advantage([*spent, Phase(1.0, 0.02, count + 1)]) > 0.2
-    assert attack_risk.permitted_steps(0.01, spent, 0.02, 1.0, 5000) == 0
+    assert attack_risk.permitted_steps(0.01, spent, more, 5000) == 0
     for target in (0, 1, math.nan):
         with pytest.raises(UserError, match="target advantage"):
-            attack_risk.permitted_steps(target, spent, 0.02, 1.0, 5)
+            attack_risk.permitted_steps(target, spent, more, 5)
 
 
 def test_the_quick_bound_is_one():

@@ -275,7 +275,7 @@ def test_the_record_is_on_disk_before_the_mask_is_drawn(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sampling, kind, target", [
     ("poisson", "epsilon", 1.0), ("shuffle", "epsilon", 4.0), ("poisson", "advantage", 0.1),
-    ("shuffle", "advantage", 0.5)])
+    ("shuffle", "advantage", 0.5), ("allocation", "epsilon", 1.0), ("allocation", "advantage", 0.1)])
 def test_the_budget_is_checked_before_a_step_is_drawn(tmp_path, sampling, kind, target):
     """As many steps as stay within the target and no more; the refused step is neither charged nor drawn."""
     plan = open_plan(tmp_path, settings(steps=1000, sampling=sampling, **{f"target_{kind}": target}))

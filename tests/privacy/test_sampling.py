@@ -13,7 +13,8 @@ from scipy import stats
 
 from base.distributed import World
 from privacy.randomness import NoiseSource
-from privacy.sampling import PoissonSampler, ShuffleSampler
+from privacy.allocation import Allocated
+from privacy.sampling import AllocationSampler, PoissonSampler, ShuffleSampler
 
 LIMIT = 4.9  # standard deviations: one in a million
 N, Q, STEPS = 503, 0.06, 3000  # N divides by none of the world sizes
@@ -214,3 +215,97 @@ def test_a_resumed_seeded_epoch_is_the_same_and_another_seed_is_not():
     resumed = ShuffleSampler(11, 3, World(), NoiseSource("seeded", "mask", 0, 5))
     assert all(torch.equal(resumed.draw(step), draws[step - 1]) for step in range(7, 13))
     assert epochs("seeded", 1, 11, 3, 1) != epochs("seeded", 1, 11, 3, 1, seed=4)
+
+
+# ------------------------------------------------------------------ random allocation
+
+
+def places(kind: str, size: int, N: int, batch: int, epochs: int, seed: int = 11, one: bool = False) -> np.ndarray:
+    """(epochs, N) the step of each epoch, from 0, in which a unit took part; -1 where not in exactly one. one: every
+    rank has rank 0's key, a mistake."""
+    keys = [NoiseSource(kind, "mask", 0, seed) for _ in range(size)] if one else sources(kind, size, seed)
+    samplers = [AllocationSampler(N, batch, World(rank, size), key) for rank, key in enumerate(keys)]
+    t = math.ceil(N / batch)
+    found = np.full((epochs, N), -1)
+    for epoch in range(epochs):
+        uses = np.zeros(N, dtype=int)
+        for position in range(t):
+            for sampler in samplers:
+                drawn = sampler.draw(epoch * t + position + 1).numpy()
+                uses[drawn] += 1
+                found[epoch, drawn] = position
+        found[epoch, uses != 1] = -1
+    return found
+
+
+def misplaced(found: np.ndarray, t: int, size: int) -> list[str]:
+    """In what a table of places differs from a uniform step in each epoch, independent between units and epochs."""
+    wrong = ["a unit takes part in no step of an epoch, or in several"] * bool((found < 0).any())
+    counts = np.array([np.bincount(row, minlength=t) for row in np.maximum(found, 0)])
+    if stats.chisquare(counts.sum(0)).pvalue < 1e-6:
+        wrong.append("steps are not equally likely")
+    epochs, N = found.shape
+    # the batch sizes' chi-square within an epoch has t - 1 degrees of freedom; fixed sizes would give 0
+    chi = ((counts - N / t) ** 2 / (N / t)).sum()
+    if abs(chi - epochs * (t - 1)) > LIMIT * math.sqrt(2 * epochs * (t - 1)):
+        wrong.append(f"batch sizes: chi-square {chi:.0f} of {epochs * (t - 1)}")
+
+    def check(name: str, same: np.ndarray) -> None:
+        if abs(same.mean() - 1 / t) > LIMIT * math.sqrt((t - 1) / same.size) / t:
+            wrong.append(f"{name}: {same.mean():.5f} together, expected {1 / t:.5f}")
+
+    for lag in (1, 2, 3, epochs // 2):
+        check(f"epochs {lag} apart", found[lag:] == found[:-lag])
+    for lag in (1, 2, 3, 4, 7, N // 2):
+        check(f"units {lag} apart", found[:, lag:] == found[:, :-lag])
+    return wrong
+
+
+@pytest.mark.parametrize("kind", ["os", "secure", "seeded"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_allocation_is_one_uniform_step_of_each_epoch(kind, size):
+    if kind == "secure":
+        pytest.importorskip("cryptography")
+    assert misplaced(places(kind, size, 203, 20, 300), 11, size) == []
+
+
+def test_the_checks_of_allocation_catch_what_is_wrong():
+    """Negative controls: a table for each thing that an allocation could get wrong."""
+    good, generator = places("seeded", 2, 203, 20, 300), np.random.default_rng(5)
+    assert misplaced(good, 11, 2) == []
+    reused, pairs, few, absent = (good.copy() for _ in range(4))
+    reused[1::2] = reused[::2]
+    pairs[:, 1::2] = pairs[:, 0:-1:2]
+    few[few == 10] = 9
+    absent[3, 5] = -1
+    balanced = np.array([generator.permutation(np.arange(203) % 11) for _ in range(300)])
+    wrong = {"the allocation reused in the next epoch": reused, "pairs together": pairs, "a step left out": few,
+             "a unit in no step": absent, "equal batches": balanced,
+             "one key": places("seeded", 2, 203, 20, 300, one=True)}
+    for name, found in wrong.items():
+        assert misplaced(found, 11, 2), f"{name}: not noticed"
+
+
+def test_one_more_unit_changes_no_other_s_allocation():
+    """Neighbouring data: with the same keys and the same number of steps, the others take part where they did."""
+    fewer, more = (places("seeded", 3, N, 20, 4) for N in (202, 203))
+    assert np.array_equal(more[:, :202], fewer)
+
+
+def test_what_an_allocation_charges():
+    """One use for each epoch of each attempt, of the steps that were charged there; a plan foresees just that."""
+    def records(attempt: int, steps: range) -> list[dict]:
+        return [{"sigma": 0.7, "steps_per_epoch": 5, "attempt": attempt, "step": step} for step in steps]
+
+    whole, part = Allocated(0.7, 5, 5, 1), Allocated(0.7, 5, 3, 1)
+    assert AllocationSampler.charged(records(1, range(1, 14))) == {whole: 2, part: 1}
+    # stopped after step 8 and resumed: what each attempt took of the second epoch
+    resumed = [*records(1, range(1, 9)), *records(2, range(9, 16))]
+    assert AllocationSampler.charged(resumed) == {whole: 2, part: 1, Allocated(0.7, 5, 2, 1): 1}
+    # a torn line, repaired as a further step of the last epoch, is charged also where that epoch is full
+    assert AllocationSampler.charged([*records(1, range(1, 6)), *records(1, range(5, 6))]) == {
+        whole: 1, Allocated(0.7, 5, 1, 1): 1}
+    for done in range(6):
+        for steps in range(13):
+            planned = +AllocationSampler.planned(0.7, 23, 5, steps, done)
+            assert planned == AllocationSampler.charged(records(1, range(done + 1, done + steps + 1))), (done, steps)

@@ -104,14 +104,15 @@ def test_opacus_is_known_to_few():
 def test_what_the_parts_of_privacy_may_know():
     """clipping knows layers, not privacy; accounting and ledger know numbers, not tensors; randomness knows neither."""
     assert not {module for module in ours("privacy.clipping") if module.startswith("privacy")}
-    for name in ("privacy.accounting", "privacy.sampled_gaussian", "privacy.attack_risk", "privacy.ledger",
-                 "privacy.auditing"):
+    for name in ("privacy.accounting", "privacy.sampled_gaussian", "privacy.allocation", "privacy.loss_grid",
+                 "privacy.attack_risk", "privacy.ledger", "privacy.auditing"):
         assert not any(module.split(".")[0] == "torch" for module in imports(MODULES[name]))
         assert {module for module in ours(name) if not module.startswith("base")} <= {
-            "privacy", "privacy.accounting", "privacy.sampled_gaussian"}
+            "privacy", "privacy.accounting", "privacy.sampled_gaussian", "privacy.allocation", "privacy.loss_grid"}
     assert not {module for module in ours("privacy.ledger") if module.startswith("privacy.")}
     assert ours("privacy.randomness") <= {"base", "base.errors"}
-    assert {module for module in ours("privacy.sampling") if module.startswith("privacy.")} == {"privacy.randomness"}
+    assert {module for module in ours("privacy.sampling") if module.startswith("privacy.")} == {
+        "privacy.randomness", "privacy.allocation", "privacy.sampled_gaussian"}
     for name in MODULES:  # one object owns the sampler, the mechanism and its noise
         if {"privacy.sampling", "privacy.mechanism", "privacy.randomness"} & ours(name):
             assert name.startswith("privacy"), f"src/{name} samples or adds noise beside the plan"

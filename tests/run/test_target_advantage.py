@@ -18,7 +18,7 @@ def advantage_of(work) -> float:
     return attack_risk.advantage([Phase(sigma, q, count) for (sigma, q), count in counts.items()])
 
 
-@pytest.mark.parametrize("sampling", ["poisson", "shuffle"])
+@pytest.mark.parametrize("sampling", ["poisson", "shuffle", "allocation"])
 def test_the_target_is_met_and_reported(tmp_path, sampling):
     train(flags(tmp_path / "run", **TARGET, sampling=sampling))
     report = read(tmp_path / "run")
