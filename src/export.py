@@ -23,43 +23,20 @@ from base.errors import fail, run_main
 from base.files import atomic_write, read_object
 from base.flags import Parser, check_least, check_positive
 from corpus.tokenizer import END_OF_TEXT, FORMS, Tokenizer, load_tokenizer, vocabulary_files
-from model import SLOTS, GPT2Config, GPT2LMModel
+from families import PARTS
+from language_model import EVERY_PART, LanguageModel, Shape
 from privacy.ledger import FILE_NAME
 from run import provenance
 from weights import peft_format
 from weights.checkpoint import Loaded, load_trained
-from weights.foreign import WEIGHT_FILES, fingerprint
+from weights.foreign import PREFIX, WEIGHT_FILES, fingerprint
 
 WEIGHTS = {"merged": "model.safetensors", "peft": "adapter_model.safetensors"}
 # The tokenizer's files: OpenAI's names, and Hugging Face's for the same content.
 VOCABULARY = dict(zip(*FORMS[:2], strict=True))
 
 
-def hugging_face_config(config: GPT2Config, end_of_text: int) -> dict:
-    """config.json of a GPT2LMHeadModel of this shape; this project's GPT-2 has no dropout."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.n_positions,
-        "n_ctx": config.n_positions,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": config.n_inner,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": True,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-    }
-
-
-def tokenizer_config(config: GPT2Config) -> dict:
+def tokenizer_config(config: Shape) -> dict:
     """tokenizer_config.json. <|endoftext|> inside a text is the special token there, as with every GPT-2 of
     transformers; for gpt2_encode.py it is text. All other texts get the same ids."""
     return {
@@ -72,15 +49,17 @@ def tokenizer_config(config: GPT2Config) -> dict:
     }
 
 
-def base_weights(model: GPT2LMModel) -> dict[str, Tensor]:
-    """name -> float32 tensor, a view of the frozen weight; the head is the token embedding and is left out."""
+def base_weights(model: LanguageModel) -> dict[str, Tensor]:
+    """name -> float32 tensor, a view of the frozen weight; a head that is the token embedding is left out."""
     return {name: value.detach() for name, value in model.named_parameters() if "lora_" not in name}
 
 
-def merged_weights(model: GPT2LMModel) -> dict[str, Tensor]:
-    """base_weights() with the adapters folded in."""
+def merged_weights(model: LanguageModel) -> dict[str, Tensor]:
+    """base_weights() with the adapters folded in, under Hugging Face's names."""
     lora.merge(model)
-    weights = {name: value.clone() for name, value in base_weights(model).items()}
+    weights = {
+        name.replace(PREFIX, model.HUGGING_FACE, 1): value.clone() for name, value in base_weights(model).items()
+    }
     lora.unmerge(model)
     return weights
 
@@ -106,7 +85,7 @@ def write_json(path: str, content: dict) -> None:
         handle.write("\n")
 
 
-def write_tokenizer(vocab: str, output: str, config: GPT2Config) -> None:
+def write_tokenizer(vocab: str, output: str, config: Shape) -> None:
     for path in vocabulary_files(vocab):
         with open(path, "rb") as source:
             content = source.read()
@@ -116,7 +95,7 @@ def write_tokenizer(vocab: str, output: str, config: GPT2Config) -> None:
     write_json(os.path.join(output, "tokenizer_config.json"), tokenizer_config(config))
 
 
-def open_vocabulary(folder: str, config: GPT2Config) -> Tokenizer:
+def open_vocabulary(folder: str, config: Shape) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         fail(f"--vocab {folder}: has {tokenizer.vocab_size} ids, the model {config.vocab_size}; give the model's own")
@@ -131,7 +110,7 @@ def main() -> None:
     add("--base_checkpoint", help="the frozen weights under an adapter-only checkpoint, if not where it says")
     add("--lora_dim", type=int, help="rank of the adapters, where a checkpoint of the published code does not say it")
     add("--lora_alpha", type=float, help="their alpha, likewise")
-    add("--lora_target", nargs="+", choices=SLOTS, help="their parts, likewise (default query value)")
+    add("--lora_target", nargs="+", choices=(*PARTS, EVERY_PART), help="their parts, likewise (default query value)")
     add("--vocab", help="folder of the vocabulary: adds the tokenizer's files")
     add("--format", choices=tuple(WEIGHTS), default="merged", help="what to write (default merged)")
     add(
@@ -160,8 +139,8 @@ def main() -> None:
         name, (config, weights) = peft_format.CONFIG, peft_format.from_ours(model, name_base(loaded, args.base_name))
         metadata["base_fingerprint"] = fingerprint(base_weights(model))  # so that no other base is taken for it
     else:
-        end_of_text = tokenizer.end_of_text if tokenizer else model.config.end_of_text
-        name, config, weights = "config.json", hugging_face_config(model.config, end_of_text), merged_weights(model)
+        end_of_text = tokenizer.end_of_text if tokenizer else None
+        name, config, weights = "config.json", model.config.to_hugging_face(end_of_text), merged_weights(model)
 
     report = os.path.join(args.output, provenance.REPORT_NAME)
     # A killed export has left the same one.
