@@ -76,10 +76,11 @@ def ours_of(theirs: transformers.PreTrainedModel, lora: LoRAConfig = LoRAConfig(
     return model
 
 
-def write_folder(kind: str, folder: pathlib.Path, seed: int = 0, **options) -> transformers.PreTrainedModel:
-    """The folder that save_pretrained() writes; options: its own, such as max_shard_size."""
-    theirs = theirs_of(kind, seed)
-    theirs.save_pretrained(folder, **options)
+def write_folder(kind: str, folder: pathlib.Path, seed: int = 0, shard: str = "1GB",
+                 **changed) -> transformers.PreTrainedModel:
+    """The folder that save_pretrained() writes, in files of `shard` at most."""
+    theirs = theirs_of(kind, seed, **changed)
+    theirs.save_pretrained(folder, max_shard_size=shard)
     return theirs
 
 

@@ -122,6 +122,46 @@ def test_peft_loads_what_export_writes(enable, rank, alpha, base, tmp_path):
     assert back.model.lora_config == config and back.base["absolute"] == str(base / "model.safetensors")
 
 
+@pytest.mark.parametrize("lora, names, r", [
+    (LoRAConfig(3, 8.0, 0.0, ("attn_out",)), ["attn.c_proj"], 3),
+    (LoRAConfig(3, 8.0, 0.0, ("mlp_in", "mlp_out"), True), ["c_fc", "mlp.c_proj"], 3),
+    (LoRAConfig(2, 7.0, 0.0, ("query", "value", "attn_out", "mlp_out")), ["c_attn", "c_proj"], 2),
+    (LoRAConfig(2, 32.0, 0.1, ("all",), True), ["c_attn", "c_fc", "c_proj"], 2),
+    (LoRAConfig(4, 8.0, 0.0, ("key", "mlp_in")), ["c_attn", "c_fc"], 4)])
+def test_adapters_of_any_part_go_out_and_come_back(lora, names, r, base, tmp_path):
+    """Slots of the fused projection together have a higher rank than the others: rank_pattern and alpha_pattern."""
+    model = ours_trained(base, tmp_path / "run", lora)
+    folder = export(tmp_path / "run", tmp_path / "adapter", "--format", "peft")
+    written = json.loads((folder / "adapter_config.json").read_text())
+    slots = sum(part in model.lora_config.targets for part in SLOTS)
+    assert written["target_modules"] == names and written["r"] == r and written["use_rslora"] == lora.rslora
+    assert written.get("rank_pattern") == ({"c_attn": slots * r} if slots > 1 else None)
+    assert_same_logits(model, peft.PeftModel.from_pretrained(their_base(base), folder).eval(), base)
+    back = load_model(str(folder)).model
+    assert_same_weights(back, model)
+    assert back.lora_config == model.lora_config
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"r": 3, "lora_alpha": 5, "lora_dropout": 0.2}])
+def test_adapters_of_all_linear_layers(options, base, tmp_path):
+    theirs = peft_adapter(base, tmp_path, target_modules="all-linear", **options)
+    ours = load_model(str(tmp_path), base_checkpoint=str(base)).model
+    assert_same_logits(ours, theirs, base)
+    expected = LoRAConfig(options.get("r", 4), options.get("lora_alpha", 10.0), options.get("lora_dropout", 0.0),
+                          GPT2LMModel.parts(), options.get("use_rslora", False))
+    assert ours.lora_config == expected
+
+
+@pytest.mark.parametrize("pattern, word", [
+    ({"rank_pattern": {"c_fc": 2}}, "rank_pattern or alpha_pattern differ too much (attn.c_attn r 4"),
+    ({"alpha_pattern": {"c_fc": 2}}, "mlp.c_fc r 4 and lora_alpha 2"),
+    ({"alpha_pattern": {"h.1.mlp.c_fc": 2}}, "tell layers of mlp.c_fc apart"),
+    ({"rank_pattern": {"c_f.*": 4}}, "rank_pattern is {'c_f.*': 4}")])
+def test_patterns_that_are_no_one_rank_are_refused(pattern, word, base, tmp_path):
+    peft_adapter(base, tmp_path, target_modules=["c_attn", "c_fc"], **pattern)
+    refused(lambda: load_model(str(tmp_path), base_checkpoint=str(base)), "--init_checkpoint", word)
+
+
 def test_factors_that_training_has_not_touched_come_back_where_they_were(base, tmp_path):
     """Columns of zeros say nothing of their slot; with the run's own --lora_dim and --lora_target they return to it."""
     config = LoRAConfig(3, 8.0, 0.0, ("key", "value"))
