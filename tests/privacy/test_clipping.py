@@ -113,7 +113,7 @@ class Masks:
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_dropout_with_the_same_masks(name, rows, monkeypatch):
-    model, units = make_model(LoRAConfig(3, 8.0, 0.4, (True, True, False))), draw_units(4, rows)
+    model, units = make_model(LoRAConfig(3, 8.0, 0.4, ("query", "key"))), draw_units(4, rows)
     masks, batch = Masks(monkeypatch), pack(units, rows)
     rule = ClippingRule("flat", 0.2)
     _, sums = run_engine(name, model, rule, [batch], monkeypatch)
