@@ -28,12 +28,13 @@ from base.files import atomic_write, open_text, read_object
 from base.flags import Parser, check_least, check_positive
 from corpus.gpt2_tokenizer import END_OF_TEXT
 from corpus.tokenizer import FORMS, Tokenizer, companion_files, foreign_vocabulary, is_gpt2_s, load_tokenizer
-from model import SLOTS, GPT2Config, GPT2LMModel
+from families import PARTS
+from language_model import EVERY_PART, LanguageModel, Shape
 from privacy.ledger import FILE_NAME
 from run import card, provenance
 from weights import peft_format
 from weights.checkpoint import Loaded, load_trained
-from weights.foreign import WEIGHT_FILES, fingerprint
+from weights.foreign import PREFIX, WEIGHT_FILES, fingerprint
 
 WEIGHTS = {"merged": "model.safetensors", "peft": "adapter_model.safetensors"}
 README = "README.md"
@@ -41,31 +42,7 @@ README = "README.md"
 VOCABULARY = dict(zip(*FORMS[:2], strict=True))
 
 
-def hugging_face_config(config: GPT2Config, end_of_text: int) -> dict:
-    """config.json of a GPT2LMHeadModel of this shape; this project's GPT-2 has no dropout."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.n_positions,
-        "n_ctx": config.n_positions,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": config.n_inner,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": True,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-    }
-
-
-def tokenizer_config(config: GPT2Config) -> dict:
+def tokenizer_config(config: Shape) -> dict:
     """tokenizer_config.json. <|endoftext|> inside a text is the special token there, as with every GPT-2 of
     transformers; for gpt2_encode.py it is text. All other texts get the same ids."""
     return {
@@ -78,15 +55,17 @@ def tokenizer_config(config: GPT2Config) -> dict:
     }
 
 
-def base_weights(model: GPT2LMModel) -> dict[str, Tensor]:
-    """name -> float32 tensor, a view of the frozen weight; the head is the token embedding and is left out."""
+def base_weights(model: LanguageModel) -> dict[str, Tensor]:
+    """name -> float32 tensor, a view of the frozen weight; a head that is the token embedding is left out."""
     return {name: value.detach() for name, value in model.named_parameters() if "lora_" not in name}
 
 
-def merged_weights(model: GPT2LMModel) -> dict[str, Tensor]:
-    """base_weights() with the adapters folded in."""
+def merged_weights(model: LanguageModel) -> dict[str, Tensor]:
+    """base_weights() with the adapters folded in, under Hugging Face's names."""
     lora.merge(model)
-    weights = {name: value.clone() for name, value in base_weights(model).items()}
+    weights = {
+        name.replace(PREFIX, model.HUGGING_FACE, 1): value.clone() for name, value in base_weights(model).items()
+    }
     lora.unmerge(model)
     return weights
 
@@ -125,7 +104,7 @@ def write_json(path: str, content: dict) -> None:
         handle.write("\n")
 
 
-def write_tokenizer(vocab: str, output: str, config: GPT2Config) -> None:
+def write_tokenizer(vocab: str, output: str, config: Shape) -> None:
     """GPT-2's vocabulary by Hugging Face's names, with a tokenizer_config.json; any other's files as they are."""
     for path in companion_files(vocab):
         with open(path, "rb") as source:
@@ -146,13 +125,18 @@ def model_card(loaded: Loaded, spent: dict | None, form: str, base_name: str | N
     found = provenance.ledger_of(loaded, spent)
     unchecked = [] if spent is None else [card.UNCHECKED]
     promise = card.collect(*found, spent_beside(found[0], spent)) if found else card.Card([card.NO_CLAIM, *unchecked])
-    matter += ["tags:", "- gpt2", *(["- differential-privacy"] if promise.epsilon < math.inf and promise.rows else [])]
+    kind = loaded.model.config.to_hugging_face(None)["model_type"]
+    matter += [
+        "tags:",
+        f"- {kind}",
+        *(["- differential-privacy"] if promise.epsilon < math.inf and promise.rows else []),
+    ]
     use = {
         "merged": "Read it with `transformers.AutoModelForCausalLM.from_pretrained(folder)`.",
         "peft": "An adapter: read it with `peft.PeftModel.from_pretrained(base, folder)`.",
     }[form]
     front = "\n".join(["---", *matter, "---"])
-    return f"{front}\n\n# GPT-2, fine-tuned\n\n{use}\n\n{card.as_markdown(promise, level=2)}"
+    return f"{front}\n\n# {kind}, fine-tuned\n\n{use}\n\n{card.as_markdown(promise, level=2)}"
 
 
 def spent_beside(ledger: str, spent: dict | None) -> dict | None:
@@ -162,7 +146,7 @@ def spent_beside(ledger: str, spent: dict | None) -> dict | None:
     return {**report, "initial_weights": (spent or {}).get("initial_weights", [])}
 
 
-def open_vocabulary(folder: str, config: GPT2Config) -> Tokenizer:
+def open_vocabulary(folder: str, config: Shape) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         fail(f"--vocab {folder}: has {tokenizer.vocab_size} ids, the model {config.vocab_size}; give the model's own")
@@ -177,7 +161,7 @@ def main() -> None:
     add("--base_checkpoint", help="the frozen weights under an adapter-only checkpoint, if not where it says")
     add("--lora_dim", type=int, help="rank of the adapters, where a checkpoint of the published code does not say it")
     add("--lora_alpha", type=float, help="their alpha, likewise")
-    add("--lora_target", nargs="+", choices=SLOTS, help="their parts, likewise (default query value)")
+    add("--lora_target", nargs="+", choices=(*PARTS, EVERY_PART), help="their parts, likewise (default query value)")
     add(
         "--vocab",
         help="folder of the vocabulary: adds the tokenizer's files (default: beside the weights, unless GPT-2's)",
@@ -214,9 +198,8 @@ def main() -> None:
         name, (config, weights) = peft_format.CONFIG, peft_format.from_ours(model, name_base(loaded, args.base_name))
         metadata["base_fingerprint"] = fingerprint(base_weights(model))  # so that no other base is taken for it
     else:
-        named = tokenizer.end_of_text if tokenizer else None
-        end_of_text = model.config.end_of_text if named is None else named
-        name, config, weights = "config.json", hugging_face_config(model.config, end_of_text), merged_weights(model)
+        end_of_text = tokenizer.end_of_text if tokenizer else None
+        name, config, weights = "config.json", model.config.to_hugging_face(end_of_text), merged_weights(model)
         if args.float16:
             config, weights = {**config, "dtype": "float16"}, to_float16(weights)
 

@@ -35,7 +35,8 @@ from corpus.tokenizer import foreign_vocabulary, load_tokenizer
 from decoding.beam_search import SearchSettings, beam_search
 from decoding.journal import Journal
 from decoding.tree_decoder import TreeDecoder
-from model import END_OF_TEXT_ID, SLOTS, GPT2LMModel
+from families import PARTS
+from language_model import EVERY_PART, LanguageModel, Shape
 from weights.checkpoint import load_trained
 from weights.foreign import fingerprint
 
@@ -71,10 +72,10 @@ class Flags:
         help="adapter's alpha; default: the checkpoint's, with which it must agree", positive=math.inf
     )
     lora_target: tuple[str, ...] | None = flag(
-        help="parts of the fused projection that have an adapter; default: the checkpoint's, with which it must agree, "
-        "or query value where it does not say",
+        help="parts of a block that have an adapter; default: the checkpoint's, with which it must agree, or query "
+        "value where it does not say",
         nargs="+",
-        choices=SLOTS,
+        choices=(*PARTS, EVERY_PART),
     )
     vocab: str | None = flag(
         help="folder of the tokenizer: says --vocab_size, and which ids end a text (default: a tokenizer.json beside "
@@ -82,7 +83,7 @@ class Flags:
     )
     vocab_size: int | None = flag(
         help="ids of the vocabulary, where the model has more rows than that: the others are padding, and are never "
-        f"predicted (default: all of a model's, but at most GPT-2's {END_OF_TEXT_ID + 1})",
+        "predicted (default: all of a model's, of a GPT-2's at most 50257)",
         least=1,
     )
     beam: int = flag(1, "beams of each context", least=1)
@@ -90,7 +91,7 @@ class Flags:
     no_repeat_ngram_size: int = flag(4, "forbid generating an n-gram twice; 0 allows it", least=0)
     repetition_penalty: float = flag(1.0, "1 is none", positive=math.inf)
     eos_token_id: tuple[int, ...] | None = flag(
-        help="one more EOS id beside <|endoftext|>; may be repeated", action="append"
+        help="one more EOS id beside the model's own; may be repeated", action="append"
     )
     work_dir: str = flag("gpt2_model", "folder of the output")
     output_file: str = flag("beam_prediction.jsonl", "name of the output in --work_dir")
@@ -108,10 +109,9 @@ class Flags:
     def output(self) -> str:
         return os.path.join(self.work_dir, self.output_file)
 
-    def settings(self, vocab_size: int, ends: frozenset[int] = frozenset()) -> SearchSettings:
-        """The rules of the search. EOS ids: `ends`, or without them 50256 or the last id of a smaller vocabulary; and
-        those given."""
-        given = self.eos_token_id or ()
+    def settings(self, config: Shape, ends: frozenset[int] = frozenset()) -> SearchSettings:
+        """The rules of the search. EOS ids: `ends`, or without them the model's own; and those given."""
+        given, vocab_size = self.eos_token_id or (), config.vocab_size
         for token in given:
             if not 0 <= token < vocab_size:
                 fail(
@@ -121,7 +121,9 @@ class Flags:
         if self.beam > vocab_size:
             fail(f"--beam {self.beam}: more than the vocabulary's {vocab_size} tokens; choose at most that many")
         ends = frozenset(token for token in ends if token < vocab_size)
-        eos_ids = sorted({*(ends or {min(END_OF_TEXT_ID, vocab_size - 1)}), *given})
+        eos_ids = sorted({*(ends or config.eos_ids), *given})
+        if not eos_ids:
+            fail("--eos_token_id: the model's config names no token that ends a text; give one")
         return SearchSettings(
             self.beam,
             self.eval_len,
@@ -188,13 +190,13 @@ def read_contexts(flags: Flags, vocab_size: int) -> tuple[list[list[int]], list[
     return [list(context) for context in index_of], of_line, cut
 
 
-def load(flags: Flags) -> GPT2LMModel:
+def load(flags: Flags) -> LanguageModel:
     """The model, on the CPU in float32. UserError where it is not as the flags say."""
     adapter = (flags.lora_dim, flags.lora_alpha, flags.lora_target)
     loaded = load_trained(flags.init_checkpoint, flags.model_card, flags.base_checkpoint, *adapter)
-    positions = loaded.model.config.n_positions
-    if flags.seq_len > positions:
-        fail(f"--seq_len {flags.seq_len}: more than the model's {positions} positions; choose at most {positions}")
+    config = loaded.model.config
+    if flags.seq_len > config.n_positions:
+        fail(f"--seq_len {flags.seq_len}: {config.limit}; choose at most {config.n_positions}")
     return loaded.model
 
 
@@ -210,21 +212,19 @@ def vocabulary(flags: Flags, rows: int) -> tuple[int | None, frozenset[int]]:
     return flags.vocab_size or tokenizer.vocab_size, tokenizer.ends
 
 
-def without_padding(model: GPT2LMModel, vocab_size: int | None) -> GPT2LMModel:
+def without_padding(model: LanguageModel, vocab_size: int | None) -> LanguageModel:
     """The model with the rows of its vocabulary alone. Many are padded to a multiple of 64 or 128 for speed: such a row
-    is no token, but has a probability. vocab_size None: GPT-2's where the model has more."""
+    is no token, but has a probability. vocab_size None: as far as the shape tells."""
     rows = model.config.vocab_size
-    kept = min(rows, END_OF_TEXT_ID + 1) if vocab_size is None else vocab_size
+    kept = model.config.known_tokens if vocab_size is None else vocab_size
     if kept > rows:
         fail(f"--vocab_size {kept}: the model has {rows} ids; give at most that many, or leave it out")
     if kept < rows:
-        weight = model.transformer.wte.weight  # the head's, too
-        weight.data = weight.data[:kept].clone()
-        model.config = replace(model.config, vocab_size=kept)
+        model.keep_vocabulary(kept)
     return model
 
 
-def identity(model: GPT2LMModel, contexts: list[list[int]], settings: SearchSettings, bf16: bool) -> dict:
+def identity(model: LanguageModel, contexts: list[list[int]], settings: SearchSettings, bf16: bool) -> dict:
     """What tells one search from another: digests of weights and contexts, and the flags that change the result."""
     weights = {name: value.detach() for name, value in model.named_parameters()}
     data = hashlib.sha256(json.dumps(contexts).encode())
@@ -243,7 +243,7 @@ class Work:
     done: dict[int, list[int]]  # index -> tokens, from the journals of a resumed search; on rank 0 alone
 
 
-def prepare(flags: Flags, world: World, journal: Journal) -> tuple[GPT2LMModel, Work]:
+def prepare(flags: Flags, world: World, journal: Journal) -> tuple[LanguageModel, Work]:
     """Read and check everything that a mistake can spoil, before anything is written; then, on rank 0, take the lock.
 
     UserError for the mistakes.
@@ -252,7 +252,7 @@ def prepare(flags: Flags, world: World, journal: Journal) -> tuple[GPT2LMModel, 
     rows = model.config.vocab_size
     vocab_size, ends = vocabulary(flags, rows)
     model = without_padding(model, vocab_size)
-    settings = flags.settings(model.config.vocab_size, ends)
+    settings = flags.settings(model.config, ends)
     contexts, of_line, cut = read_contexts(flags, model.config.vocab_size)
     if not world.is_main:
         return model, Work(settings, contexts, of_line, {}, {})
@@ -283,7 +283,7 @@ def prepare(flags: Flags, world: World, journal: Journal) -> tuple[GPT2LMModel, 
     return model, Work(settings, contexts, of_line, search_identity, done)
 
 
-def make_decoder(flags: Flags, world: World, model: GPT2LMModel, contexts: list[list[int]]) -> TreeDecoder:
+def make_decoder(flags: Flags, world: World, model: LanguageModel, contexts: list[list[int]]) -> TreeDecoder:
     """The decoder of this rank's contexts, with as many slots as --batch_size and --token_budget allow."""
     lora.merge(model)  # before the cast, so that the sum is taken in float32
     model = model.to(world.device, torch.bfloat16 if flags.bf16 else torch.float32)

@@ -26,6 +26,7 @@ from optimizer import schedule
 from run import setup
 from run.settings import DEFAULT_DELTA, SHARED, Optimizer, Settings, TokenData, noise_flags
 from run.task import Task
+from weights.checkpoint import says_shape
 
 DEFAULT_SIGMA = 0.5
 
@@ -118,7 +119,10 @@ def main() -> int:
         check(settings)
         if not noise_flags(settings.privacy):
             settings = settings.changed(privacy={"noise_multiplier": DEFAULT_SIGMA})
-        loaded = setup.load_weights(settings, settings.model.init_checkpoint, settings.model.model_card)
+        path, card = settings.model.init_checkpoint, settings.model.model_card
+        if path is not None and "model_card" not in settings.given.explicit and says_shape(path):
+            card = None
+        loaded = setup.load_weights(settings, path, card)
         train, valid, digests = read_data(settings.data, loaded.model.config.vocab_size)
         task = make_task(settings, train, valid, digests, world)
         setup.check_task(settings, task, world)

@@ -17,7 +17,10 @@ from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
 
 import loralib as lora
-from model import Conv1D, TiedHead
+from base.products import inverse_rms
+from language_model import Head, TiedHead
+from llama import RMSNorm
+from model import Conv1D
 
 Gradients = dict[nn.Parameter, Tensor]
 
@@ -68,6 +71,16 @@ def sample_conv1d(layer: Conv1D, x: Tensor, grad: Tensor) -> Gradients:
     return linear_gradients(layer, x, grad, fan_in_fan_out=True)
 
 
+@register(RMSNorm)
+def sample_rms_norm(layer: RMSNorm, x: Tensor, grad: Tensor) -> Gradients:
+    if not layer.weight.requires_grad:
+        return {}
+    rows = x.to(grad.dtype).flatten(0, -2)
+    normalised = (rows * inverse_rms(rows, layer.eps)).view_as(x)
+    return {layer.weight: torch.einsum("b...d->bd", grad * normalised)}  # (B, D)
+
+
+@register(Head)
 @register(TiedHead)
-def sample_tied_head(layer: TiedHead, states: Tensor, grad: Tensor) -> Gradients:
+def sample_head(layer: Head, states: Tensor, grad: Tensor) -> Gradients:
     return {layer.weight: outer(grad, states)} if layer.weight.requires_grad else {}  # (B, V, D)

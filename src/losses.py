@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from base import products
 from base.products import fill_up, product
-from model import GPT2LMModel
+from language_model import LanguageModel
 
 # Entries of a logits block: the block, and the passes over it, stay in a CPU's cache. A GPU wants few large launches.
 CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 28
@@ -182,7 +182,7 @@ class FrozenHeadLoss(torch.autograd.Function):
 
 
 def token_losses(
-    model: GPT2LMModel, batch: MicroBatch, smoothing: float, head_trains: bool, all_positions: bool
+    model: LanguageModel, batch: MicroBatch, smoothing: float, head_trains: bool, all_positions: bool
 ) -> Tensor:
     """The loss of each scored token, (n,).
 
@@ -199,7 +199,7 @@ def token_losses(
 
 
 def unit_losses(
-    model: GPT2LMModel,
+    model: LanguageModel,
     batch: MicroBatch,
     smoothing: float = 0.0,
     head_trains: bool = False,

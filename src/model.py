@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al., 2019), in the layout of the released checkpoints, with LoRA on the fused attention projection.
+"""GPT-2 (Radford et al., 2019), in the layout of the released checkpoints, with LoRA on the projections of its blocks.
 
 References: OpenAI's released TensorFlow code (model.py of gpt-2) for the arithmetic; Hugging Face's checkpoints for the
 names and for Conv1D weights stored as (in, out).
@@ -6,15 +6,19 @@ names and for Conv1D weights stored as (in, out).
 Shapes: B batch, T tokens, D width, H heads, V vocabulary, n scored positions.
 """
 
+import dataclasses
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loralib as lora
 from base.products import gelu, linear
+from language_model import Block, Body, LanguageModel, LoRAConfig, TiedHead, adapted, checked_shape
 
 END_OF_TEXT_ID = 50256  # the last of GPT-2's own vocabulary
 
@@ -40,24 +44,68 @@ class GPT2Config:
         """The id of <|endoftext|>: GPT-2's, behind which rows are padding, or the last one of a smaller vocabulary."""
         return min(END_OF_TEXT_ID, self.vocab_size - 1)
 
-
-SLOTS = ("query", "key", "value")  # the parts of the fused projection, in its order
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """The adapter of every layer's fused projection, a product for each enabled part of SLOTS; dim 0 means none."""
-
-    dim: int = 0
-    alpha: float = 128.0
-    dropout: float = 0.0
-    enable: tuple[bool, ...] = (True, False, True)  # by SLOTS
+    @property
+    def key_heads(self) -> int:
+        return self.n_head
 
     @property
-    def targets(self) -> str:
-        """The enabled parts, as --lora_target names them."""
-        return " ".join(name for name, on in zip(SLOTS, self.enable, strict=True) if on) or "none"
+    def head_width(self) -> int:
+        return self.n_embd // self.n_head
 
+    @property
+    def tie_word_embeddings(self) -> bool:
+        return True
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return (self.end_of_text,)
+
+    @property
+    def known_tokens(self) -> int:
+        return self.end_of_text + 1
+
+    @property
+    def limit(self) -> str:
+        return f"the model has {self.n_positions} positions"
+
+    @property
+    def block_outputs(self) -> int:
+        return self.n_layer * (4 * self.n_embd + 2 * self.inner)
+
+    def describe(self) -> str:
+        return f"{self.n_layer} layers, width {self.n_embd}, {self.n_head} heads, vocabulary {self.vocab_size}"
+
+    def same(self, other: object) -> bool:
+        return isinstance(other, GPT2Config) and (
+            dataclasses.replace(self, n_inner=self.inner) == dataclasses.replace(other, n_inner=other.inner)
+        )
+
+    def to_hugging_face(self, end_of_text: int | None = None) -> dict:
+        """config.json of a GPT2LMHeadModel of this shape; this project's GPT-2 has no dropout."""
+        end = self.end_of_text if end_of_text is None else end_of_text
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "vocab_size": self.vocab_size,
+            "n_positions": self.n_positions,
+            "n_ctx": self.n_positions,
+            "n_embd": self.n_embd,
+            "n_layer": self.n_layer,
+            "n_head": self.n_head,
+            "n_inner": self.n_inner,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+            "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "initializer_range": 0.02,
+            "tie_word_embeddings": True,
+            "bos_token_id": end,
+            "eos_token_id": end,
+        }
+
+
+SLOTS = ("query", "key", "value")  # the parts of the fused projection, in its order
 
 MODEL_CARDS = {
     "gpt2.sm": GPT2Config(768, 12, 12),
@@ -79,99 +127,100 @@ class Conv1D(nn.Module):
         return linear(x, self.weight.T, self.bias)
 
 
+def projection(n_in: int, n_out: int, part: str, lora_config: LoRAConfig) -> nn.Module:
+    """A Conv1D, or the same layer with an adapter where `part` has one."""
+    if lora_config.dim and part in lora_config.targets:
+        return adapted(n_in, n_out, (part,), lora_config, fan_in_fan_out=True)
+    return Conv1D(n_in, n_out)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPT2Config, lora_config: LoRAConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = lora.MergedLinear(
-            config.n_embd,
-            3 * config.n_embd,
-            r=lora_config.dim,
-            lora_alpha=lora_config.alpha,
-            lora_dropout=lora_config.dropout,
-            enable_lora=lora_config.enable,
-            fan_in_fan_out=True,
-        )
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_attn = adapted(config.n_embd, 3 * config.n_embd, SLOTS, lora_config, fan_in_fan_out=True)
+        self.c_proj = projection(config.n_embd, config.n_embd, "attn_out", lora_config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, D = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., D) -> query, key, value, each (..., H, D/H)."""
+        qkv = self.c_attn(x).view(*x.shape[:-1], 3, self.n_head, x.shape[-1] // self.n_head)
+        return qkv.unbind(-3)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config: GPT2Config, lora_config: LoRAConfig = LoRAConfig()):
         super().__init__()
-        self.c_fc = Conv1D(config.n_embd, config.inner)
-        self.c_proj = Conv1D(config.inner, config.n_embd)
+        self.c_fc = projection(config.n_embd, config.inner, "mlp_in", lora_config)
+        self.c_proj = projection(config.inner, config.n_embd, "mlp_out", lora_config)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(gelu(self.c_fc(x)))
 
 
-class Block(nn.Module):
+class GPT2Block(Block):
     def __init__(self, config: GPT2Config, lora_config: LoRAConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config, lora_config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, lora_config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def project(self, x: Tensor, places: None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.split(self.ln_1(x))
+
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.attn.c_proj(y)
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
+class Transformer(Body):
     """Everything up to and with the last layer norm."""
 
     def __init__(self, config: GPT2Config, lora_config: LoRAConfig):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList(Block(config, lora_config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(GPT2Block(config, lora_config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, T) int64 -> states (B, T, D). Padding belongs on the right: attention is causal."""
-        # one row a unit, for per-unit gradients
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        x = self.wte(ids) + self.wpe(positions)
-        for block in self.h:
-            x = block(x)
-        return self.ln_f(x)
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.h
+
+    @property
+    def last_norm(self) -> nn.LayerNorm:
+        return self.ln_f
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.wte(ids) + self.wpe(positions.expand_as(ids))  # one row a unit, for per-unit gradients
 
 
-class TiedHead(nn.Module):
-    """The vocabulary projection; its weight (V, D) is the token embedding's own tensor."""
-
-    def __init__(self, embedding: nn.Embedding):
-        super().__init__()
-        self.weight = embedding.weight
-
-    def forward(self, states: Tensor) -> Tensor:
-        """states (..., D) -> logits (..., V)."""
-        return linear(states, self.weight)
-
-
-class GPT2LMModel(nn.Module):
+class GPT2LMModel(LanguageModel):
     """GPT-2 with its language-model head, tied to the token embedding."""
+
+    TITLE, CONFIG, MODEL_TYPES = "GPT-2", GPT2Config, ("gpt2",)
+    HUGGING_FACE, EMBEDDING, BLOCKS = "transformer.", "wte", "h"
+    PROJECTIONS: ClassVar = {
+        "attn.c_attn": SLOTS,
+        "attn.c_proj": ("attn_out",),
+        "mlp.c_fc": ("mlp_in",),
+        "mlp.c_proj": ("mlp_out",),
+    }
+    TRANSPOSED = True
+    WEIGHTS = re.compile(
+        r"(wte|wpe)\.weight|ln_f\.(weight|bias)|h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.lora_[AB]|"
+        r"h\.\d+\.(ln_1|ln_2|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(weight|bias)"
+    )
+    BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask of Hugging Face's older files
 
     def __init__(self, config: GPT2Config, lora_config: LoRAConfig = LoRAConfig()):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_head={config.n_head}: expected a divisor of n_embd={config.n_embd}")
-        self.config, self.lora_config = config, lora_config
-        self.transformer = Transformer(config, lora_config)
+        self.config, self.lora_config = config, lora_config.of(self.parts())
+        self.transformer = Transformer(config, self.lora_config)
         self.lm_head = TiedHead(self.transformer.wte)
         self.init_weights()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, T) int64 -> logits (B, T, V)."""
-        return self.lm_head(self.transformer(ids))
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -186,10 +235,26 @@ class GPT2LMModel(nn.Module):
             else:
                 residual = name.endswith("c_proj.weight")
                 parameter.normal_(0.0, 0.02 / (math.sqrt(2 * self.config.n_layer) if residual else 1.0))
-        for block in self.transformer.h:
-            block.attn.c_attn.reset_lora_parameters()
+        for layer in lora.adapted_layers(self):
+            layer.reset_lora_parameters()
 
-    def freeze_for_training(self) -> None:
-        """Leave trainable what training changes: the adapters where there are any, else every parameter."""
-        if self.lora_config.dim > 0:
-            lora.mark_only_lora_as_trainable(self)
+    @classmethod
+    def read_config(cls, content: Mapping[str, Any]) -> GPT2Config:
+        for key, only in (
+            ("activation_function", "gelu_new"),
+            ("tie_word_embeddings", True),
+            ("scale_attn_weights", True),
+            ("scale_attn_by_inverse_layer_idx", False),
+            ("add_cross_attention", False),
+        ):
+            if content.get(key, only) != only:
+                raise ValueError(f"{key} is {content[key]!r}; supported is {only!r} alone")
+        known = {field.name for field in dataclasses.fields(GPT2Config)}
+        return cls.check_config({key: value for key, value in content.items() if key in known})
+
+    @classmethod
+    def check_config(cls, values: Mapping[str, Any]) -> GPT2Config:
+        config = checked_shape(GPT2Config, values, "the shape of a GPT-2")
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_head is {config.n_head}, wanted a divisor of n_embd {config.n_embd}")
+        return config

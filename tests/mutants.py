@@ -33,10 +33,11 @@ class Mutant:
     tests: tuple[str, ...]  # pytest's file::test; the file's name alone, in whatever folder of tests/ it is
 
 
-PLAN, SAMPLING, CLIPPING, MECHANISM, RANDOMNESS, ACCOUNTING = (
-    f"privacy/{name}.py" for name in ("plan", "sampling", "clipping", "mechanism", "randomness", "accounting"))
+PLAN, SAMPLING, CLIPPING, LAYERS, MECHANISM, RANDOMNESS, ACCOUNTING = (
+    f"privacy/{name}.py" for name in ("plan", "sampling", "clipping", "unit_gradients", "mechanism", "randomness",
+                                      "accounting"))
 TRAINING, LEDGER, PROVENANCE = "run/loop.py", "privacy/ledger.py", "run/provenance.py"
-CHAINED = "base/chain.py"
+PRODUCTS, CHAINED = "base/products.py", "base/chain.py"
 RANKS = ("test_privacy_plan.py::test_noise_has_its_scale_after_the_all_reduce",)
 STEP = ("test_private_step.py::test_a_step_is_the_mechanism_written_out",)
 DRAWS = ("test_privacy_plan.py::test_draws_are_disjoint_and_the_extras_are_summed_and_no_more",)
@@ -45,6 +46,7 @@ EMPTY = ("test_private_step.py::test_an_empty_run_takes_all_its_steps",
          "test_privacy_plan.py::test_empty_draws_everywhere_are_steps_like_any_other")
 SEED = ("test_privacy_plan.py::test_one_random_seed_does_not_decide_the_noise",)
 STREAMS = ("test_randomness.py::test_streams_of_other_purposes_and_ranks_are_others",)
+LLAMA = ("test_clipping_llama.py::test_engines_equal_the_loop",)
 LOOP = ("test_clipping.py::test_engines_equal_the_loop", "test_clipping.py::test_one_more_unit_moves_the_sum_by_c")
 FAULTY = ("test_clipping.py::test_units_without_a_finite_gradient_give_nothing",)
 RECORD = ("test_privacy_plan.py::test_the_record_is_on_disk_before_the_mask_is_drawn",)
@@ -152,6 +154,22 @@ MUTANTS = (
            LOOP),
     Mutant("per_layer gives C to each parameter", CLIPPING,
            (("bound = self.C / math.sqrt(norms_sq.shape[1])", "bound = self.C"),), LOOP),
+    Mutant("an own head's norm left out", CLIPPING,
+           ((ADD_NORM, f"if type(module) is Head: continue\n                {ADD_NORM}"),), LLAMA),
+    Mutant("a cross term of an own head", CLIPPING,
+           (("if self.tied_trains:", "if self.head_trains:"),
+            ("head = next(c for parameter, c in self.noted if parameter is weight and isinstance(c, Ragged))",
+             "head = next(c for _, c in self.noted if isinstance(c, Ragged))"),
+            ("table = next(c for parameter, c in self.noted if parameter is weight and isinstance(c, Lookup))",
+             "table = next(c for _, c in self.noted if isinstance(c, Lookup))")), LLAMA),
+    Mutant("RMSNorm's gradient without the normaliser", LAYERS,
+           (("Rows(target, x * inverse * g)", "Rows(target, x * g)"),), LLAMA),
+    Mutant("RMSNorm's normaliser over all heads", LAYERS,
+           (("inverse = inverse_rms(x.flatten(0, 1), module.eps).view(*x.shape[:2], 1)",
+             "inverse = inverse_rms(x.flatten(1), module.eps)[:, :, None]"),), LLAMA),
+    Mutant("the sum over a key head's queries missing", PRODUCTS,
+           (("            total = total + one\n", "            pass\n"),),
+           ("test_llama.py::test_logits_and_gradients_equal_hugging_face",)),
     Mutant("no unit clipped", CLIPPING,
            ((FACTORS, f"{FACTORS}\n                factors = torch.ones_like(factors)"),), LOOP),
     Mutant("texts clipped in place of units", CLIPPING,
@@ -159,16 +177,16 @@ MUTANTS = (
     Mutant("units without a finite gradient let through", CLIPPING,
            (("torch.where(finite[:, None], factors, 0.0), finite", "factors.nan_to_num(1.0, 1.0), finite | True"),),
            FAULTY),
-    Mutant("Gram matrices in float32", CLIPPING,
+    Mutant("Gram matrices in float32", LAYERS,
            (("return rows @ rows.mT", "return (rows.float() @ rows.float().mT).double()"),), CANCEL),
     Mutant("lookups and head cancel without a bound", CLIPPING,
            (("column.copy_(torch.maximum(column, least))", "pass"),), TIED),
-    Mutant("units of a micro-batch added in float32", CLIPPING,
+    Mutant("units of a micro-batch added in float32", LAYERS,
            (("target[start : start + rows].addmm_(p[:, start : start + rows].double().T, q)",
              "target[start : start + rows] += p[:, start : start + rows].float().T @ q.float()"),
             ("factor @ grads[:, start : start + columns].double()",
              "factor.float() @ grads[:, start : start + columns].float()")), ALIGNED),
-    Mutant("micro-batches added in float32", CLIPPING,
+    Mutant("micro-batches added in float32", LAYERS,
            (("        p, q = zero_rows(self.p, finite), zero_rows(self.q, finite)\n",
              "        self.target.copy_(self.target.float())\n"
              "        p, q = zero_rows(self.p, finite), zero_rows(self.q, finite)\n"),), ALIGNED),
@@ -178,8 +196,8 @@ MUTANTS = (
     Mutant("sum rounded to float32 before the noise", MECHANISM,
            (("            assert sums.dtype == torch.float64\n", "            sums.copy_(sums.float())\n"),),
            ("test_privacy_plan.py::test_release_divides_by_the_expected_batch_and_adds_noise_once",)),
-    Mutant("sums in bfloat16", CLIPPING,
-           (("return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor", "return tensor"),),
+    Mutant("sums in bfloat16", PRODUCTS,
+           (("return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x", "return x"),),
            BF16),
     Mutant("padded to what was drawn", "run/setup.py",
            (("cut = lengths if planned.private", "cut = lengths if not planned.private"),), NEIGHBOURS),

@@ -326,7 +326,7 @@ def test_mistakes_in_data(project, tmp_path, monkeypatch, lines, words):
 def test_an_adapter_of_other_parts(project, tmp_path, monkeypatch):
     """With --lora_target, or with no word about the adapter, a checkpoint of key alone is searched alike."""
     torch.manual_seed(1)
-    model = GPT2LMModel(CONFIG, LoRAConfig(4, 32.0, enable=(False, True, False)))
+    model = GPT2LMModel(CONFIG, LoRAConfig(4, 32.0, targets=("key",)))
     loaded = load_model(str(project / "base"))
     (tmp_path / "key").mkdir()
     save_checkpoint(str(tmp_path / "key"), 1, model, loaded.base, {})

@@ -17,7 +17,7 @@ from torch import nn
 import lora_grad_samplers  # noqa: F401  registers the samplers
 import loralib as lora
 from loralib import layers as lora_layers
-from model import Conv1D, GPT2Config, GPT2LMModel, LoRAConfig, TiedHead
+from model import SLOTS, Conv1D, GPT2Config, GPT2LMModel, LoRAConfig, TiedHead
 
 # The first layer's input needs no gradient; Opacus's hooks fire all the same, which is right, and torch remarks on it.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -117,7 +117,7 @@ def check(model: GPT2LMModel, masks: Masks | None = None, reduction: str = "sum"
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_lora_equals_loop(enable, bias, dropout, masks):
-    model = randomised(GPT2LMModel(CONFIG, LoRAConfig(2, 5.0, dropout, enable)))
+    model = randomised(GPT2LMModel(CONFIG, LoRAConfig(2, 5.0, dropout, tuple(itertools.compress(SLOTS, enable)))))
     lora.mark_only_lora_as_trainable(model, bias)
     if not any(enable) and bias != "all":  # nothing to adapt: nothing trains, and nothing may crash
         assert not [p for p in model.parameters() if p.requires_grad]
@@ -150,7 +150,7 @@ def test_full_fine_tuning_equals_loop(reduction):
 ])
 def test_any_mixture_equals_loop(trainable, masks):
     """Any set of trainable parameters, adapters with dropout beside trained weights included."""
-    model = randomised(GPT2LMModel(CONFIG, LoRAConfig(2, 8.0, 0.2, (True, True, False))))
+    model = randomised(GPT2LMModel(CONFIG, LoRAConfig(2, 8.0, 0.2, ("query", "key"))))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in name for part in trainable))
     check(model, masks)

@@ -13,7 +13,7 @@ import transformers
 
 import loralib as lora
 from base.errors import UserError
-from model import MODEL_CARDS, GPT2Config, GPT2LMModel, LoRAConfig
+from model import MODEL_CARDS, SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
 from weights.checkpoint import load_model
 
 HEADS = {"gpt2.sm": (768, 12, 12), "gpt2.md": (1024, 24, 16), "gpt2.lg": (1280, 36, 20), "gpt2.xl": (1600, 48, 25)}
@@ -189,7 +189,7 @@ def lora_pair(enable: tuple[bool, ...]) -> tuple[GPT2LMModel, torch.nn.Module]:
     R, alpha, layers, heads = 3, 7.0, 2, 3
     theirs, G, D = oracle(layers, heads), sum(enable), 4 * heads
     ours = GPT2LMModel(GPT2Config(D, layers, heads, vocab_size=VOCABULARY, n_positions=POSITIONS),
-                       LoRAConfig(R, alpha, 0.0, enable)).double()
+                       LoRAConfig(R, alpha, 0.0, tuple(itertools.compress(SLOTS, enable)))).double()
     weights = {name: value.double() for name, value in weights_of(theirs, prefix=True, head=True).items()}
     missing, unexpected = ours.load_state_dict(weights, strict=False)
     assert not unexpected and all("lora_" in name for name in missing)
@@ -245,7 +245,7 @@ def test_lora_equals_peft(enable):
 def test_adapter_without_slots_is_the_plain_model():
     config = GPT2Config(12, 2, 3, vocab_size=VOCABULARY, n_positions=POSITIONS)
     torch.manual_seed(0)
-    plain, adapted = GPT2LMModel(config), GPT2LMModel(config, LoRAConfig(4, 8.0, 0.5, (False, False, False)))
+    plain, adapted = GPT2LMModel(config), GPT2LMModel(config, LoRAConfig(4, 8.0, 0.5, ()))
     adapted.load_state_dict(plain.state_dict())
     assert torch.equal(adapted(tokens()), plain(tokens()))
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from losses import MicroBatch
-from model import MLP, MODEL_CARDS, Attention, Conv1D, GPT2LMModel
+from model import MLP, MODEL_CARDS, Conv1D, GPT2Block, GPT2LMModel
 from optimizer import FlatParameters
 from privacy.clipping import ClippingRule
 from privacy.opacus_engine import OpacusEngine, UnitLosses
@@ -54,17 +54,16 @@ def dense_losses(logits: torch.Tensor, batch: MicroBatch, smoothing: float) -> t
     return (losses * weights).view(batch.units, -1).sum(1)
 
 
-class YuAttention(Attention):
+class YuBlock(GPT2Block):
     """Attention as Yu et al.'s code computes it: all scores, a mask, a softmax."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, places: None) -> torch.Tensor:
         B, T, D = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
-        scores = query @ key.mT / math.sqrt(D // self.n_head)
+        query, key, value = (part.transpose(1, 2) for part in self.project(x, places))  # each (B, H, T, D/H)
+        scores = query @ key.mT / math.sqrt(query.shape[-1])
         mask = torch.ones(T, T, device=x.device).tril()
         y = (scores * mask - 1e10 * (1 - mask)).softmax(dim=-1) @ value
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+        return self.finish(x, y.transpose(1, 2).reshape(B, T, D))
 
 
 class YuMLP(MLP):
@@ -105,7 +104,7 @@ class YuArithmetic(OpacusEngine):
 
     def __init__(self, model: GPT2LMModel, flat: FlatParameters, rule: ClippingRule, smoothing: float):
         for block in model.transformer.h:
-            block.attn.__class__, block.mlp.__class__ = YuAttention, YuMLP
+            block.__class__, block.mlp.__class__ = YuBlock, YuMLP
         for module in model.modules():
             if type(module) is nn.LayerNorm and not module.weight.requires_grad:
                 module.__class__ = YuLayerNorm

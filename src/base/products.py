@@ -189,7 +189,100 @@ def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form: x (..., I) -> (..., I)."""
     if not block_rows:
         return F.gelu(x, approximate="tanh")
-    # The threads of a CPU share a tensor out, and what is left of a share behind its last whole vector is computed by
-    # other code, whose last bit differs. With 64 rows for each thread a share ends with a vector.
-    rows = 64 * torch.get_num_threads() if x.device.type == "cpu" else block_rows
-    return Gelu.apply(x.reshape(-1, x.shape[-1]), rows).view_as(x)
+    return Gelu.apply(x.reshape(-1, x.shape[-1]), vector_rows(x)).view_as(x)
+
+
+def vector_rows(x: Tensor) -> int:
+    """Rows of a block for elementwise functions: the threads of a CPU share a tensor out, and what is left of a share
+    behind its last whole vector is computed by other code, whose last bit differs. With 64 rows for each thread a share
+    ends with a vector."""
+    return 64 * torch.get_num_threads() if x.device.type == "cpu" else block_rows
+
+
+class GatedSilu(torch.autograd.Function):
+    """silu(gate) up for gate and up (n, I), in blocks of `rows`."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, rows: int) -> Tensor:
+        ctx.rows = rows
+        ctx.save_for_backward(gate, up)
+        return by_rows(F.silu, gate, rows=rows) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        d_gate = by_rows(torch.ops.aten.silu_backward, grad * up, gate, rows=ctx.rows)
+        return d_gate, grad * by_rows(F.silu, gate, rows=ctx.rows), None
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up, gate and up (..., I) -> (..., I)."""
+    if not block_rows:
+        return F.silu(gate) * up
+    width = gate.shape[-1]
+    return GatedSilu.apply(gate.reshape(-1, width), up.reshape(-1, width), vector_rows(gate)).view_as(gate)
+
+
+def inverse_rms(x: Tensor, eps: float, rows: int | None = None) -> Tensor:
+    """1 over the root mean square of each row of x (n, D): (n, 1)."""
+    return by_rows(lambda block: torch.rsqrt(block.square().mean(1, keepdim=True) + eps), x, rows=rows)
+
+
+class RMSNorm(torch.autograd.Function):
+    """x (n, D) over its root mean square times weight (D,), in float32 at least; means in blocks of `rows`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, rows: int) -> Tensor:
+        inverse = inverse_rms(at_least_float32(x), eps, rows)
+        ctx.rows = rows
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse * weight).to(torch.promote_types(x.dtype, weight.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, inverse = ctx.saved_tensors
+        normalised = x * inverse
+        weighted = grad * weight
+        mean = by_rows(lambda a, b: (a * b).mean(1, keepdim=True), weighted, normalised, rows=ctx.rows)
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        return (
+            ((weighted - normalised * mean) * inverse).to(x.dtype) if need_x else None,
+            (grad * normalised).sum(0).to(weight.dtype) if need_weight else None,
+            None,
+            None,
+        )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., D) over the root mean square of its rows, times weight (D,): (..., D)."""
+    return RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps, block_rows).view(x.shape)
+
+
+class RepeatHeads(torch.autograd.Function):
+    """Each head of x (B, K, ...) `groups` times, (B, K groups, ...). The gradient's sum over a head's copies has one
+    order; a reduction's would depend on the shape."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, groups: int) -> Tensor:
+        ctx.groups = groups
+        return x[:, :, None].expand(-1, -1, groups, *x.shape[2:]).flatten(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        first, *others = grad.unflatten(1, (-1, ctx.groups)).unbind(2)
+        total = at_least_float32(first)
+        for one in others:
+            total = total + one
+        return total.to(grad.dtype), None
+
+
+def repeat_heads(x: Tensor, groups: int) -> Tensor:
+    """x (B, K, T, W) -> (B, K groups, T, W), for attention whose queries share keys."""
+    return RepeatHeads.apply(x, groups)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

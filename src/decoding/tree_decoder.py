@@ -1,14 +1,16 @@
-"""GPT-2, one token at a time, with a key-value cache that the beams of a context share.
+"""A language model, one token at a time, with a key-value cache that the beams of a context share.
 
 The hypotheses of one context are a tree: the context is the trunk, every generated token a node. Keys and values are
 stored once a node and do not move when beams are reordered. A row of booleans says which nodes a hypothesis sees, and a
 reordering copies those rows. Nodes that no hypothesis sees any more are removed when room is needed.
 
 Shapes: S slots (contexts), K beams, L nodes a slot, R rows (live hypotheses), B new contexts, T tokens, D width,
-H heads.
+H heads, N heads of keys and values (each serves H/N queries; a GPT-2 has as many), W width of a head.
 """
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,41 +20,56 @@ from torch import Tensor
 import loralib as lora
 from base.products import PackedLinear
 from decoding.top_k_head import TopKHead
-from model import GPT2LMModel
+from language_model import Block, LanguageModel, causal_attention
 
 # Steps for which make_room() makes room. Few mean frequent copies of the live nodes, many a longer dead part to read.
 SPARE_STEPS = 4
-Attend = Callable[[int, Tensor], Tensor]  # (layer, its fused query, key, value (rows, 3D)) -> (rows, D)
+# (layer, query (rows, H, W), key and value (rows, N, W)) -> (rows, H W)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-class PackedBlock:
-    """The weights of one transformer block, laid out for products with few rows."""
+def twin_of(module: torch.nn.Module, **replaced: object) -> Any:
+    """A copy of a module that has other parts in place of some, and none of their weights; the rest is shared."""
+    twin = copy.copy(module)
+    twin._modules = {name: part for name, part in module._modules.items() if name not in replaced}
+    for name, part in replaced.items():
+        object.__setattr__(twin, name, part)
+    return twin
 
-    def __init__(self, block: torch.nn.Module):
-        self.ln_1, self.ln_2 = block.ln_1, block.ln_2
-        layers = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-        self.qkv, self.projection, self.up, self.down = (PackedLinear(layer.weight.T, layer.bias) for layer in layers)
+
+def packed(block: Block, model: LanguageModel) -> Block:
+    """A block of the model whose projections are laid out for products with few rows."""
+    parts: dict[str, dict[str, PackedLinear]] = {}  # the part of the block -> its projections
+    for path in model.PROJECTIONS:
+        part, _, name = path.rpartition(".")
+        layer = block.get_submodule(path)
+        weight = layer.weight.T if model.TRANSPOSED else layer.weight
+        parts.setdefault(part, {})[name] = PackedLinear(weight, layer.bias)
+    return twin_of(block, **{part: twin_of(block.get_submodule(part), **layers) for part, layers in parts.items()})
 
 
 class TreeDecoder:
-    """A GPT-2 with its adapters merged, and the cache of the contexts that it is decoding."""
+    """A language model with its adapters merged, and the cache of the contexts that it is decoding."""
 
-    def __init__(self, model: GPT2LMModel, slots: int, beam: int):
+    def __init__(self, model: LanguageModel, slots: int, beam: int):
         """Takes the weights in the device and dtype that they have; the model's adapters are merged and stay so.
 
         slots: contexts at once; beam: hypotheses of each at most.
         """
         lora.merge(model)
         model.requires_grad_(False)
-        self.config, self.slots, self.beam = model.config, slots, beam
-        body = model.transformer
-        self.position_embedding, self.ln_f = body.wpe.weight, body.ln_f
-        self.blocks = [PackedBlock(block) for block in body.h]
+        self.slots, self.beam = slots, beam
         self.head = TopKHead(model.lm_head.weight)
-        self.token_embedding = self.head.groups.view(-1, self.config.n_embd)  # tied: the head's copy serves both
-        self.device, dtype = self.token_embedding.device, self.token_embedding.dtype
+        self.blocks = [packed(block, model) for block in model.transformer.blocks]
+        replaced: dict[str, object] = {model.BLOCKS: self.blocks}
+        if model.tied:  # the head's copy serves both
+            table = self.head.groups.view(-1, model.lm_head.weight.shape[1])
+            replaced[model.EMBEDDING] = lambda ids: table[ids]
+        self.body = twin_of(model.transformer, **replaced)
+        self.heads, self.width = model.config.key_heads, model.config.head_width  # N, W
+        self.device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         self.room = 0  # L
-        self.kv = torch.empty(len(self.blocks), slots, 0, 2 * self.config.n_embd, dtype=dtype, device=self.device)
+        self.kv = torch.empty(len(self.blocks), slots, 0, 2 * self.heads * self.width, dtype=dtype, device=self.device)
         self.visible = torch.zeros(slots, beam, 0, dtype=torch.bool, device=self.device)  # (S, K, L)
         self.used = np.zeros(slots, int)  # nodes of each slot
         self.depth = np.zeros(slots, int)  # tokens that each of the slot's hypotheses has
@@ -71,17 +88,15 @@ class TreeDecoder:
         row, position = np.nonzero(real)
         source, target = self.indices(row * T + position), self.indices(slots[row] * self.room + position)
 
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            self.kv[layer].flatten(0, 1)[target] = qkv[source, self.config.n_embd :]
-            query, key, value = qkv.view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
-            y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            return y.transpose(1, 2).reshape(B * T, -1)
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self.kv[layer].flatten(0, 1)[target] = torch.cat([key.flatten(1), value.flatten(1)], dim=1)[source]
+            return causal_attention(*(x.unflatten(0, (B, T)) for x in (query, key, value))).flatten(0, 1)
 
-        x = self.embed(self.indices(ids.ravel()), self.indices(np.tile(np.arange(T), B)))
-        x = self.run_blocks(x, attend)[self.indices(np.arange(B) * T + lengths - 1)]
+        x = self.run_blocks(self.indices(ids.ravel()), self.indices(np.tile(np.arange(T), B)), attend)
+        x = x[self.indices(np.arange(B) * T + lengths - 1)]
         self.visible[self.indices(slots), 0, :T] = self.indices(real)
         self.used[slots] = self.depth[slots] = lengths
-        return self.ln_f(x)
+        return self.body.last_norm(x)
 
     def advance(self, slots: np.ndarray, places: np.ndarray, parents: np.ndarray, tokens: np.ndarray) -> Tensor:
         """One token more for every row; see beam_search.Decoder.advance. Returns states (R, D)."""
@@ -98,29 +113,28 @@ class TreeDecoder:
         seen[torch.arange(len(slots), device=self.device), self.indices(node)] = True
         self.visible.zero_()
         self.visible[at, place] = seen
-        S, D, H = len(self.used), self.config.n_embd, self.config.n_head
-        bias = torch.zeros(S, 1, self.beam, reach, dtype=self.kv.dtype, device=self.device)
-        bias.masked_fill_(~self.visible[:, None, :, :reach], -torch.inf)
-        queries = torch.zeros(S, self.beam, D, dtype=self.kv.dtype, device=self.device)
+        S, K, N, W = len(self.used), self.beam, self.heads, self.width
+        bias = torch.zeros(S, K, reach, dtype=self.kv.dtype, device=self.device)
+        bias.masked_fill_(~self.visible[:, :, :reach], -torch.inf)
 
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            self.kv[layer].flatten(0, 1)[node_at] = qkv[:, D:]
-            queries[at, place] = qkv[:, :D]
-            query = queries.view(S, self.beam, H, D // H).transpose(1, 2)  # (S, H, K, D/H)
-            key, value = self.kv[layer, :, :reach].view(S, reach, 2, H, D // H).permute(2, 0, 3, 1, 4)  # (S, H, L, D/H)
-            y = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-            return y.transpose(1, 2)[at, place].view(-1, D)
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            """A head of keys serves its queries of all beams at once, as rows of one product: it is not repeated."""
+            self.kv[layer].flatten(0, 1)[node_at] = torch.cat([key.flatten(1), value.flatten(1)], dim=1)
+            G = query.shape[1] // N  # queries to a key
+            queries = torch.zeros(S, K, N, G, W, dtype=self.kv.dtype, device=self.device)
+            queries[at, place] = query.unflatten(1, (N, G))
+            queries = queries.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (S, N, G K, W)
+            key, value = self.kv[layer, :, :reach].view(S, reach, 2, N, W).permute(2, 0, 3, 1, 4)  # (S, N, L, W)
+            y = F.scaled_dot_product_attention(queries, key, value, attn_mask=bias.repeat(1, G, 1)[:, None])
+            return y.unflatten(2, (G, K)).permute(0, 3, 1, 2, 4)[at, place].flatten(1)  # (R, H W)
 
-        return self.ln_f(self.run_blocks(self.embed(self.indices(tokens), self.indices(depth)), attend))
+        return self.body.last_norm(self.run_blocks(self.indices(tokens), self.indices(depth), attend))
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self.token_embedding[tokens] + self.position_embedding[positions]  # (rows, D)
-
-    def run_blocks(self, x: Tensor, attend: Attend) -> Tensor:
-        """x (rows, D) -> (rows, D): every position-wise part runs here, attention in `attend`."""
+    def run_blocks(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Tokens (rows,) at positions (rows,) -> (rows, D): every position-wise part is here, attention in `attend`."""
+        x, places = self.body.embed(ids, positions), self.body.places(positions)
         for layer, block in enumerate(self.blocks):
-            x = x + block.projection(attend(layer, block.qkv(block.ln_1(x))))
-            x = x + block.down(F.gelu(block.up(block.ln_2(x)), approximate="tanh"))
+            x = block.finish(x, attend(layer, *block.project(x, places)))
         return x
 
     def make_room(self, slots: np.ndarray, wanted: np.ndarray) -> None:

@@ -20,6 +20,7 @@ class MergedLinear(nn.Module):
     GPT-2's fused projection is [query, key, value]; `enable_lora=[True, False, True]` adapts query and value.
     lora_A is (G*R, I), Kaiming-uniform(sqrt 5); lora_B is (O/len(enable_lora)*G, R), zero.
     `fan_in_fan_out=True` stores weight as (I, O), the layout of GPT-2's Conv1D; else (O, I).
+    `rslora` scales by alpha/sqrt(r) in place of alpha/r (Kalajdzievski, 2023, arXiv:2312.03732).
 
     `merge()` keeps the base weight and `unmerge()` puts that very tensor back, so any number of merges and unmerges
     leaves every bit in place; both are idempotent. While merged a layer cannot be trained or saved.
@@ -35,6 +36,7 @@ class MergedLinear(nn.Module):
         enable_lora: tuple[bool, ...] = (False,),
         fan_in_fan_out: bool = False,
         bias: bool = True,
+        rslora: bool = False,
     ):
         super().__init__()
         if not enable_lora or out_features % len(enable_lora):
@@ -46,7 +48,7 @@ class MergedLinear(nn.Module):
         if r < 0:
             raise ValueError(f"lora rank r={r}: expected r >= 0")
         self.r, self.lora_alpha = r, lora_alpha
-        self.scaling = lora_alpha / r if r > 0 else 0.0
+        self.scaling = lora_alpha / (math.sqrt(r) if rslora else r) if r > 0 else 0.0
         self.base_weight: Tensor | None = None  # while merged
         self.in_features, self.out_features = in_features, out_features
         self.enable_lora = tuple(bool(on) for on in enable_lora)

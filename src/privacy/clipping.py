@@ -2,50 +2,26 @@
 
 Book-keeping (Bu et al., 2023, arXiv:2210.00038): during the backward pass every layer notes its input and the gradient
 at its output; autograd computes no weight gradient. From these notes come the norms, then the clip factors c, then
-every weight gradient once, as the sum over units of c_u g_u. A layer's per-unit gradient is one of three kinds: a sum
-of outer products (linear layers, adapters), a sum of rows (biases, layer norms), or rows sent to a table (embeddings).
+every weight gradient once, as the sum over units of c_u g_u. What a layer contributes is said by unit_gradients.py.
 Norms, factors and sums over units are float64, so rounding has a small bound for all data (rounding_share).
-For an outer product the cheaper of two ways to the norm is taken:
-  ghost        |sum_s p_s q_s'|^2 = sum_{s,t} <p_s,p_t> <q_s,q_t>          S^2 (P+Q) multiply-adds   (Goodfellow, 2015)
-  materialise  form the (P, Q) gradient of every unit and keep it          S P Q, and memory traffic of P Q
 This file knows layers and units, not privacy: the plan chooses C and accounts for it.
 
-Shapes: U units, S positions of a unit (rows_per_unit x T), P x Q a weight, n scored positions, D width, V vocabulary.
+Shapes: U units, n trained parameters.
 """
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import loralib as lora
-from base.products import BLOCK_ROWS, by_rows, row_blocks
+from base.products import BLOCK_ROWS, row_blocks
+from language_model import Head, LanguageModel, TiedHead
 from losses import MicroBatch, unit_losses
-from model import Conv1D, GPT2LMModel, TiedHead
 from optimizer import FlatParameters
+from privacy.unit_gradients import CANCELLATION, RULES, TIED_CANCELLATION, Contributions, Lookup, Ragged, by_units
 
-# Writing, squaring and summing one entry of a materialised gradient costs about as much as this many multiply-adds of a
-# matrix product (measured on 2 cores: 90 GMAC/s against 4 GB/s a pass of three).
-TRAFFIC_COST = 75
-# Units whose norms one kernel call takes, the last call filled up with zeros: see by_units().
-UNITS = 8
-# Roundings of 2^-53 that may shrink a squared norm whose terms cancel, beside those of the sum over positions: those of
-# the entries of the Gram matrices, sums over a row of this length; see gram_norm_sq().
-ROUNDING = 2**17
-# The most by which a unit's positions may cancel, sum_s |p_s| |q_s| over |sum_s p_s q_s'|: a unit whose positions
-# cancel more is clipped as if it were that much larger. Typical texts stay below 20.
-CANCELLATION = 64
-# The most by which the lookups and the head may cancel in the tied embedding, as squared norms.
-TIED_CANCELLATION = 8
-# Entries that are made float64 at a time on their way into the sums. On a CPU those that are added stay in the cache;
-# of a matrix product, BLAS wants more: 2^22 took 0.85 of the time of 2^17 for 2,048 positions of GPT-2 small.
-ADDED_ENTRIES = {"cpu": 2**17, "cuda": 2**25}
-MULTIPLIED_ENTRIES = {"cpu": 2**22, "cuda": 2**25}
-
-
+HEADS = (Head, TiedHead)
 CLIPPING_RULES = ("flat", "per_layer", "automatic")
 
 
@@ -107,201 +83,6 @@ def rounding_share(units: float, longest: int, rows_per_unit: int) -> float:
     return 2 * n / (1 - n) * m * math.sqrt(2 * TIED_CANCELLATION) * CANCELLATION + 1e-6
 
 
-# ------------------------------------------------------------------ the three kinds of per-unit gradient
-
-
-class Outer:
-    """sum_s p_s q_s' for each unit: p (U, S, P), q (U, S, Q), added into `target` (P, Q)."""
-
-    def __init__(self, target: Tensor, p: Tensor, q: Tensor):
-        self.target, self.p, self.q, self.grads = target, p, q, None
-
-    def norm_sq(self) -> Tensor:
-        p, q = wide(self.p), wide(self.q)
-        (_, S, P), Q = p.shape, q.shape[2]
-        if S * S * (P + Q) < TRAFFIC_COST * P * Q:
-            return by_units(lambda p, q: gram_norm_sq(gram(p), gram(q)), p, q)
-        self.grads = by_units(lambda p, q: p.mT @ q, p, q)  # (U, P, Q)
-        self.p = self.q = None
-        return by_units(sum_of_squares, self.grads)
-
-    def add(self, factor: Tensor, finite: Tensor | None) -> None:
-        if self.grads is not None:
-            add_units(self.target, factor, zero_rows(self.grads, finite))
-            return
-        p, q = zero_rows(self.p, finite), zero_rows(self.q, finite)
-        if p.shape[2] <= q.shape[2]:
-            p = p * factor[:, None, None]
-        else:
-            q = q * factor[:, None, None]
-        add_product(self.target, p.flatten(0, 1), q.flatten(0, 1))
-
-
-class Rows:
-    """The sum over positions of `rows` (U, S, P) for each unit, added into `target` (P,)."""
-
-    def __init__(self, target: Tensor, rows: Tensor):
-        self.target, self.grads = target, by_units(lambda rows: rows.sum(1), wide(rows))
-
-    def norm_sq(self) -> Tensor:
-        return by_units(sum_of_squares, self.grads)
-
-    def add(self, factor: Tensor, finite: Tensor | None) -> None:
-        add_units(self.target, factor, zero_rows(self.grads, finite))
-
-
-class Lookup:
-    """Rows (U, S, D) sent to the entries `ids` (U, S) of a table `target` (V, D)."""
-
-    def __init__(self, target: Tensor, ids: Tensor, rows: Tensor):
-        self.target, self.ids, self.rows = target, ids, wide(rows)
-
-    def norm_sq(self) -> Tensor:
-        def of_units(ids: Tensor, rows: Tensor) -> Tensor:
-            same = ids[:, :, None] == ids[:, None, :]  # (U, S, S): two positions add up where they share an entry
-            return gram_norm_sq(gram(rows), same.double())
-
-        return by_units(of_units, self.ids, self.rows)
-
-    def add(self, factor: Tensor, finite: Tensor | None) -> None:
-        rows = zero_rows(self.rows, finite) * factor[:, None, None]
-        self.target.index_add_(0, self.ids.flatten(), rows.flatten(0, 1))
-
-
-class Ragged:
-    """sum_s b_s h_s' over the scored positions of each unit: b (n, V) and h (n, D), `counts` positions a unit."""
-
-    def __init__(self, target: Tensor, b: Tensor, h: Tensor, counts: list[int]):
-        self.target, self.b, self.h, self.counts = target, b, wide(h), counts
-
-    def by_unit(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(b (n_u, V), h (n_u, D)) of each unit, one unit a product: its shape is the unit's own."""
-        return zip(self.b.split(self.counts), self.h.split(self.counts), strict=True)
-
-    def norm_sq(self) -> Tensor:
-        return torch.stack([gram_norm_sq(gram(b), gram(h)) for b, h in self.by_unit()])
-
-    def cross(self, table: Lookup) -> Tensor:
-        """<this gradient, that of the same table's lookups>: sum_{s,t} b_t[x_s] <h_t, e_s>, for each unit."""
-        units = zip(self.by_unit(), table.ids, table.rows, strict=True)
-        return torch.stack([(b[:, ids].double() * (h.double() @ rows.double().T)).sum() for (b, h), ids, rows in units])
-
-    def add(self, factor: Tensor, finite: Tensor | None) -> None:
-        counts = torch.tensor(self.counts, device=self.h.device)
-        b, h = self.b, self.h * factor.repeat_interleave(counts)[:, None]
-        if finite is not None:
-            bad = ~finite.repeat_interleave(counts)[:, None]
-            b, h = b.masked_fill(bad, 0), h.masked_fill(bad, 0)
-        add_product(self.target, b, h)
-
-
-def gram(rows: Tensor) -> Tensor:
-    """<row_s, row_t> of rows (..., S, P), in float64: (..., S, S)."""
-    rows = rows.double()
-    return rows @ rows.mT
-
-
-def add_product(target: Tensor, p: Tensor, q: Tensor) -> None:
-    """target (P, Q) += p' q for p (n, P), q (n, Q), in float64: of a head's p, (n, V), no second one is made."""
-    q, rows = q.double(), max(256, MULTIPLIED_ENTRIES[target.device.type] // max(1, len(q)))
-    for start in range(0, len(target), rows):
-        target[start : start + rows].addmm_(p[:, start : start + rows].double().T, q)
-
-
-def add_units(target: Tensor, factor: Tensor, grads: Tensor) -> None:
-    """target (...) += sum_u factor_u grads_u for factor (U,), grads (U, ...), in float64."""
-    target, grads, factor = target.view(-1), grads.flatten(1), factor.double()
-    columns = max(256, ADDED_ENTRIES[target.device.type] // len(factor))
-    for start in range(0, len(target), columns):
-        target[start : start + columns] += factor @ grads[:, start : start + columns].double()
-
-
-def gram_norm_sq(pp: Tensor, qq: Tensor) -> Tensor:
-    """sum_{s,t} <p_s,p_t> <q_s,q_t> from the Gram matrices (..., S, S), raised by what rounding may have taken from it.
-
-    Where positions cancel, the sum is far below its terms and their rounding would hide it: a unit would pass for a
-    small one and contribute more than C. So it is raised by gamma (sum_s |p_s| |q_s|)^2, the bound on that rounding
-    (Higham, 2002, (3.5): rows of P and Q entries and S^2 terms err by gamma_(P+Q+S^2) of their sizes).
-    And it is (sum_s |p_s| |q_s| / CANCELLATION)^2 at least: what rounding can do to the sum over all units' positions
-    grows with their sizes (rounding_share).
-    """
-    sizes = (pp.diagonal(dim1=-2, dim2=-1) * qq.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1)
-    roundings = ROUNDING + pp.shape[-1] ** 2
-    norm_sq = (pp * qq).sum((-2, -1)) + roundings * torch.finfo(pp.dtype).eps / 2 * sizes.square()
-    return torch.maximum(norm_sq, (sizes / CANCELLATION).square())  # NaN stays NaN
-
-
-def by_units(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
-    """function(*operands) for operands (U, ...), unit by unit independent, on UNITS units at a time: (U, ...).
-
-    A batched product or a reduction of another number of units may be another kernel, with its sums in another order.
-    """
-    return by_rows(function, *operands, rows=UNITS)
-
-
-def sum_of_squares(grads: Tensor) -> Tensor:
-    """(U, ...) -> (U,) float64."""
-    return grads.flatten(1).square().sum(1, dtype=torch.float64)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: what a unit contributes never rounds to a half-precision type."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def zero_rows(tensor: Tensor, finite: Tensor | None) -> Tensor:
-    """`tensor` with the units that are not finite set to zero (a factor of zero would leave 0 x NaN)."""
-    if finite is None:
-        return tensor
-    return tensor.masked_fill(~finite.view(-1, *[1] * (tensor.dim() - 1)), 0)
-
-
-# ------------------------------------------------------------------ what each layer contributes
-
-Grad = Callable[[nn.Parameter | None], Tensor | None]  # the gradient's view of a trained parameter, None of another
-Contribution = Outer | Rows | Lookup | Ragged
-Contributions = list[tuple[nn.Parameter, Contribution]]
-
-
-def linear(module: nn.Module, x: Tensor, g: Tensor, grad: Grad, transposed: bool) -> Contributions:
-    """The weight and bias of a linear layer; `transposed`: the weight is stored as (in, out)."""
-    parts: Contributions = []
-    if (target := grad(module.weight)) is not None:
-        parts.append((module.weight, Outer(target, x, g) if transposed else Outer(target, g, x)))
-    if (target := grad(module.bias)) is not None:
-        parts.append((module.bias, Rows(target, g)))
-    return parts
-
-
-def adapted_linear(module: lora.MergedLinear, x: Tensor, g: Tensor, grad: Grad) -> Contributions:
-    parts = linear(module, x, g, grad, module.fan_in_fan_out)
-    if module.has_adapter():
-        (p, q), slots = module.adapter_factors(x, wide(g))
-        A, B = grad(module.lora_A), grad(module.lora_B)
-        assert A is not None and B is not None  # adapters train
-        parts.append((module.lora_A, Outer(A, p, q)))
-        parts += [(module.lora_B, Outer(B[rows], p, q)) for rows, p, q in slots]
-    return parts
-
-
-def layer_norm(module: nn.LayerNorm, x: Tensor, g: Tensor, grad: Grad) -> Contributions:
-    normalised = F.layer_norm(wide(x), module.normalized_shape, eps=module.eps)
-    return [(module.weight, Rows(grad(module.weight), normalised * g)), (module.bias, Rows(grad(module.bias), g))]
-
-
-def embedding(module: nn.Embedding, ids: Tensor, g: Tensor, grad: Grad) -> Contributions:
-    return [] if grad(module.weight) is None else [(module.weight, Lookup(grad(module.weight), ids, g))]
-
-
-RULES: dict[type, Callable[..., Contributions]] = {
-    nn.Linear: lambda module, x, g, grad: linear(module, x, g, grad, transposed=False),
-    Conv1D: lambda module, x, g, grad: linear(module, x, g, grad, transposed=True),
-    lora.MergedLinear: adapted_linear,
-    nn.Embedding: embedding,
-    nn.LayerNorm: layer_norm,
-}
-
-
 class BookKeeping:
     """Adds the clipped sum of units' gradients to `flat.grad`, micro-batch by micro-batch.
 
@@ -309,12 +90,13 @@ class BookKeeping:
     embedding's.
     """
 
-    def __init__(self, model: GPT2LMModel, flat: FlatParameters, rule: ClippingRule, smoothing: float = 0.0):
+    def __init__(self, model: LanguageModel, flat: FlatParameters, rule: ClippingRule, smoothing: float = 0.0):
         if flat.sums.dtype != torch.float64:
             raise ValueError(f"sums of units in {flat.sums.dtype}: expected float64, whose rounding the noise pays for")
         self.model, self.flat, self.rule, self.smoothing = model, flat, rule, smoothing
         self.column = {id(parameter): k for k, (_, parameter) in enumerate(flat.named)}
         self.head_trains = id(model.lm_head.weight) in self.column
+        self.tied_trains = self.head_trains and model.tied
         self.batch: MicroBatch | None = None
         self.norms_sq = torch.empty(0)
         self.noted: Contributions = []
@@ -330,7 +112,7 @@ class BookKeeping:
             own = [p for p in module.parameters(recurse=False) if id(p) in self.column]
             if not own:
                 continue
-            if type(module) not in RULES and not isinstance(module, TiedHead):
+            if type(module) not in (*RULES, *HEADS):
                 raise ValueError(
                     f"{name} ({type(module).__name__}) has trainable parameters and no per-unit gradient rule"
                 )
@@ -376,7 +158,7 @@ class BookKeeping:
         assert self.batch is not None
         self.waiting.remove(module)
         with torch.autocast(g.device.type, enabled=False):
-            if isinstance(module, TiedHead):
+            if isinstance(module, Head):
                 contributions: Contributions = [
                     (module.weight, Ragged(self.flat.grad_of(module.weight), g, x, self.batch.counts))
                 ]
@@ -417,7 +199,7 @@ class BookKeeping:
             if self.waiting:
                 raise RuntimeError(f"{len(self.waiting)} trained modules got no gradient: their norms are unknown")
             with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False):
-                if self.head_trains:
+                if self.tied_trains:
                     self.add_cross_term()
                 factors, finite = self.rule.factors(self.norms_sq)
                 mask = None if bool(finite.all()) else finite
@@ -431,7 +213,7 @@ class BookKeeping:
 class NonPrivate:
     """Non-private training with the same model and loss: adds the sum of the units' gradients, without clipping."""
 
-    def __init__(self, model: GPT2LMModel, flat: FlatParameters, smoothing: float = 0.0):
+    def __init__(self, model: LanguageModel, flat: FlatParameters, smoothing: float = 0.0):
         self.model, self.flat, self.smoothing = model, flat, smoothing
         self.head_trains = model.lm_head.weight.requires_grad
 

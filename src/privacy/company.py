@@ -18,8 +18,8 @@ from torch import Tensor
 from base.distributed import World
 from base.errors import fail
 from corpus.batching import PublicLengths, collate
+from language_model import LanguageModel
 from losses import MicroBatch
-from model import GPT2LMModel
 from optimizer import FlatParameters
 
 MOST = 1e-5  # relative: the order of float32 sums makes less than 1e-6, one bfloat16 kernel for another more than 1e-4
@@ -36,7 +36,7 @@ def probe_batch(T: int, units: int, vocabulary: int) -> MicroBatch:
 
 
 def contribution(
-    engine, model: GPT2LMModel, flat: FlatParameters, T: int, units: int, bf16: bool, read: Callable = Tensor.clone
+    engine, model: LanguageModel, flat: FlatParameters, T: int, units: int, bf16: bool, read: Callable = Tensor.clone
 ) -> Any:
     """What `read` says of the clipped gradient (P,) of the one unit of probe_batch(T, units) that has a loss; a copy,
     where nothing else is asked for. Leaves flat.sums zero."""
@@ -60,7 +60,7 @@ def change(one: Tensor, other: Tensor) -> float:
     return moved / norm if norm else moved
 
 
-def influence_of_company(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, bf16: bool) -> float:
+def influence_of_company(engine, model: LanguageModel, flat: FlatParameters, cut: PublicLengths, bf16: bool) -> float:
     """The largest relative change, over all lengths, of a unit's clipped gradient when as many others as the budget
     allows, whose own gradients are zero, come before it.
 
@@ -76,7 +76,7 @@ def influence_of_company(engine, model: GPT2LMModel, flat: FlatParameters, cut: 
 
 
 def influence_of_rank(
-    engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, bf16: bool, world: World
+    engine, model: LanguageModel, flat: FlatParameters, cut: PublicLengths, bf16: bool, world: World
 ) -> float:
     """The largest relative difference of a unit's clipped gradient between rank 0 and another. Collective.
 
@@ -90,7 +90,7 @@ def influence_of_rank(
     return max(world.gather(worst))
 
 
-def check_company(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, world: World) -> None:
+def check_company(engine, model: LanguageModel, flat: FlatParameters, cut: PublicLengths, world: World) -> None:
     """Raise UserError, on every rank, where in bfloat16 a unit's gradient depends on the others in its micro-batch."""
     influence = influence_of_company(engine, model, flat, cut, bf16=True)
     with world.raise_if_any_failed():
@@ -102,7 +102,7 @@ def check_company(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicL
 
 
 def check_ranks_compute_alike(
-    engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, world: World
+    engine, model: LanguageModel, flat: FlatParameters, cut: PublicLengths, world: World
 ) -> None:
     """Raise UserError, on every rank, where in bfloat16 a unit's gradient depends on the rank that computes it."""
     influence = influence_of_rank(engine, model, flat, cut, True, world)
@@ -120,7 +120,9 @@ def fingerprint(grad: Tensor) -> str:
     return hashlib.sha256(grad.numpy()).hexdigest()
 
 
-def check_ranks_round_alike(engine, model: GPT2LMModel, flat: FlatParameters, cut: PublicLengths, world: World) -> None:
+def check_ranks_round_alike(
+    engine, model: LanguageModel, flat: FlatParameters, cut: PublicLengths, world: World
+) -> None:
     """Raise UserError, on every rank, where in float32 a unit's gradient has other bits on another rank.
 
     CPUs of other kinds differ by 1e-6 of it, other numbers of threads by 3e-7, and the noise pays for neither.

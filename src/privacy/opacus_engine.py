@@ -14,16 +14,17 @@ from torch import Tensor, nn
 import lora_grad_samplers  # noqa: F401  (registers the rules of this project's layers with Opacus)
 from base.distributed import World
 from base.products import BLOCK_ROWS, row_blocks
+from language_model import LanguageModel
 from losses import MicroBatch, unit_losses
-from model import GPT2LMModel
 from optimizer import FlatParameters
-from privacy.clipping import UNITS, ClippingRule, add_units, sum_of_squares
+from privacy.clipping import ClippingRule
+from privacy.unit_gradients import UNITS, add_units, sum_of_squares
 
 
 class UnitLosses(nn.Module):
     """What Opacus wraps: a model whose output is its loss, as the published one's is."""
 
-    def __init__(self, model: GPT2LMModel, smoothing: float):
+    def __init__(self, model: LanguageModel, smoothing: float):
         super().__init__()
         self.model, self.smoothing, self.head_trains = model, smoothing, model.lm_head.weight.requires_grad
 
@@ -41,7 +42,7 @@ class OpacusEngine:
 
     def __init__(
         self,
-        model: GPT2LMModel,
+        model: LanguageModel,
         flat: FlatParameters,
         rule: ClippingRule,
         smoothing: float = 0.0,

@@ -22,12 +22,13 @@ from torch import Tensor
 from base.distributed import World
 from corpus.batching import Cut
 from corpus.examples import Examples
+from language_model import LanguageModel
 from losses import MicroBatch, unit_losses
-from model import GPT2LMModel
 from optimizer import FlatParameters
 from privacy.auditing import sampled_gaussian_llr
-from privacy.clipping import BookKeeping, ClippingRule, Lookup
+from privacy.clipping import BookKeeping, ClippingRule
 from privacy.plan import PrivacyPlan
+from privacy.unit_gradients import Lookup
 
 RAW = 10.0  # norm of a gradient canary before clipping, in units of C
 CHUNK = 2**16  # gradient canaries of a micro-batch
@@ -150,7 +151,7 @@ class Adversary:
 
 
 @torch.no_grad()
-def text_losses(model: GPT2LMModel, texts: Examples, device: torch.device, cut: Cut) -> np.ndarray:
+def text_losses(model: LanguageModel, texts: Examples, device: torch.device, cut: Cut) -> np.ndarray:
     """(m,) float64: the loss of each text canary, nats a token, without label smoothing."""
     model.eval()
     losses = [

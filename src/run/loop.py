@@ -18,8 +18,8 @@ from base import signals
 from base.distributed import World
 from base.errors import fail
 from corpus.batching import Cut, TightCut
+from language_model import LanguageModel
 from losses import token_losses
-from model import GPT2LMModel
 from optimizer import AdamW, norm
 from privacy.plan import PrivacyPlan, finite_or_text
 from run import provenance, spending
@@ -54,7 +54,7 @@ def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextMana
 
 @torch.no_grad()
 def evaluate(
-    model: GPT2LMModel,
+    model: LanguageModel,
     data: Data,
     world: World,
     cut: Cut,
@@ -371,7 +371,7 @@ class Trainer:
         )
 
 
-def resume(work_dir: str, model: GPT2LMModel, optimizer: AdamW) -> Position:
+def resume(work_dir: str, model: LanguageModel, optimizer: AdamW) -> Position:
     """Load parameters and optimizer from the newest checkpoint of `work_dir`; returns the position of the run.
 
     A run that was killed before its first checkpoint starts again from its initial weights; its ledger keeps what it

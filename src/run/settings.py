@@ -11,7 +11,9 @@ from typing import Any
 
 from base.errors import fail
 from base.flags import REQUIRED, Given, flag
-from model import MODEL_CARDS, SLOTS, LoRAConfig
+from families import PARTS
+from language_model import EVERY_PART, LoRAConfig
+from model import MODEL_CARDS
 from optimizer import SCHEDULES
 from privacy.clipping import CLIPPING_RULES
 from privacy.ledger import NAMES
@@ -58,20 +60,25 @@ class Model:
     base_checkpoint: str | None = flag(
         help="the frozen weights of an adapter-only --init_checkpoint (default: those that it names)"
     )
-    model_card: str | None = flag("gpt2.md", f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout")
+    model_card: str | None = flag(
+        "gpt2.md",
+        f"{', '.join(MODEL_CARDS)}, or a folder or file in Hugging Face's layout (default: the shape that "
+        "--init_checkpoint comes with, or gpt2.md)",
+    )
     lora_dim: int = flag(0, "rank of the adapters; 0 trains the whole model", least=0)
     lora_alpha: float = flag(128, positive=math.inf)
     lora_dropout: float = flag(0.0, within=(0, 1))
     lora_target: tuple[str, ...] = flag(
         ("query", "value"),
-        "parts of the fused projection that get an adapter (default query value)",
+        "parts of each block that get an adapter (default query value, which are also called q and v): query key value "
+        "attn_out mlp_in mlp_out of a GPT-2, q k v o gate up down of a Llama, or all",
         nargs="+",
-        choices=SLOTS,
+        choices=(*PARTS, EVERY_PART),
     )
+    use_rslora: bool = flag(False, "scale adapters by alpha/sqrt(rank) in place of alpha/rank")
 
     def lora_config(self) -> LoRAConfig:
-        query, key, value = (slot in self.lora_target for slot in SLOTS)
-        return LoRAConfig(self.lora_dim, self.lora_alpha, self.lora_dropout, (query, key, value))
+        return LoRAConfig(self.lora_dim, self.lora_alpha, self.lora_dropout, self.lora_target, self.use_rslora)
 
 
 @dataclass(frozen=True, kw_only=True)

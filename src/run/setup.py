@@ -12,7 +12,7 @@ from base.distributed import World
 from base.errors import UserError, fail
 from base.products import BLOCK_ROWS
 from corpus.batching import PublicLengths, TightCut, choose_lengths
-from model import GPT2Config
+from language_model import Shape
 from optimizer import AdamW, FlatParameters
 from privacy.budget import pack
 from privacy.clipping import BookKeeping, NonPrivate, rounding_share
@@ -57,7 +57,7 @@ def load_weights(settings: Settings, path: str | None, card: str | None) -> Load
     model, longest = settings.model, settings.data.seq_len
     loaded = load_model(path, card, model.lora_config(), model.base_checkpoint, settings.flag_of("init_checkpoint"))
     if longest > loaded.model.config.n_positions:
-        fail(f"{settings.flag_of('seq_len')} {longest}: the model has {loaded.model.config.n_positions} positions")
+        fail(f"{settings.flag_of('seq_len')} {longest}: {loaded.model.config.limit}")
     return loaded
 
 
@@ -92,12 +92,12 @@ def check_task(settings: Settings, task: Task, world: World) -> None:
         fail(f"{flag_of('max_step')} {task.steps}: expected at least one step, at most {MOST_STEPS:g}")
 
 
-def choose_public_lengths(settings: Settings, task: Task, world: World, config: GPT2Config) -> PublicLengths:
+def choose_public_lengths(settings: Settings, task: Task, world: World, config: Shape) -> PublicLengths:
     """How a private run cuts its draws. The padded lengths come from the validation data, which no run protects."""
     budget = settings.loop.micro_batch_tokens or DEFAULT_TOKENS[world.device.type]
     # On average half a block of rows is padding, in the transformer and in the head. head: the head's work over that of
     # the transformer.
-    head = config.vocab_size / (config.n_layer * (4 * config.n_embd + 2 * config.inner))
+    head = config.vocab_size / config.block_outputs
     lengths = choose_lengths(
         None if task.valid is None else task.valid.inputs,
         max(1, task.longest - 1),

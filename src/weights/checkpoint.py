@@ -4,7 +4,9 @@
   format            FORMAT; the files of format 1 that earlier versions wrote lack the entry
   model_state_dict  name -> float32 tensor; the adapters alone when they were trained on top of a base file
   step              logical steps done
-  config, lora      the model's shape and its adapter, as dicts
+  family            a name of families.FAMILIES; absent in format 1, which knew GPT-2 alone
+  config, lora      the model's shape and its adapter, as dicts; format 1 says `enable`, three booleans for the parts of
+                    the fused projection, for `targets`
   base              None, or {"path", "absolute", "fingerprint"} of the file that holds the frozen weights;
                     path is relative to the checkpoint's folder, so that a moved project still finds it
   privacy           None, or what this run and those before it spent (run/provenance.py); absent is None
@@ -13,7 +15,6 @@ Both are written whole or not at all. Files of others are weights/foreign.py's a
 """
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -23,24 +24,26 @@ from torch import Tensor
 
 from base.errors import fail
 from base.files import atomic_write, check_format, folder_below
-from model import SLOTS, GPT2Config, GPT2LMModel, LoRAConfig
+from families import family_of, name_of
+from language_model import LanguageModel, LoRAConfig, Shape
 from weights import peft_format
 from weights.foreign import (
     SHARD,
     WEIGHT_FILES,
     canonical_weights,
-    checked_config,
+    config_file,
     fingerprint,
     load_strictly,
     privacy_entries,
     read_config,
     read_file,
     resolve_card,
-    same_shape,
+    settled,
     some,
 )
+from weights.stored import fitted, stored_entries
 
-FORMAT = 1  # the newest that this version reads, and the one that it writes
+FORMAT = 2  # the newest that this version reads, and the one that it writes
 STEP_FILE = re.compile(r"model\.(\d+)\.pt")
 
 
@@ -92,7 +95,7 @@ def read_weights(path: str, flag: str) -> tuple[dict, dict[str, Tensor]]:
 class Loaded:
     """A model with its weights, and where they came from."""
 
-    model: GPT2LMModel
+    model: LanguageModel
     base: dict | None  # the `base` entry for checkpoints of this model; None when no file holds the frozen weights
     path: str | None  # the weight file that was read
     step: int = 0
@@ -107,9 +110,9 @@ def load_model(
     base_checkpoint: str | None = None,
     flag: str = "--init_checkpoint",
 ) -> Loaded:
-    """Build a GPT-2 on the CPU in float32 and give every weight its value.
+    """Build a model on the CPU in float32 and give every weight its value.
 
-    init_checkpoint  file or folder (find_checkpoint); None draws GPT-2's initialisation from torch's generator
+    init_checkpoint  file or folder (find_checkpoint); None draws the family's initialisation from torch's generator
     model_card       None takes the shape from the checkpoint; given, it must agree with it
     lora_config      None takes the adapter from the checkpoint; given, it must agree with it where the file has one
     base_checkpoint  where the frozen weights of an adapter-only file lie, if not where the file says
@@ -120,7 +123,8 @@ def load_model(
     if init_checkpoint is None:
         if config is None:
             fail("--model_card: needed where there is no --init_checkpoint to take the shape from")
-        return Loaded(build(config, lora_config or LoRAConfig(), f"--model_card {model_card}"), None, None)
+        lora_config = fitted(lora_config or LoRAConfig(), config)
+        return Loaded(build(config, lora_config, f"--model_card {model_card}"), None, None)
 
     path = find_checkpoint(init_checkpoint, flag)
     if peft_format.is_adapter(path):
@@ -129,20 +133,21 @@ def load_model(
     base, step, files = None, 0, privacy_entries(path, content, flag)
     if "model_state_dict" in content and "config" in content:
         stored_config, stored_lora, base, step = stored_entries(content, path, flag)
-        if config is not None and not same_shape(config, stored_config):
-            fail(f"--model_card {model_card}: {path} is of another shape ({describe(stored_config)})")
+        if config is not None and not config.same(stored_config):
+            fail(f"--model_card {model_card}: {path} is of another shape ({stored_config.describe()})")
         config = stored_config
         if stored_lora.dim:
-            lora_config = agreed(lora_config, stored_lora, path)
+            lora_config = agreed(lora_config and fitted(lora_config, config), stored_lora, path)
     elif weights and all("lora_" in name for name in weights):
         return load_factors(path, weights, files, config, lora_config, base_checkpoint, flag)
     elif config is None:
         config = read_config(path, "--model_card not given, and beside " + flag)
-    lora_config = lora_config or LoRAConfig()
+    lora_config, weights = fitted(lora_config or LoRAConfig(), config), settled(weights, config, path, flag)
 
     if base is not None:
         base_path = find_base(base, path, base_checkpoint)
         base_content, base_weights = read_weights(base_path, "--base_checkpoint")
+        base_weights = settled(base_weights, config, base_path, "--base_checkpoint")
         files = [*privacy_entries(base_path, base_content, "--base_checkpoint"), *files]
         base = describe_base(base_path, base_weights, base["fingerprint"], path)
         weights = {**base_weights, **weights}
@@ -167,12 +172,9 @@ def load_trained(
 ) -> Loaded:
     """load_model() for use, not for training: no adapter is drawn. The flags of the adapter are None where they are not
     given, and are needed where the file does not say what it holds. UserError where the model is not as they say."""
-    given, slots = None, LoRAConfig().enable
-    if lora_target is not None:
-        query, key, value = (slot in lora_target for slot in SLOTS)
-        slots = (query, key, value)
+    given, targets = None, LoRAConfig().targets if lora_target is None else tuple(lora_target)
     if lora_dim is not None and lora_alpha is not None:
-        given = LoRAConfig(lora_dim, lora_alpha, enable=slots)
+        given = LoRAConfig(lora_dim, lora_alpha, targets=targets)
     loaded = load_model(init_checkpoint, model_card, given, base_checkpoint)
     path, found = loaded.path, loaded.model.lora_config
     if lora_dim and loaded.base is not None and loaded.base["absolute"] == os.path.abspath(path or ""):
@@ -181,8 +183,9 @@ def load_trained(
         fail(f"--lora_dim {lora_dim}: {path} has rank {found.dim}; leave the flag out")
     if lora_alpha is not None and found.dim and lora_alpha != found.alpha:
         fail(f"--lora_alpha {lora_alpha:g}: {path} was trained with {found.alpha:g}; leave the flag out")
-    if lora_target is not None and found.dim and slots != found.enable:
-        fail(f"--lora_target {' '.join(lora_target)}: {path} was trained with {found.targets}; leave the flag out")
+    wanted = fitted(LoRAConfig(targets=targets), loaded.model.config).targets
+    if lora_target is not None and found.dim and wanted != found.targets:
+        fail(f"--lora_target {' '.join(lora_target)}: {path} was trained with {found.words}; leave the flag out")
     return loaded
 
 
@@ -192,16 +195,18 @@ def agreed(given: LoRAConfig | None, stored: LoRAConfig, path: str) -> LoRAConfi
         return stored
     if given.dim != stored.dim:
         fail(f"--lora_dim {given.dim}: {path} holds adapters of rank {stored.dim}; give --lora_dim {stored.dim}")
-    if (given.alpha, given.enable) != (stored.alpha, stored.enable):
+    if (given.alpha, given.targets) != (stored.alpha, stored.targets):
         fail(
-            f"--lora_alpha {given.alpha:g} with slots {given.targets}: {path} was trained with {stored.alpha:g} and "
-            f"{stored.targets}; give these as --lora_alpha and --lora_target"
+            f"--lora_alpha {given.alpha:g} with {given.words}: {path} was trained with {stored.alpha:g} and "
+            f"{stored.words}; give these as --lora_alpha and --lora_target"
         )
+    if given.rslora != stored.rslora:
+        fail(f"--use_rslora: {path} was trained {'with' if stored.rslora else 'without'} it; do likewise")
     return given
 
 
 def load_adapter(
-    path: str, config: GPT2Config | None, lora_config: LoRAConfig | None, base_checkpoint: str | None, flag: str
+    path: str, config: Shape | None, lora_config: LoRAConfig | None, base_checkpoint: str | None, flag: str
 ) -> Loaded:
     """load_model() of PEFT's file `path`, on the frozen weights of --base_checkpoint or of where the adapter says."""
     content, adapter = read_file(path, flag), peft_format.read_adapter(path, flag)
@@ -212,6 +217,7 @@ def load_adapter(
             "here; give --base_checkpoint"
         )
     base, base_weights, config, files = read_base(place, path, config, adapter.fingerprint)
+    lora_config = lora_config and fitted(lora_config, config)
     stored, weights = peft_format.to_ours(adapter, content, config, lora_config, f"{flag} {path}")
     lora_config = agreed(lora_config, stored, path)
     files += privacy_entries(path, content, flag)
@@ -222,7 +228,7 @@ def load_factors(
     path: str,
     weights: dict[str, Tensor],
     files: list[tuple[str, object]],
-    config: GPT2Config | None,
+    config: Shape | None,
     lora_config: LoRAConfig | None,
     base_checkpoint: str | None,
     flag: str,
@@ -238,12 +244,12 @@ def load_factors(
             "--lora_alpha and --lora_target as they were trained with"
         )
     base, base_weights, config, base_files = read_base(base_checkpoint, path, config)
-    return on_base(base, base_weights, weights, config, lora_config, path, flag, [*base_files, *files])
+    return on_base(base, base_weights, weights, config, fitted(lora_config, config), path, flag, [*base_files, *files])
 
 
 def read_base(
-    place: str, adapters: str, config: GPT2Config | None, wanted: str | None = None
-) -> tuple[dict, dict[str, Tensor], GPT2Config, list[tuple[str, object]]]:
+    place: str, adapters: str, config: Shape | None, wanted: str | None = None
+) -> tuple[dict, dict[str, Tensor], Shape, list[tuple[str, object]]]:
     """(`base` entry, weights, shape, files) of the frozen weights at `place`, for the file `adapters`. wanted: their
     fingerprint, where that is known."""
     flag = "--base_checkpoint"
@@ -251,12 +257,13 @@ def read_base(
     content, weights = ({}, {}) if peft_format.is_adapter(path) else read_weights(path, flag)
     if not weights or any("lora_" in name for name in weights):
         fail(f"{flag} {path}: holds adapters, and {adapters} would come on top; merge them with src/export.py first")
-    base = describe_base(path, weights, wanted, adapters)
     if config is None:
         if "config" in content and "model_state_dict" in content:
             config = stored_entries(content, path, flag)[0]
         else:
             config = read_config(path, f"--model_card not given, and beside {flag}")
+    weights = settled(weights, config, path, flag)
+    base = describe_base(path, weights, wanted, adapters)
     return base, weights, config, privacy_entries(path, content, flag)
 
 
@@ -264,7 +271,7 @@ def on_base(
     base: dict,
     base_weights: dict[str, Tensor],
     weights: dict[str, Tensor],
-    config: GPT2Config,
+    config: Shape,
     lora_config: LoRAConfig,
     path: str,
     flag: str,
@@ -277,38 +284,18 @@ def on_base(
     return Loaded(model, base, path, files=files)
 
 
-def build(config: GPT2Config, lora_config: LoRAConfig, where: str) -> GPT2LMModel:
+def build(config: Shape, lora_config: LoRAConfig, where: str) -> LanguageModel:
     try:
-        return GPT2LMModel(config, lora_config)
+        return family_of(config)(config, lora_config)
     except (RuntimeError, MemoryError) as error:
-        fail(f"{where}: no memory for a model of {describe(config)} ({str(error).splitlines()[0][:160]})")
+        fail(f"{where}: no memory for a model of {config.describe()} ({str(error).splitlines()[0][:160]})")
 
 
-def describe(config: GPT2Config) -> str:
-    return f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, vocabulary {config.vocab_size}"
-
-
-def stored_entries(content: dict, path: str, flag: str) -> tuple[GPT2Config, LoRAConfig, dict | None, int]:
-    """(shape, adapter, base, step) of a file of ours, or UserError."""
-    try:
-        lora_config = LoRAConfig(**{**content["lora"], "enable": tuple(content["lora"]["enable"])})
-        base, step = content["base"], content["step"]
-        sound = (
-            type(lora_config.dim) is int
-            and lora_config.dim >= 0
-            and 0 <= lora_config.dropout < 1
-            and math.isfinite(lora_config.alpha)
-            and list(map(type, lora_config.enable)) == [bool] * 3
-            and type(step) is int
-            and step >= 0
-            and (base is None or all(isinstance(base[key], str) for key in ("path", "absolute", "fingerprint")))
-            and isinstance(content["config"], dict)
-        )
-    except (TypeError, KeyError, ValueError) as error:
-        fail(f"{flag} {path}: its entries 'lora', 'base' or 'step' are damaged ({type(error).__name__}: {error})")
-    if not sound:
-        fail(f"{flag} {path}: its entries 'config', 'lora', 'base' or 'step' are damaged")
-    return checked_config(content["config"], f"{flag} {path}"), lora_config, base, step
+def says_shape(place: str, flag: str = "--init_checkpoint") -> bool:
+    """Whether the weights at `place` come with their shape: in a file of ours, beside Hugging Face's, in a base's."""
+    path = find_checkpoint(place, flag)
+    ours = STEP_FILE.fullmatch(os.path.basename(path)) is not None
+    return ours or peft_format.is_adapter(path) or os.path.isfile(config_file(path))
 
 
 def describe_base(path: str, weights: dict[str, Tensor], wanted: str | None = None, adapters: str = "") -> dict:
@@ -338,7 +325,7 @@ def find_base(base: dict, checkpoint: str, base_checkpoint: str | None) -> str:
 # ------------------------------------------------------------------ saving and resuming
 
 
-def trainable_weights(model: GPT2LMModel) -> dict[str, Tensor]:
+def trainable_weights(model: LanguageModel) -> dict[str, Tensor]:
     """name -> the parameters that training changes, as views."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -352,7 +339,7 @@ def optimizer_path(work_dir: str, step: int) -> str:
 
 
 def save_checkpoint(
-    work_dir: str, step: int, model: GPT2LMModel, base: dict | None, optimizer: dict, privacy: dict | None = None
+    work_dir: str, step: int, model: LanguageModel, base: dict | None, optimizer: dict, privacy: dict | None = None
 ) -> None:
     """Write the pair of step `step`. model.{step}.pt is renamed into place last, so it never stands without its
     partner; the partner of an older step goes only after that. Adapters are saved alone when `base` names their frozen
@@ -369,8 +356,9 @@ def save_checkpoint(
             name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items() if name in names
         },
         "step": step,
+        "family": name_of(model.config),
         "config": dataclasses.asdict(model.config),
-        "lora": {**dataclasses.asdict(model.lora_config), "enable": list(model.lora_config.enable)},
+        "lora": {**dataclasses.asdict(model.lora_config), "targets": list(model.lora_config.targets)},
         "base": base,
         "privacy": privacy,
     }
@@ -402,7 +390,7 @@ def latest_resumable(work_dir: str) -> int | None:
     return steps[-1] if steps else None
 
 
-def load_resumable(work_dir: str, step: int, model: GPT2LMModel) -> dict:
+def load_resumable(work_dir: str, step: int, model: LanguageModel) -> dict:
     """Copy the trained parameters of step `step` into `model`. Returns the optimizer's state, with the model file's
     `privacy` beside it. UserError where the step is of another model."""
     path = model_path(work_dir, step)

@@ -5,7 +5,6 @@ They are read strictly: nothing in a file is executed, every weight of the file 
 weight of the model gets a value. Each function takes `flag`, the flag that gave the path, for its messages.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -20,17 +19,15 @@ from torch import Tensor
 
 from base.errors import fail
 from base.files import check_pointer, folder_below, read_object
-from model import MODEL_CARDS, GPT2Config, GPT2LMModel
+from families import DEFAULT, family_of, of_model_type, of_names
+from language_model import LanguageModel, Shape
+from model import MODEL_CARDS
 
-PREFIX = "transformer."  # of this project's names; Hugging Face's files of the bare GPT2Model lack it
-# Constant buffers of Hugging Face's older files (the causal mask), not weights.
-MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
-HEAD_NAMES = ("lm_head.weight", "lm_head.decoder.weight")
-WEIGHT = re.compile(  # the names of a GPT-2's weights and of this project's adapters, behind PREFIX
-    r"(wte|wpe)\.weight|ln_f\.(weight|bias)|h\.\d+\.attn\.c_attn\.lora_[AB]|"
-    r"h\.\d+\.(ln_1|ln_2|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(weight|bias)"
-)
-# Parts of names that wrappers put in and that change no arithmetic. A GPT-2's own names have none of them.
+PREFIX = "transformer."  # of this project's names; Hugging Face's files of the bare model lack it, or have another
+HEAD = "lm_head.weight"
+HEAD_NAMES = (HEAD, "lm_head.decoder.weight")
+# Parts of names that wrappers put in and that change no arithmetic. No weight's name has them in its model's file, but
+# for the prefix of Hugging Face's Llamas, "model.".
 WRAPPERS = {
     "module",  # DistributedDataParallel and DataParallel
     "_module",  # Opacus's GradSampleModule
@@ -148,14 +145,16 @@ def state_dict(content: dict, path: str, flag: str) -> dict:
 
 
 def canonical_weights(content: dict, path: str, flag: str) -> dict[str, Tensor]:
-    """A file's weights under this project's names, without constant buffers and the copy of the tied embedding."""
+    """A file's weights under this project's names, without constant buffers. The head is among them where the file has
+    one: see settled()."""
+    raw = state_dict(content, path, flag)
+    family = of_names([unwrapped(name).removeprefix(PREFIX) for name in raw])
     weights: dict[str, Tensor] = {}
-    head: Tensor | None = None
     unknown = []
-    for name, value in state_dict(content, path, flag).items():
+    for name, value in raw.items():
         short = unwrapped(name)
         bare = short.removeprefix(PREFIX)
-        if MASK_BUFFERS.fullmatch(bare):
+        if family.BUFFERS.fullmatch(bare):
             continue
         if not isinstance(value, Tensor):
             fail(f"{flag} {path}: {name} is a {type(value).__name__}, wanted a tensor")
@@ -165,10 +164,10 @@ def canonical_weights(content: dict, path: str, flag: str) -> dict[str, Tensor]:
                 "wanted a dense floating-point tensor"
             )
         if short in HEAD_NAMES:
-            if head is not None and not torch.equal(head, value):
-                fail(f"{flag} {path}: holds two heads that differ; only a tied head is supported")
-            head = value
-        elif not WEIGHT.fullmatch(bare):
+            if HEAD in weights and not torch.equal(weights[HEAD], value):
+                fail(f"{flag} {path}: holds two heads that differ; wanted one")
+            weights[HEAD] = value.detach()
+        elif not family.WEIGHTS.fullmatch(bare):
             unknown.append(name)
         elif PREFIX + bare in weights:
             fail(f"{flag} {path}: holds {bare} twice, under its own name and a wrapper's, such as {name}")
@@ -181,11 +180,18 @@ def canonical_weights(content: dict, path: str, flag: str) -> dict[str, Tensor]:
         else:
             weights[PREFIX + bare] = value.detach()  # a file of named_parameters() holds Parameters
     if unknown:
-        fail(f"{flag} {path}: holds unknown {some(unknown)}, which are no GPT-2's; {cure(unknown)}")
-    embedding = weights.get(PREFIX + "wte.weight")
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
-        fail(f"{flag} {path}: its head lm_head.weight differs from wte.weight; only a tied head is supported")
+        fail(f"{flag} {path}: holds unknown {some(unknown)}, which are no {family.TITLE}'s; {cure(unknown, family)}")
     return weights
+
+
+def settled(weights: dict[str, Tensor], config: Shape, path: str, flag: str) -> dict[str, Tensor]:
+    """canonical_weights() without the copy of a tied embedding that many files hold as a head."""
+    if not config.tie_word_embeddings or HEAD not in weights:
+        return weights
+    embedding = family_of(config).EMBEDDING + ".weight"
+    if PREFIX + embedding in weights and not torch.equal(weights[HEAD], weights[PREFIX + embedding]):
+        fail(f"{flag} {path}: its head {HEAD} differs from {embedding}, to which the shape says that it is tied")
+    return {name: value for name, value in weights.items() if name != HEAD}
 
 
 def some(names: list[str]) -> str:
@@ -193,17 +199,17 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def cure(names: list[str]) -> str:
-    """What to do about weights of names that are no GPT-2's."""
+def cure(names: list[str], family: type[LanguageModel]) -> str:
+    """What to do about weights of names that the family does not have."""
     if any("lora_" in name or ".base_layer." in name for name in names):
         return (
             "adapters of PEFT are read from the folder that its save_pretrained() writes, with --base_checkpoint; or "
             + MERGE
         )
-    return "save the GPT-2 alone, as transformers names its weights (save_pretrained())"
+    return f"save the {family.TITLE} alone, as transformers names its weights (save_pretrained())"
 
 
-def load_strictly(model: GPT2LMModel, weights: dict[str, Tensor], path: str, flag: str) -> None:
+def load_strictly(model: LanguageModel, weights: dict[str, Tensor], path: str, flag: str) -> None:
     """Copy every weight of the file into the model and leave none of the model's without a value, except that a file
     without any adapter leaves the model's adapters as they were initialised.
 
@@ -219,7 +225,7 @@ def load_strictly(model: GPT2LMModel, weights: dict[str, Tensor], path: str, fla
         if name in weights and weights[name].shape != wanted[name].shape
     ]
     rows = "; for another vocabulary, a padded one too, name a folder whose config.json has its vocab_size"
-    rows = rows if any(text.startswith(PREFIX + "wte") for text in shaped) else ""
+    rows = rows if any(text.startswith(PREFIX + model.EMBEDDING) for text in shaped) else ""
     held = f"; it holds {some(list(weights)) or 'nothing'}"
     for names, what, more in (
         (shaped, "has another shape", rows),
@@ -243,57 +249,32 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def resolve_card(card: str) -> GPT2Config:
+def resolve_card(card: str) -> Shape:
     """The shape that --model_card names: a card, or a folder or file in Hugging Face's layout."""
-    return MODEL_CARDS[card] if card in MODEL_CARDS else read_config(card, "--model_card")
+    if card in MODEL_CARDS:
+        return MODEL_CARDS[card]
+    return read_config(card, "--model_card")
 
 
-def read_config(path: str, flag: str = "--model_card") -> GPT2Config:
-    """The GPT-2 shape in Hugging Face's config.json: `path` is that file, its folder, or a weight file beside it."""
+def config_file(path: str) -> str:
+    """Where the config.json of `path` would be: that file itself, in a folder, or beside a weight file."""
+    if path.endswith(".json") and not path.endswith(INDEX):
+        return path
+    return os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+
+
+def read_config(path: str, flag: str = "--model_card") -> Shape:
+    """The shape in Hugging Face's config.json: `path` is that file, its folder, or a weight file beside it."""
     wanted = f"wanted one of {', '.join(MODEL_CARDS)} or a folder with config.json"
     if not os.path.exists(path):
         fail(f"{flag} {path}: no such file or folder; {wanted}")
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    named = path.endswith(".json") and not path.endswith(INDEX)
-    file = path if named else os.path.join(folder, "config.json")
+    file = config_file(path)
     if not os.path.exists(file):
+        folder = os.path.dirname(file)
         below = folder_below(folder, ["config.json"]) if os.path.isdir(path) else None
         fail(f"{flag} {path}: there is no {file}; {f'give {below}' if below else wanted}")
-    content = read_object(file, "the config.json of a GPT-2", flag)
-    for key, only in (
-        ("model_type", "gpt2"),
-        ("activation_function", "gelu_new"),
-        ("tie_word_embeddings", True),
-        ("scale_attn_weights", True),
-        ("scale_attn_by_inverse_layer_idx", False),
-        ("add_cross_attention", False),
-    ):
-        if content.get(key, only) != only:
-            fail(f"{flag} {file}: {key} is {content[key]!r}; supported is {only!r} alone")
-    known = {field.name for field in dataclasses.fields(GPT2Config)}
-    return checked_config({key: value for key, value in content.items() if key in known}, f"{flag} {file}")
-
-
-def checked_config(values: dict, where: str) -> GPT2Config:
-    """GPT2Config(**values); a UserError that begins with `where` names what is missing or not a positive number."""
-    for field in dataclasses.fields(GPT2Config):
-        if field.name not in values:
-            if field.default is dataclasses.MISSING:
-                fail(f"{where}: {field.name} is missing, so this is not the shape of a GPT-2")
-            continue
-        value = values[field.name]
-        kinds = (int, float) if field.name == "layer_norm_epsilon" else (int,)
-        optional = field.name == "n_inner" and value is None
-        if not optional and (type(value) not in kinds or not 0 < value < 2**31):
-            fail(f"{where}: {field.name} is {value!r}, wanted a positive {'' if float in kinds else 'whole '}number")
+    content = read_object(file, "the config.json of a GPT-2, Llama or the like", flag)
     try:
-        config = GPT2Config(**values)
-    except TypeError as error:
-        fail(f"{where}: not the shape of a GPT-2 ({error})")
-    if config.n_embd % config.n_head:
-        fail(f"{where}: n_head is {config.n_head}, wanted a divisor of n_embd {config.n_embd}")
-    return config
-
-
-def same_shape(a: GPT2Config, b: GPT2Config) -> bool:
-    return dataclasses.replace(a, n_inner=a.inner) == dataclasses.replace(b, n_inner=b.inner)
+        return of_model_type(content.get("model_type", DEFAULT)).read_config(content)
+    except ValueError as error:
+        fail(f"{flag} {file}: {error}")

@@ -14,7 +14,10 @@ from decoding import tree_decoder
 from decoding.beam_search import NOTHING, Beams, SearchSettings, beam_search
 from decoding.top_k_head import GROUP, Edits, TopKHead
 from decoding.tree_decoder import TreeDecoder
-from model import GPT2Config, GPT2LMModel, LoRAConfig
+from families import family_of
+from helpers.llamas import tiny_config
+from language_model import LanguageModel
+from model import GPT2Config, LoRAConfig
 from weights.checkpoint import load_model
 
 
@@ -156,23 +159,33 @@ def test_edits_equal_a_loop(n):
     assert set(zip(*edits.banned.tolist())) == banned
 
 
-def small_model(seed: int, V: int, lora_dim: int = 0) -> GPT2LMModel:
+SHAPES = {
+    "gpt2": lambda V: GPT2Config(24, 2, 3, vocab_size=V, n_positions=40),
+    "qwen3": lambda V: tiny_config(vocab_size=V, max_position_embeddings=40),
+    "llama": lambda V: tiny_config(vocab_size=V, max_position_embeddings=40, model_type="llama", attention_bias=True,
+                                   num_key_value_heads=1, tie_word_embeddings=True)}
+
+
+def small_model(seed: int, V: int, lora_dim: int = 0, family: str = "gpt2") -> LanguageModel:
     torch.manual_seed(seed)
-    model = GPT2LMModel(GPT2Config(24, 2, 3, vocab_size=V, n_positions=40), LoRAConfig(lora_dim, 8.0)).eval()
+    config = SHAPES[family](V)
+    targets = ("query", "value") if family == "gpt2" else ("all",)
+    model = family_of(config)(config, LoRAConfig(lora_dim, 8.0, targets=targets)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:  # far from the tiny initial weights, so that contexts matter and EOS comes
-                parameter.normal_(0, 1.0 if "wte" in name or "wpe" in name else 0.3)
+                parameter.normal_(0, 1.0 if "wte" in name or "wpe" in name or "embed" in name else 0.3)
     return model
 
 
-@pytest.mark.parametrize("seed", range(16))
-def test_equals_the_transcription_on_random_gpt2s(seed):
+@pytest.mark.parametrize("seed, family", [*((seed, "gpt2") for seed in range(16)), (16, "qwen3"), (17, "llama"),
+                                          (18, "qwen3"), (19, "llama")])
+def test_equals_the_transcription_on_random_models(seed, family):
     draw = random.Random(1000 + seed)
     V = draw.choice([29, 64, 150])
     settings = random_settings(draw, V)
-    model = small_model(seed, V, lora_dim=draw.choice([0, 2]))
-    exact = small_model(seed, V, model.lora_config.dim).double()
+    model = small_model(seed, V, draw.choice([0, 2]), family)
+    exact = small_model(seed, V, model.lora_config.dim, family).double()
 
     @torch.no_grad()
     def logits_after(sequence):
@@ -184,11 +197,12 @@ def test_equals_the_transcription_on_random_gpt2s(seed):
     assert_found(found, contexts, logits_after, settings)
 
 
-def test_cache_gives_the_states_of_whole_forward_passes(monkeypatch):
+@pytest.mark.parametrize("family", SHAPES)
+def test_cache_gives_the_states_of_whole_forward_passes(family, monkeypatch):
     """Hypotheses are grafted at random over many sweeps; every state equals the model's on the whole sequence."""
     monkeypatch.setattr(tree_decoder, "SPARE_STEPS", 2)
-    model, draw = small_model(3, 31, lora_dim=2), np.random.default_rng(0)
-    exact = small_model(3, 31, lora_dim=2).double()
+    model, draw = small_model(3, 31, 2, family), np.random.default_rng(0)
+    exact = small_model(3, 31, 2, family).double()
     slots, K = np.array([0, 2]), 4
     contexts = [[1, 2, 3, 4, 5], [7]]
     decoder = TreeDecoder(model, 3, K)
@@ -210,6 +224,8 @@ def test_cache_gives_the_states_of_whole_forward_passes(monkeypatch):
             held = {(slot, place): held[slot, parent] + [int(token)] for slot, place, parent, token in rows}
             check(decoder.advance(*(np.array(column) for column in zip(*rows))), held.values())
     assert decoder.room < 5 + 30 * K  # it was swept
+    width = model.config.key_heads * model.config.head_width
+    assert decoder.kv.shape[-1] == 2 * width and (width < 24) == (family != "gpt2")  # heads of keys are kept once
 
 
 def test_slots_and_company_change_nothing():

@@ -13,7 +13,7 @@ from model import GPT2Config, GPT2LMModel, LoRAConfig
 from weights.checkpoint import load_model, save_checkpoint
 
 CONFIG = GPT2Config(8, 2, 2, vocab_size=13, n_positions=6)
-LORA = LoRAConfig(2, 6.0, 0.1, (True, False, True))
+LORA = LoRAConfig(2, 6.0, 0.1)
 SHAPE = dataclasses.asdict(CONFIG)
 
 

@@ -13,20 +13,25 @@ import torch
 from torch import Tensor
 
 from corpus.examples import Examples
+from families import family_of
 from helpers.processes import ROOT
+from language_model import LanguageModel, Shape
 from losses import MicroBatch
-from model import GPT2Config, GPT2LMModel, LoRAConfig
+from model import GPT2Config, LoRAConfig
 from optimizer import FlatParameters
-from privacy import clipping
+from privacy import unit_gradients as layers
 from privacy.clipping import BookKeeping, ClippingRule
 from privacy.opacus_engine import OpacusEngine
 from weights.checkpoint import load_model
 
 CONFIG = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=37, n_positions=208)
+# Sums of under 1e5 products in float64, 1e5 * 2**-53 ~ 1e-11, that cancel by no more than a factor of 10. And a squared
+# norm from Gram matrices is raised by 2^17 2^-53 (sizes/norm)^2, of which a factor takes half: 7e-12 times up to 100.
+FLOAT64 = 1e-9
 RULES = ("flat", "per_layer", "automatic")
 # name -> (class, TRAFFIC_COST): at 0 the ghost norm is never the cheaper one, at infinity always
 ENGINES = {"ghost": (BookKeeping, math.inf), "materialise": (BookKeeping, 0),
-           "chosen": (BookKeeping, clipping.TRAFFIC_COST), "opacus": (OpacusEngine, clipping.TRAFFIC_COST)}
+           "chosen": (BookKeeping, layers.TRAFFIC_COST), "opacus": (OpacusEngine, layers.TRAFFIC_COST)}
 
 
 @dataclass(frozen=True)
@@ -88,16 +93,16 @@ def text_loss(logits: Tensor, text: Text, smoothing: float) -> Tensor:
     return total / max(1, len(text.ids) - text.first)
 
 
-def unit_loss(model: GPT2LMModel, unit: Unit, smoothing: float) -> Tensor:
+def unit_loss(model: LanguageModel, unit: Unit, smoothing: float) -> Tensor:
     return sum(text_loss(model(torch.tensor([text.ids[:-1]]))[0], text, smoothing) for text in unit) / len(unit)
 
 
-def gradients_of(model: GPT2LMModel, loss: Tensor) -> Gradients:
+def gradients_of(model: LanguageModel, loss: Tensor) -> Gradients:
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
-def unit_gradients(model: GPT2LMModel, units: list[Unit], smoothing: float = 0.0) -> tuple[Tensor, list[Gradients]]:
+def unit_gradients(model: LanguageModel, units: list[Unit], smoothing: float = 0.0) -> tuple[Tensor, list[Gradients]]:
     """(losses (U,), every unit's gradient by parameter), one autograd pass a unit."""
     losses, gradients = [], []
     for unit in units:
@@ -129,10 +134,10 @@ def clipped_sum(gradients: list[Gradients], rule: ClippingRule) -> Gradients:
 # ------------------------------------------------------------------ models and engines under test
 
 
-def make_model(lora: LoRAConfig = LoRAConfig(), config: GPT2Config = CONFIG, dtype: torch.dtype = torch.float64,
-               seed: int = 0, spread: float = 0.3) -> GPT2LMModel:
+def make_model(lora: LoRAConfig = LoRAConfig(), config: Shape = CONFIG, dtype: torch.dtype = torch.float64,
+               seed: int = 0, spread: float = 0.3) -> LanguageModel:
     """Every parameter random, so that no zero (lora_B, biases) hides a wrong term; frozen as for training."""
-    model = GPT2LMModel(config, lora).to(dtype)
+    model = family_of(config)(config, lora).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -141,17 +146,17 @@ def make_model(lora: LoRAConfig = LoRAConfig(), config: GPT2Config = CONFIG, dty
     return model.train()
 
 
-def make_engine(name: str, model: GPT2LMModel, rule: ClippingRule, smoothing: float = 0.0):
+def make_engine(name: str, model: LanguageModel, rule: ClippingRule, smoothing: float = 0.0):
     """(engine, its flat buffer) over a copy of `model`, on which the oracle has left nothing."""
     model = copy.deepcopy(model)
     flat = FlatParameters(model)
     return ENGINES[name][0](model, flat, rule, smoothing), flat
 
 
-def run_engine(name: str, model: GPT2LMModel, rule: ClippingRule, batches: list[MicroBatch], monkeypatch,
+def run_engine(name: str, model: LanguageModel, rule: ClippingRule, batches: list[MicroBatch], monkeypatch,
                smoothing: float = 0.0) -> tuple[Tensor, Gradients]:
     """(losses, the clipped sum by parameter) of engine `name` over the micro-batches."""
-    monkeypatch.setattr(clipping, "TRAFFIC_COST", ENGINES[name][1])
+    monkeypatch.setattr(layers, "TRAFFIC_COST", ENGINES[name][1])
     engine, flat = make_engine(name, model, rule, smoothing)
     losses = torch.cat([engine.accumulate(batch) for batch in batches])
     return losses, sums_of(flat)
@@ -189,3 +194,22 @@ def as_examples(units: list[np.ndarray]) -> Examples:
     lengths = np.array([len(unit) for unit in units])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     return Examples(np.concatenate(units).astype(np.int32), starts, np.maximum(1, lengths // 2), 0, 0)
+
+
+def median_norm(gradients) -> float:
+    """A clipping norm that some units exceed and others do not."""
+    return sorted(norm(gradient) for gradient in gradients)[len(gradients) // 2]
+
+
+def check_all(model, units, monkeypatch, rows=1, smoothing=0.0, engines=tuple(ENGINES), rules=RULES):
+    """Every engine under every rule against the loop, for the losses and for every parameter's sum."""
+    expected_losses, gradients = unit_gradients(model, units, smoothing)
+    C = median_norm(gradients)
+    assert C > 1e-3 and sum(norm(g) > C for g in gradients) >= len(units) // 2 - 1
+    for kind in rules:
+        rule = ClippingRule(kind, C)
+        expected = clipped_sum(gradients, rule)
+        for name in engines:
+            losses, sums = run_engine(name, model, rule, [pack(units, rows)], monkeypatch, smoothing)
+            torch.testing.assert_close(losses, expected_losses, rtol=FLOAT64, atol=FLOAT64)
+            assert distance(sums, expected) < FLOAT64, f"{name}, {kind}"

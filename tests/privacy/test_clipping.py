@@ -14,8 +14,10 @@ import loralib
 from helpers.clipping_oracle import (
     CONFIG,
     ENGINES,
+    FLOAT64,
     RULES,
     Text,
+    check_all,
     clipped,
     clipped_sum,
     difference,
@@ -23,46 +25,26 @@ from helpers.clipping_oracle import (
     draw_units,
     make_engine,
     make_model,
+    median_norm,
     norm,
     pack,
     run_engine,
     sums_of,
     unit_gradients,
 )
-from model import GPT2Config, LoRAConfig
+from model import SLOTS, GPT2Config, LoRAConfig
 from optimizer import FlatParameters
-from privacy import clipping
+from privacy import unit_gradients as layers
 from privacy.clipping import BookKeeping, ClippingRule, NonPrivate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # torch's remark on Opacus's hooks
 
-# Sums of under 1e5 products in float64, 1e5 * 2**-53 ~ 1e-11, that cancel by no more than a factor of 10. And a squared
-# norm from Gram matrices is raised by 2^17 2^-53 (sizes/norm)^2, of which a factor takes half: 7e-12 times up to 100.
-FLOAT64 = 1e-9
 FULL = LoRAConfig()
 LORA = LoRAConfig(3, 8.0)
-ENABLE = [enable for enable in itertools.product((False, True), repeat=3) if any(enable)]
+ENABLE = [parts for count in (1, 2, 3) for parts in itertools.combinations(SLOTS, count)]
 MODES = {"full": FULL, "rank 1": LoRAConfig(1, 8.0), "rank above the width": LoRAConfig(20, 32.0),
-         **{"lora " + "".join("qkv"[i] for i in range(3) if on[i]): LoRAConfig(3, 8.0, 0.0, on) for on in ENABLE}}
-
-
-def median_norm(gradients) -> float:
-    """A clipping norm that some units exceed and others do not."""
-    return sorted(norm(gradient) for gradient in gradients)[len(gradients) // 2]
-
-
-def check_all(model, units, monkeypatch, rows=1, smoothing=0.0, engines=tuple(ENGINES), rules=RULES):
-    """Every engine under every rule against the loop, for the losses and for every parameter's sum."""
-    expected_losses, gradients = unit_gradients(model, units, smoothing)
-    C = median_norm(gradients)
-    assert C > 1e-3 and sum(norm(g) > C for g in gradients) >= len(units) // 2 - 1
-    for kind in rules:
-        rule = ClippingRule(kind, C)
-        expected = clipped_sum(gradients, rule)
-        for name in engines:
-            losses, sums = run_engine(name, model, rule, [pack(units, rows)], monkeypatch, smoothing)
-            torch.testing.assert_close(losses, expected_losses, rtol=FLOAT64, atol=FLOAT64)
-            assert distance(sums, expected) < FLOAT64, f"{name}, {kind}"
+         **{"lora " + "".join(part[0] for part in on): LoRAConfig(3, 8.0, 0.0, on) for on in ENABLE},
+         "all parts": LoRAConfig(3, 8.0, 0.0, ("all",)), "mlp": LoRAConfig(2, 8.0, 0.0, ("attn_out", "mlp_out"), True)}
 
 
 # ------------------------------------------------------------------ against the loop
@@ -131,7 +113,7 @@ class Masks:
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_dropout_with_the_same_masks(name, rows, monkeypatch):
-    model, units = make_model(LoRAConfig(3, 8.0, 0.4, (True, True, False))), draw_units(4, rows)
+    model, units = make_model(LoRAConfig(3, 8.0, 0.4, ("query", "key"))), draw_units(4, rows)
     masks, batch = Masks(monkeypatch), pack(units, rows)
     rule = ClippingRule("flat", 0.2)
     _, sums = run_engine(name, model, rule, [batch], monkeypatch)
@@ -183,7 +165,7 @@ def test_ordinary_training_is_the_plain_sum(monkeypatch):
 def test_the_norms_choose_the_cheaper_way(monkeypatch):
     """The published rule S^2 (P + Q) against S P Q, with the price of memory traffic: both ways occur in one model."""
     ways = set()
-    real = clipping.Outer.norm_sq
+    real = layers.Outer.norm_sq
 
     def norm_sq(self):
         shape = (self.p.shape[1], self.p.shape[2], self.q.shape[2])
@@ -191,12 +173,12 @@ def test_the_norms_choose_the_cheaper_way(monkeypatch):
         ways.add((shape, "ghost" if self.grads is None else "materialise"))
         return value
 
-    monkeypatch.setattr(clipping.Outer, "norm_sq", norm_sq)
+    monkeypatch.setattr(layers.Outer, "norm_sq", norm_sq)
     model = make_model(LORA)
     batches = [pack(draw_units(2, 1, length, length)) for length in (6, 90)]
     run_engine("chosen", model, ClippingRule("flat", 1.0), batches, monkeypatch)
     for (S, P, Q), way in ways:
-        assert way == ("ghost" if S * S * (P + Q) < clipping.TRAFFIC_COST * P * Q else "materialise")
+        assert way == ("ghost" if S * S * (P + Q) < layers.TRAFFIC_COST * P * Q else "materialise")
     assert {way for _, way in ways} == {"ghost", "materialise"}
 
 
@@ -330,7 +312,7 @@ def poison(model, engine_model, rows: list[int], value: float) -> None:
 @pytest.mark.parametrize("where", ["forward nan", "forward inf", "weight nan", "weight inf", "weight overflow"])
 def test_units_without_a_finite_gradient_give_nothing(lora, kind, name, where, monkeypatch):
     """The others give what they gave; overflow of the squared norm counts as infinite."""
-    monkeypatch.setattr(clipping, "TRAFFIC_COST", ENGINES[name][1])
+    monkeypatch.setattr(layers, "TRAFFIC_COST", ENGINES[name][1])
     model, units, rule = make_model(lora), draw_units(5, 2), ClippingRule(kind, 0.3)
     good = [units[0], units[2], units[4]]
     expected = clipped_sum(unit_gradients(model, good)[1], rule)
@@ -425,6 +407,6 @@ def test_a_frozen_stranger_is_no_obstacle_and_a_layer_run_twice_is_one(monkeypat
 @pytest.mark.slow
 def test_larger_models_equal_the_loop(seed, monkeypatch):
     config = GPT2Config(n_embd=48, n_layer=4, n_head=4, vocab_size=211, n_positions=256)
-    for lora in (FULL, LoRAConfig(4, 32.0), LoRAConfig(8, 16.0, 0.0, (True, True, True))):
+    for lora in (FULL, LoRAConfig(4, 32.0), LoRAConfig(8, 16.0, 0.0, SLOTS)):
         model = make_model(lora, config, seed=seed)
         check_all(model, draw_units(8, 4, 2, 120, 211, seed), monkeypatch, 4, smoothing=0.1)

@@ -6,6 +6,7 @@ Both are taken from the engine as it works on real micro-batches, and compared a
 
 import copy
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,13 +16,16 @@ from base.products import by_rows
 from corpus.authors import AuthorTexts
 from corpus.batching import PublicLengths, TightCut, choose_lengths
 from helpers.clipping_oracle import as_examples, demo_model, make_model
+from helpers.llamas import tiny_config
 from losses import MicroBatch
 from model import GPT2Config, LoRAConfig
 from optimizer import FlatParameters
 from privacy import clipping, opacus_engine
-from privacy.clipping import BookKeeping, ClippingRule, Lookup, Outer, Ragged, Rows
+from privacy import unit_gradients as layers
+from privacy.clipping import BookKeeping, ClippingRule
 from privacy.company import fingerprint
 from privacy.opacus_engine import OpacusEngine
+from privacy.unit_gradients import Lookup, Outer, Ragged, Rows
 from run.loop import autocast
 
 SMALL = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=515, n_positions=72)
@@ -29,8 +33,17 @@ LENGTHS = (8, 16, 24, 40, 64)
 CPU = torch.device("cpu")
 
 
-def model_of(lora: bool):
-    return make_model(LoRAConfig(4 if lora else 0, 32.0), SMALL, torch.float32, spread=0.1)
+# Grouped heads, norms of queries and keys, an untied head; and the tied head with every bias
+LLAMA = tiny_config(vocab_size=515, hidden_size=64, intermediate_size=96, head_dim=16, max_position_embeddings=72)
+BIASED = replace(LLAMA, model_type="llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+MODELS = {"gpt2 full": (SMALL, LoRAConfig()), "gpt2 lora": (SMALL, LoRAConfig(4, 32.0)),
+          "llama full": (LLAMA, LoRAConfig()), "llama lora": (LLAMA, LoRAConfig(4, 32.0, targets=("all",))),
+          "biased full": (BIASED, LoRAConfig())}
+
+
+def model_of(name: str):
+    config, lora = MODELS[name]
+    return make_model(lora, config, torch.float32, spread=0.1)
 
 
 def texts(lengths, seed: int = 0) -> list[np.ndarray]:
@@ -99,7 +112,7 @@ class OpacusSpy(ClippingRule):
         object.__setattr__(self, "seen", {})
         object.__setattr__(self, "grads", [])
         engine.rule = self
-        run_part, squares = engine.accumulate_part, clipping.sum_of_squares
+        run_part, squares = engine.accumulate_part, layers.sum_of_squares
 
         def keep(grads):
             self.grads.append(grads)
@@ -161,16 +174,18 @@ def assert_one_contribution_each(seen: dict[bytes, set[str]], watched: int) -> N
     assert [len(digests) for digests in seen.values()] == [1] * len(seen)
 
 
-CASES = [("book_keeping", 75, "flat", lora, bf16) for lora in (True, False) for bf16 in (False, True)]
-CASES += [("opacus", 75, "flat", True, False), ("opacus", 75, "flat", False, True)]
-CASES += [("book_keeping", 0, "per_layer", False, True), ("book_keeping", 1e9, "automatic", True, True)]
+CASES = [("book_keeping", 75, "flat", model, bf16) for model in MODELS for bf16 in (False, True)]
+CASES += [("opacus", 75, "flat", "gpt2 lora", False), ("opacus", 75, "flat", "gpt2 full", True)]
+CASES += [("opacus", 75, "flat", "llama full", False), ("opacus", 75, "flat", "llama lora", True)]
+CASES += [("book_keeping", 0, "per_layer", "gpt2 full", True), ("book_keeping", 1e9, "automatic", "gpt2 lora", True)]
+CASES += [("book_keeping", 0, "flat", "llama lora", True), ("book_keeping", 1e9, "per_layer", "llama full", True)]
 
 
-@pytest.mark.parametrize("engine, cost, rule, lora, bf16", CASES)
-def test_the_same_bits_in_any_company(engine, cost, rule, lora, bf16, monkeypatch):
-    monkeypatch.setattr(clipping, "TRAFFIC_COST", cost)
+@pytest.mark.parametrize("engine, cost, rule, model, bf16", CASES)
+def test_the_same_bits_in_any_company(engine, cost, rule, model, bf16, monkeypatch):
+    monkeypatch.setattr(layers, "TRAFFIC_COST", cost)
     data = as_examples(texts(WATCHED + COMPANY))
-    seen = contributions(engine, model_of(lora), data, companies(np.random.default_rng(5)),
+    seen = contributions(engine, model_of(model), data, companies(np.random.default_rng(5)),
                          PublicLengths(LENGTHS, 512), rule, bf16, monkeypatch)
     assert_one_contribution_each(seen, 12)
 
@@ -192,8 +207,8 @@ def test_authors_with_several_texts(bf16, monkeypatch):
     units = [texts(rng.integers(5, 60, rng.integers(1, 6)), seed=k) for k in range(60)]
     draws = [list(rng.permutation([unit for unit in range(60) if rng.random() < share])) for share in
              (0.05, 0.2, 0.5, 0.9, 1.0, 1.0)]
-    seen = contributions("book_keeping", model_of(True), as_authors(units, 3), draws, PublicLengths(LENGTHS, 512),
-                         "flat", bf16, monkeypatch)
+    seen = contributions("book_keeping", model_of("gpt2 lora"), as_authors(units, 3), draws,
+                         PublicLengths(LENGTHS, 512), "flat", bf16, monkeypatch)
     assert_one_contribution_each(seen, 60)
 
 
@@ -202,7 +217,7 @@ def test_what_was_drawn_decides_the_bits_where_it_decides_the_shapes(monkeypatch
     data, draws = as_examples(texts(WATCHED + COMPANY)), companies(np.random.default_rng(5))
 
     def most_different(cut, bf16: bool) -> int:
-        seen = contributions("book_keeping", model_of(False), data, draws, cut, "flat", bf16, monkeypatch)
+        seen = contributions("book_keeping", model_of("gpt2 full"), data, draws, cut, "flat", bf16, monkeypatch)
         digests: dict[bytes, set[str]] = {}
         for ids, found in seen.items():  # another padding is another key: compare by the text without it
             digests.setdefault(np.trim_zeros(np.frombuffer(ids, np.int64), "b").tobytes(), set()).update(found)

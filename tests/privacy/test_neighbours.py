@@ -11,6 +11,7 @@ import torch
 
 from corpus.batching import PublicLengths, choose_lengths
 from helpers.clipping_oracle import as_examples, demo_model
+from helpers.llamas import write_folder
 from helpers.plans import open_plan
 from helpers.processes import ROOT, assert_user_error, run_script
 from helpers.small_runs import flags, start_ranks, train
@@ -44,7 +45,8 @@ def released(folder: pathlib.Path, extra: int | None, more: dict, avx2: bool) ->
     texts, name = copies(60, 8, extra), f"{extra}"
     arguments = flags(folder / name, train_data=write(folder / f"{name}.jsonl", texts),
                       valid_data=write(folder / "valid.jsonl", copies(3, 20, 8)), train_batch_size=len(texts),
-                      model_card=DEMO, init_checkpoint=DEMO, noise_multiplier=1e-6, max_step=1, lora_dropout=0, **more)
+                      noise_multiplier=1e-6, max_step=1, lora_dropout=0,
+                      **{"model_card": DEMO, "init_checkpoint": DEMO, **more})
     file = str(folder / f"{name}.sum")
     if avx2:
         code = ("import runpy, sys; sys.path[:0] = ['src', 'tests']; from helpers import fork_server\n"
@@ -57,14 +59,23 @@ def released(folder: pathlib.Path, extra: int | None, more: dict, avx2: bool) ->
     return np.fromfile(file)
 
 
+LLAMA = {"init_checkpoint": "llama", "model_card": None}  # made below; its shape comes with it
+LARGE = {"vocab_size": 1500, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "tie_word_embeddings": False}
+
+
 @pytest.mark.parametrize("more, avx2", [({}, False), ({"bf16": True}, False), ({"bf16": True, "lora_dim": 0}, True),
-                                        ({"bf16": True, "grad_engine": "opacus"}, False)],
-                         ids=["float32", "bf16", "bf16 full", "bf16 opacus"])
+                                        ({"bf16": True, "grad_engine": "opacus"}, False),
+                                        ({**LLAMA, "lora_target": "all"}, False),
+                                        ({**LLAMA, "bf16": True, "lora_dim": 0}, True)],
+                         ids=["float32", "bf16", "bf16 full", "bf16 opacus", "llama", "llama bf16 full"])
 def test_one_more_unit_through_the_script(tmp_path, more, avx2):
     """The sums with and without one unit more, a token longer than the others, under the same noise.
 
     With PyTorch's AVX2 kernels and without public lengths they differ by 1.2 C. The noise is 1e-6 C a coordinate.
     """
+    if "model_card" in more:
+        write_folder("qwen3", tmp_path / "llama", **LARGE)
+        more = {**more, "init_checkpoint": tmp_path / "llama"}
     one, other = (released(tmp_path, extra, more, avx2) for extra in (None, 9))
     kappa = json.loads((tmp_path / "9/privacy.json").read_text())["rounding"]
     assert 1 - 1e-3 < np.linalg.norm(other - one) < 1 + kappa

@@ -9,9 +9,10 @@ import torch
 
 from helpers.clipping_oracle import draw_units, make_model, pack
 from optimizer import FlatParameters
-from privacy import clipping
-from privacy.clipping import BookKeeping, ClippingRule, Lookup, Outer, Ragged, Rows, rounding_share
+from privacy import unit_gradients as layers
+from privacy.clipping import BookKeeping, ClippingRule, rounding_share
 from privacy.opacus_engine import OpacusEngine
+from privacy.unit_gradients import Lookup, Outer, Ragged, Rows
 
 
 def test_a_sum_that_overflowed_to_minus_infinity_is_no_small_norm():
@@ -21,7 +22,7 @@ def test_a_sum_that_overflowed_to_minus_infinity_is_no_small_norm():
         a = torch.randn(1, int(torch.randint(3, 40, (), generator=generator)), 1, generator=generator)
         p = (a - a.mean()) * 10 ** (18.0 + 1.6 * float(torch.rand((), generator=generator)))
         seen += bool(torch.isneginf((p @ p.mT).sum()))
-        found = clipping.gram_norm_sq(p @ p.mT, torch.ones(1, a.shape[1], a.shape[1]))
+        found = layers.gram_norm_sq(p @ p.mT, torch.ones(1, a.shape[1], a.shape[1]))
         factors, finite = ClippingRule("flat", 1.0).factors(found[:, None])
         size = float(factors) * abs(float(p.double().sum()))
         assert size <= 1.0 if finite else size == 0
@@ -33,13 +34,13 @@ def test_positions_that_cancel_in_float32(eps):
     """Two halves of a text with opposite gradients: rounding hides what is left, and the unit still gives at most C."""
     generator = torch.Generator().manual_seed(0)
 
-    def contributed(gram=clipping.gram, most: float = clipping.CANCELLATION) -> float:
+    def contributed(gram=layers.gram, most: float = layers.CANCELLATION) -> float:
         """The largest contribution under C = 1, computed in float64, of 1,000 such units."""
         h, g, rest = (torch.randn(1000, 16, 16, generator=generator) * scale for scale in (10, 10, eps))
         p, q = torch.cat([h, h], 1), torch.cat([g, rest - g], 1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(clipping, "CANCELLATION", most)
-            factors, _ = ClippingRule("flat", 1.0).factors(clipping.gram_norm_sq(gram(p), gram(q))[:, None])
+            patch.setattr(layers, "CANCELLATION", most)
+            factors, _ = ClippingRule("flat", 1.0).factors(layers.gram_norm_sq(gram(p), gram(q))[:, None])
         return float(((p.double().mT @ q.double()).flatten(1).norm(dim=1) * factors[:, 0]).max())
 
     assert contributed() <= 1 + 1e-9
@@ -53,10 +54,10 @@ def test_positions_that_cancel_more_than_allowed():
     generator = torch.Generator().manual_seed(0)
     h, g = torch.randn(50, 16, 12, generator=generator), torch.randn(50, 16, 20, generator=generator)
     p, q = torch.cat([h, h], 1), torch.cat([g, -g * (1 - 1e-4)], 1)
-    factors, _ = ClippingRule("flat", 1.0).factors(clipping.gram_norm_sq(clipping.gram(p), clipping.gram(q))[:, None])
+    factors, _ = ClippingRule("flat", 1.0).factors(layers.gram_norm_sq(layers.gram(p), layers.gram(q))[:, None])
     sizes = (p.norm(dim=2) * q.norm(dim=2)).sum(1) * factors[:, 0]
-    assert sizes.max() <= clipping.CANCELLATION * (1 + 1e-5)
-    assert (sizes > clipping.CANCELLATION * 0.99).all()
+    assert sizes.max() <= layers.CANCELLATION * (1 + 1e-5)
+    assert (sizes > layers.CANCELLATION * 0.99).all()
 
 
 def test_lookups_and_head_that_cancel(monkeypatch):
@@ -75,7 +76,7 @@ def test_lookups_and_head_that_cancel(monkeypatch):
 
     monkeypatch.setattr(BookKeeping, "add_cross_term", add_cross_term)
     engine.accumulate(pack(draw_units(3), 2, torch.float32))
-    assert seen == [pytest.approx(clipping.TIED_CANCELLATION)]
+    assert seen == [pytest.approx(layers.TIED_CANCELLATION)]
 
 
 def test_rounding_share_of_known_recipes():
@@ -140,7 +141,7 @@ def summed(values: list[float], kind, together: int, dtype: torch.dtype = torch.
 @pytest.mark.parametrize("together, edge, count", [
     (1, 512, 1024), (8, 512, 1024), (1024, 512, 1024), pytest.param(1, 4096, 10_000, marks=pytest.mark.slow)])
 def test_no_data_move_the_sum_by_more_than_the_noise_pays_for(kind, cost, together, edge, count, monkeypatch):
-    monkeypatch.setattr(clipping, "TRAFFIC_COST", cost)
+    monkeypatch.setattr(layers, "TRAFFIC_COST", cost)
     values = walk(edge, count)
     one, other = (summed(units, kind, together) for units in (values, [1.0, *values]))
     assert abs(one - math.fsum(values)) <= rounding_share(count, 1, 1) / 2

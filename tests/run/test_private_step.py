@@ -144,7 +144,7 @@ def test_a_unit_without_a_finite_gradient_gives_nothing_and_the_step_counts(tmp_
     trainer = make_trainer(tmp_path / "a", given, UNITS)
 
     def poison(module, inputs):
-        return inputs[0].masked_fill((trainer.ids == 5).any(1)[:, None, None], math.nan)
+        return inputs[0].masked_fill((trainer.ids == 5).any(1)[:, None, None], math.nan), *inputs[1:]
 
     def note_ids(module, inputs):
         trainer.ids = inputs[0]

@@ -85,7 +85,8 @@ def test_adapters_alone_need_no_other_flag(tmp_path):
 def test_flags_that_contradict_the_file(tmp_path):
     train_from(write_base(tmp_path), tmp_path / "run")
     for given, words in ((LoRAConfig(0), "--lora_dim 0"), (LoRAConfig(4, 6.0), "--lora_dim 4"),
-                         (LoRAConfig(2, 32.0), "--lora_alpha 32"), (LoRAConfig(2, 6.0, 0.0, (True,) * 3), "slots")):
+                         (LoRAConfig(2, 32.0), "--lora_alpha 32"),
+                         (LoRAConfig(2, 6.0, 0.0, ("query",)), "with query: ")):
         refused(lambda given=given: load_model(str(tmp_path / "run"), lora_config=given), words, "model.7.pt")
 
 
@@ -183,18 +184,35 @@ def test_a_pair_from_before_format_numbers_loads_and_resumes():
 
 
 @pytest.mark.parametrize("name", ["model.7.pt", "optimizer.7.pt"])
-@pytest.mark.parametrize("number", [2, 0, True, "1"])
+@pytest.mark.parametrize("number", [3, 0, True, "1"])
 def test_a_pair_has_its_format_and_an_unknown_one_is_refused(number, name, tmp_path):
     run, model = tmp_path / "run", random_model(LORA)
     train_from(write_base(tmp_path), run)
     content = torch.load(run / name, weights_only=True)
-    assert content["format"] == 1
+    assert content["format"] == 2
     torch.save({**content, "format": number}, run / name)
     refused(lambda: checkpoint.load_resumable(str(run), 7, model), f"--resume {run / name}: format {number!r}")
     if name == "model.7.pt":
         refused(lambda: load_model(str(run)), f"--init_checkpoint {run / name}: format {number!r}")
         torch.save({"format": number, "weights of a later version": {}}, run / name)
         refused(lambda: load_model(str(run)), f"--init_checkpoint {run / name}: format {number!r}")
+
+
+def test_a_file_of_format_1_knew_three_parts_and_one_family(tmp_path):
+    """It says `enable` for `targets`, and no family."""
+    saved = train_from(write_base(tmp_path), tmp_path / "run")
+    path = tmp_path / "run" / "model.7.pt"
+    content = torch.load(path, weights_only=True)
+    assert content.pop("family") == "gpt2" and content["lora"].pop("rslora") is False
+    assert content["lora"].pop("targets") == ["query", "value"]
+    content["lora"]["enable"] = [True, False, True]
+    torch.save({name: value for name, value in content.items() if name != "format"}, path)
+    loaded = load_model(str(tmp_path / "run")).model
+    assert_same_weights(loaded, saved)
+    assert loaded.lora_config == saved.lora_config
+    for family in ("gpt3", ["gpt2"], None):
+        torch.save({**content, "family": family}, path)
+        refused(lambda: load_model(str(tmp_path / "run")), f"its entry 'family' is {family!r}")
 
 
 # ------------------------------------------------------------------ pairs, kills, full disks

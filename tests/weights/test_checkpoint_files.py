@@ -173,7 +173,7 @@ def test_a_script_ends_with_one_line_and_status_2(tmp_path):
     ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon is '1e-5'"), ({"layer_norm_epsilon": float("nan")}, "is nan"),
     ({"layer_norm_epsilon": float("inf")}, "is inf"), ({"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0"),
     ({"n_positions": {}}, "n_positions is {}"), ({"vocab_size": 10**400}, "vocab_size is"),
-    ({"model_type": "llama"}, "model_type is 'llama'"),
+    ({"model_type": "bert"}, "model_type is 'bert'; supported are gpt2, llama, mistral, qwen2, qwen3"),
     ({"activation_function": "relu"}, "activation_function is 'relu'"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings is False"), ({"tie_word_embeddings": None}, "is None"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),

@@ -24,6 +24,11 @@ D, L, HEADS, VOCABULARY, POSITIONS = 12, 2, 3, 61, 32
 PATTERNS = [enable for enable in itertools.product([False, True], repeat=3) if any(enable)]
 EXPORT = "src/export.py"
 
+
+def parts(enable: tuple[bool, ...]) -> tuple[str, ...]:
+    return tuple(itertools.compress(SLOTS, enable))
+
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's and transformers' remarks on themselves
 
 
@@ -104,7 +109,7 @@ def assert_same_logits(ours: GPT2LMModel, theirs: torch.nn.Module, base: pathlib
     *((enable, 3, 7.0) for enable in PATTERNS), ((True, True, True), 1, 0.1), ((False, True, True), 5, 32.0)])
 def test_peft_loads_what_export_writes(enable, rank, alpha, base, tmp_path):
     """The same logits in peft; and read back here, the same bits."""
-    config = LoRAConfig(rank, alpha, 0.25, enable)
+    config = LoRAConfig(rank, alpha, 0.25, parts(enable))
     model = ours_trained(base, tmp_path / "run", config)
     folder = export(tmp_path / "run", tmp_path / "adapter", "--format", "peft")
     theirs = peft.PeftModel.from_pretrained(their_base(base), folder).eval()
@@ -117,9 +122,49 @@ def test_peft_loads_what_export_writes(enable, rank, alpha, base, tmp_path):
     assert back.model.lora_config == config and back.base["absolute"] == str(base / "model.safetensors")
 
 
+@pytest.mark.parametrize("lora, names, r", [
+    (LoRAConfig(3, 8.0, 0.0, ("attn_out",)), ["attn.c_proj"], 3),
+    (LoRAConfig(3, 8.0, 0.0, ("mlp_in", "mlp_out"), True), ["c_fc", "mlp.c_proj"], 3),
+    (LoRAConfig(2, 7.0, 0.0, ("query", "value", "attn_out", "mlp_out")), ["c_attn", "c_proj"], 2),
+    (LoRAConfig(2, 32.0, 0.1, ("all",), True), ["c_attn", "c_fc", "c_proj"], 2),
+    (LoRAConfig(4, 8.0, 0.0, ("key", "mlp_in")), ["c_attn", "c_fc"], 4)])
+def test_adapters_of_any_part_go_out_and_come_back(lora, names, r, base, tmp_path):
+    """Slots of the fused projection together have a higher rank than the others: rank_pattern and alpha_pattern."""
+    model = ours_trained(base, tmp_path / "run", lora)
+    folder = export(tmp_path / "run", tmp_path / "adapter", "--format", "peft")
+    written = json.loads((folder / "adapter_config.json").read_text())
+    slots = sum(part in model.lora_config.targets for part in SLOTS)
+    assert written["target_modules"] == names and written["r"] == r and written["use_rslora"] == lora.rslora
+    assert written.get("rank_pattern") == ({"c_attn": slots * r} if slots > 1 else None)
+    assert_same_logits(model, peft.PeftModel.from_pretrained(their_base(base), folder).eval(), base)
+    back = load_model(str(folder)).model
+    assert_same_weights(back, model)
+    assert back.lora_config == model.lora_config
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"r": 3, "lora_alpha": 5, "lora_dropout": 0.2}])
+def test_adapters_of_all_linear_layers(options, base, tmp_path):
+    theirs = peft_adapter(base, tmp_path, target_modules="all-linear", **options)
+    ours = load_model(str(tmp_path), base_checkpoint=str(base)).model
+    assert_same_logits(ours, theirs, base)
+    expected = LoRAConfig(options.get("r", 4), options.get("lora_alpha", 10.0), options.get("lora_dropout", 0.0),
+                          GPT2LMModel.parts(), options.get("use_rslora", False))
+    assert ours.lora_config == expected
+
+
+@pytest.mark.parametrize("pattern, word", [
+    ({"rank_pattern": {"c_fc": 2}}, "rank_pattern or alpha_pattern differ too much (attn.c_attn r 4"),
+    ({"alpha_pattern": {"c_fc": 2}}, "mlp.c_fc r 4 and lora_alpha 2"),
+    ({"alpha_pattern": {"h.1.mlp.c_fc": 2}}, "tell layers of mlp.c_fc apart"),
+    ({"rank_pattern": {"c_f.*": 4}}, "rank_pattern is {'c_f.*': 4}")])
+def test_patterns_that_are_no_one_rank_are_refused(pattern, word, base, tmp_path):
+    peft_adapter(base, tmp_path, target_modules=["c_attn", "c_fc"], **pattern)
+    refused(lambda: load_model(str(tmp_path), base_checkpoint=str(base)), "--init_checkpoint", word)
+
+
 def test_factors_that_training_has_not_touched_come_back_where_they_were(base, tmp_path):
     """Columns of zeros say nothing of their slot; with the run's own --lora_dim and --lora_target they return to it."""
-    config = LoRAConfig(3, 8.0, 0.0, (False, True, True))
+    config = LoRAConfig(3, 8.0, 0.0, ("key", "value"))
     model = ours_trained(base, tmp_path / "run", config)
     with torch.no_grad():
         for block in model.transformer.h:
@@ -130,7 +175,7 @@ def test_factors_that_training_has_not_touched_come_back_where_they_were(base, t
     (tmp_path / "adapter_config.json").write_text(json.dumps(written))
     assert_same_weights(load_model(str(tmp_path), lora_config=config).model, model)
     smaller = load_model(str(tmp_path)).model
-    assert smaller.lora_config == LoRAConfig(2, 16 / 3, 0.0, (False, True, True))
+    assert smaller.lora_config == LoRAConfig(2, 16 / 3, 0.0, ("key", "value"))
     torch.testing.assert_close(smaller(tokens()), model(tokens()), rtol=1e-5, atol=1e-6)
 
 
@@ -147,7 +192,7 @@ def test_a_trained_run_goes_out_and_is_trained_further_from_peft(tmp_path):
         train(flags(tmp_path / f"from_{start}", init_checkpoint=tmp_path / start, max_step=2, **slots))
     assert equal(weights(tmp_path / "from_run", 2), weights(tmp_path / "from_adapter", 2))
     for changed, words in (({"lora_dim": 3}, ["--lora_dim 3", "rank 2"]), ({"lora_dim": 1}, ["--lora_dim 1", "rank 2"]),
-                           ({"lora_target": ["query", "value"]}, ["slots query value", "query key"]),
+                           ({"lora_target": ["query", "value"]}, ["with query value", "query key"]),
                            ({"lora_alpha": 9}, ["--lora_alpha 9", "trained with 8"]),
                            ({"base_checkpoint": tmp_path / "run/model.6.pt"}, ["--base_checkpoint", "holds adapters"])):
         run = server().start("src/gpt2_ft.py", flags(tmp_path / "new", **{**slots, **changed},
@@ -178,7 +223,7 @@ def test_an_adapter_that_peft_trained(options, base, tmp_path):
     loaded = load_model(str(tmp_path / "adapter"), base_checkpoint=str(base))
     assert_same_logits(loaded.model, theirs, base)
     config = loaded.model.lora_config
-    assert config.dim == options.get("r", 4) and config.enable == (True, True, True)
+    assert config.dim == options.get("r", 4) and config.targets == SLOTS
     assert config.dropout == options.get("lora_dropout", 0.0)
     for form in ("merged", "peft"):  # on it goes
         export(tmp_path / "adapter", tmp_path / "out" / form, "--base_checkpoint", base, "--format", form)
@@ -203,17 +248,17 @@ def test_the_smallest_form_is_chosen(enable, base, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = load_model(str(tmp_path), base_checkpoint=str(base)).model
     assert_same_logits(ours, theirs, base)
-    assert ours.lora_config == LoRAConfig(2, 5.0, 0.0, enable)
-    larger = LoRAConfig(4, 10.0, 0.0, (True, True, True))  # holds it too, where a run asks for it
+    assert ours.lora_config == LoRAConfig(2, 5.0, 0.0, parts(enable))
+    larger = LoRAConfig(4, 10.0, 0.0, SLOTS)  # holds it too, where a run asks for it
     wide = load_model(str(tmp_path), lora_config=larger, base_checkpoint=str(base)).model
     assert wide.lora_config == larger
     assert_same_logits(wide, theirs, base)
-    for given, word in ((LoRAConfig(1, 2.5, 0.0, enable), "--lora_dim 1"),
-                        (LoRAConfig(5, 12.5, 0.0, enable), "--lora_dim 5"), (LoRAConfig(0), "--lora_dim 0"),
-                        (LoRAConfig(2, 6.0, 0.0, enable), "--lora_alpha 6")):
+    for given, word in ((LoRAConfig(1, 2.5, 0.0, parts(enable)), "--lora_dim 1"),
+                        (LoRAConfig(5, 12.5, 0.0, parts(enable)), "--lora_dim 5"), (LoRAConfig(0), "--lora_dim 0"),
+                        (LoRAConfig(2, 6.0, 0.0, parts(enable)), "--lora_alpha 6")):
         refused(lambda given=given: load_model(str(tmp_path), None, given, str(base)), word)
     if sum(enable) > 1:
-        fewer = tuple(slot == slots[0] for slot in range(3))
+        fewer = (SLOTS[slots[0]],)
         refused(lambda: load_model(str(tmp_path), None, LoRAConfig(2, 5.0, 0.0, fewer), str(base)), SLOTS[slots[0]])
 
 
@@ -221,7 +266,7 @@ def test_a_fresh_adapter_can_be_trained_in_any_form_that_fits(base, tmp_path):
     peft_adapter(base, tmp_path / "x")
     model = peft.get_peft_model(their_base(base), peft.LoraConfig(r=4, lora_alpha=10, target_modules=["c_attn"]))
     model.save_pretrained(tmp_path)
-    for given in (None, LoRAConfig(4, 10.0), LoRAConfig(3, 7.5, 0.1, (False, True, False))):
+    for given in (None, LoRAConfig(4, 10.0), LoRAConfig(3, 7.5, 0.1, ("key",))):
         ours = load_model(str(tmp_path), None, given, str(base)).model
         assert given is None or ours.lora_config == given
         with torch.no_grad():
@@ -275,7 +320,7 @@ def test_beam_search_takes_an_adapter(base, tmp_path):
     ({"use_dora": True}, "use_dora is True"), ({"bias": "lora_only"}, "bias is lora_only"),
     ({"modules_to_save": ["ln_f"]}, "modules_to_save is ['ln_f']"),
     ({"rank_pattern": {"h.0.attn.c_attn": 2}}, "rank_pattern"),
-    ({"alpha_pattern": {"h.0.attn.c_attn": 2}}, "alpha_pattern"), ({"target_modules": ["c_attn", "c_fc"]}, "c_fc"),
+    ({"alpha_pattern": {"h.0.attn.c_attn": 2}}, "alpha_pattern"),
     ({"target_modules": ["wte"]}, "wte"), ({"layers_to_transform": [0]}, "layers_to_transform is [0]"),
     ({"lora_bias": True}, "lora_bias"), ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"), ({"init_lora_weights": "olora"}, "'olora'")])
