@@ -1,12 +1,13 @@
 """A corpus of authors' texts, tokenised once, in parallel, into a memory map.
 
-A line of a corpus is {"author": "...", "content": "..."}. The cache of a corpus is a folder named by the digest of what
-went into it (the file, the vocabulary, the length), so a changed file or vocabulary has another folder. It is made
-aside and renamed: whole or not there.
+A line of a corpus is {"author": "...", "content": "..."}; author_name() says which names are one author. The cache of a
+corpus is a folder named by the digest of what went into it (the file, the vocabulary, the length), so a changed file or
+vocabulary has another folder. It is made aside and renamed: whole or not there.
 
 Shapes: n texts, A authors.
 """
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -14,29 +15,35 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
+from multiprocessing.connection import Connection
 
 import numpy as np
 from tqdm import tqdm
 
-from base.errors import UserError, fail
+from base import signals
+from base.errors import fail
 from base.files import atomic_write, check_file, decode_line, is_text, open_text
 from corpus.authors import Corpus
 from corpus.tokenizer import Tokenizer, load_tokenizer, vocabulary_files
 
 PSEUDO_AUTHORS = ("[deleted]", "AutoModerator")
-FORMAT = 1  # of the cache; another number makes every older cache void
+FORMAT = 2  # of the cache; another number makes every older cache void
 CHUNK = 1 << 23  # bytes of the corpus that a process tokenises at a time
 CACHED_WORDS = 1 << 18  # these cover 98 % of the words of an English corpus, in about 70 MB a process
 PROCESSES = 8  # most that tokenise at once: with some 120 MB each they stay under 1 GB on a machine of many cores
 # Splits a text without changing a token: a space behind something that is no space always begins a new piece of GPT-2's
 # pre-tokenisation, so the tokens of a text are those of its words, one after the other.
 WORDS = re.compile(r"(?<=\S)(?= )")
+# Characters that show nothing, beside white space and those of the categories Cc and Cf: Unicode's
+# Default_Ignorable_Code_Point, and the blank Braille pattern.
+BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]")
 
 
 # ------------------------------------------------------------------ from a file to tokens
@@ -115,7 +122,21 @@ def read_record(line: str, source: Source, where: str) -> tuple[str | None, str]
             fail(f"{where}: {name!r} holds half of a surrogate pair, which is not text; correct or remove the line")
     if not content.strip():
         fail(f"{where}: {source.content_field!r} is empty; remove the line")
-    return author or None, content
+    return author, content
+
+
+def author_name(written: str | None) -> str | None:
+    """The name under which an author counts; None for none. One person must not be two units, so names that no reader
+    can tell apart are one: in either Unicode form (NFC, NFD), with other white space, or with characters that show
+    nothing."""
+    if written is None or (written.isascii() and written.isprintable() and " " not in written):
+        return written or None
+    shown = "".join(
+        letter
+        for letter in written
+        if letter.isspace() or not (unicodedata.category(letter) in ("Cc", "Cf") or BLANK.match(letter))
+    )
+    return " ".join(unicodedata.normalize("NFC", shown).split()) or None
 
 
 def tokenise(part: Part, source: Source, words: WordTokens) -> tuple:
@@ -132,7 +153,8 @@ def tokenise(part: Part, source: Source, words: WordTokens) -> tuple:
     pieces, lengths, authors = [], [], []
     counts: Counter[str] = Counter()
     for number, line in enumerate(lines, start=line_number):
-        author, content = read_record(decode_line(line, source.path, number), source, f"{source.path}:{number}")
+        written, content = read_record(decode_line(line, source.path, number), source, f"{source.path}:{number}")
+        author = author_name(written)
         counts["records"] += 1
         if author is None or author in PSEUDO_AUTHORS:
             counts["without_author" if author is None else "pseudo_author"] += 1
@@ -142,6 +164,7 @@ def tokenise(part: Part, source: Source, words: WordTokens) -> tuple:
             counts["too_short"] += 1  # a single token: nothing predicts it
             continue
         counts["cut"] += cut
+        counts["respelled"] += author != written
         pieces.append(ids)
         lengths.append(len(ids))
         authors.append(author)
@@ -154,36 +177,75 @@ def token_type(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 1 << 16 else np.int32
 
 
-worker_state: dict = {}  # of a tokenising process: what it was started with
-
-
-def start_worker(source: Source) -> None:
-    worker_state["tokenise"] = partial(tokenise, source=source, words=WordTokens(load_tokenizer(source.vocab)))
-
-
-def work(part: Part) -> tuple | UserError:
-    try:
-        return worker_state["tokenise"](part)
-    except UserError as error:
-        return error  # to be raised in file order by the parent
-
-
-def tokenised_parts(parts: list[Part], source: Source, processes: int) -> Iterator[tuple | UserError]:
-    """tokenise() of every part, in order, on several processes where there are several parts."""
-    pool = None
-    if len(parts) > 1 and processes > 1:
+def work(parts: list[Part], source: Source) -> Iterator[tuple | Exception]:
+    """tokenise() of every part, or the error that it met."""
+    words = WordTokens(load_tokenizer(source.vocab))
+    for part in parts:
         try:
-            # Forked, so that they start at once: they only parse and count, and touch neither the GPU nor the ranks.
-            pool = multiprocessing.get_context("fork").Pool(min(processes, len(parts)), start_worker, (source,))
-        except (OSError, ImportError) as error:  # no /dev/shm for its semaphores, or none left; no more processes
-            why = getattr(error, "strerror", None) or error
-            print(f"WARNING: one process tokenises {source.path}, no more can be started ({why})", file=sys.stderr)
-    if pool is None:
-        start_worker(source)
-        yield from map(work, parts)
-        return
-    with pool:
-        yield from pool.imap(work, parts)
+            yield tokenise(part, source, words)
+        except Exception as error:  # raised by write_cache(), in file order
+            yield error
+
+
+def serve(parts: list[Part], source: Source, out: Connection, others: list[Connection]) -> None:
+    """A tokenising process: send the results of its parts to `out`. others: the parent's ends of pipes."""
+    for number in (*signals.URGENT, *signals.WARNINGS):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)  # the script's handlers would raise SystemExit somewhere in here
+    for connection in others:  # open here, they would hide that the parent is gone
+        connection.close()
+    try:
+        for result in work(parts, source):
+            out.send(result)
+    except BrokenPipeError:  # the parent has ended
+        pass
+
+
+def tokenised_parts(parts: list[Part], source: Source, processes: int) -> Generator[tuple | Exception]:
+    """tokenise() of every part, in order, on several processes where there are several parts.
+
+    Process k of P takes the parts k, k + P, k + 2 P, ... and has a pipe of its own. Nothing is shared, so the death of
+    one is seen at once and can block nobody. multiprocessing's Pool waits for ever for a worker that died, and now and
+    then for its own end (a signal that comes before a wait for a lock does not interrupt that wait).
+    """
+    count, started, pipes = min(processes, len(parts)), [], []
+    try:
+        if count > 1:
+            try:
+                # Forked, so that they start at once: they only parse and count, and touch neither the GPU nor the ranks
+                context = multiprocessing.get_context("fork")
+                for k in range(count):
+                    receiver, sender = context.Pipe(duplex=False)
+                    pipes.append(receiver)
+                    with sender:
+                        arguments = (parts[k::count], source, sender, pipes)
+                        worker = context.Process(target=serve, args=arguments, daemon=True)
+                        worker.start()
+                    started.append(worker)
+            except OSError as error:  # no more processes or open files
+                for worker in started:
+                    worker.kill()
+                why = error.strerror or error
+                print(f"WARNING: one process tokenises {source.path}, no more can be started ({why})", file=sys.stderr)
+        if len(started) < max(count, 2):
+            yield from work(parts, source)
+            return
+        for number in range(len(parts)):
+            try:
+                yield pipes[number % count].recv()
+            except EOFError:
+                started[number % count].join()
+                status = started[number % count].exitcode
+                fail(
+                    f"{source.flag} {source.path}: a process that tokenised it ended with status {status}; was it "
+                    "killed, or was no memory left? Start again"
+                )
+    finally:
+        for receiver in pipes:
+            receiver.close()
+        for worker in started:
+            worker.kill()  # at the end all are done, and after an error what they do is of no use
+            worker.join()
 
 
 # ------------------------------------------------------------------ the cache
@@ -238,7 +300,7 @@ def prepare_cache(source: Source, cache_dir: str | None, processes: int | None =
 
 
 def write_cache(folder: str, source: Source, sha256: str, parts: list, processes: int) -> None:
-    facts: Counter = Counter(records=0, without_author=0, pseudo_author=0, too_short=0, cut=0)
+    facts: Counter = Counter(records=0, without_author=0, pseudo_author=0, too_short=0, cut=0, respelled=0)
     numbers: dict[str, int] = {}  # author -> number, by first appearance
     owners, lengths = [], []
     vocab_size = load_tokenizer(source.vocab).vocab_size
@@ -249,9 +311,10 @@ def write_cache(folder: str, source: Source, sha256: str, parts: list, processes
         unit_scale=True,
         disable=not sys.stderr.isatty(),
     )
-    with atomic_write(os.path.join(folder, "tokens.bin"), "wb") as out, bar:
-        for (_, size, *_), result in zip(parts, tokenised_parts(parts, source, processes), strict=True):
-            if isinstance(result, UserError):
+    results = contextlib.closing(tokenised_parts(parts, source, processes))
+    with atomic_write(os.path.join(folder, "tokens.bin"), "wb") as out, bar, results as found:
+        for (_, size, *_), result in zip(parts, found, strict=True):
+            if isinstance(result, Exception):
                 raise result
             ids, part_lengths, authors, counts = result
             out.write(ids.tobytes())
@@ -293,7 +356,9 @@ def open_cache(folder: str) -> Corpus:
 
 
 def describe_left_out(facts: dict) -> str:
+    alike = f"; {facts['respelled']} texts have an author whose name holds needless spaces, characters that show "
+    alike += "nothing or another Unicode form, and count under the plain name"
     return (
         f"left out: {facts['without_author']} records without an author, {facts['pseudo_author']} of "
-        f"{' and '.join(PSEUDO_AUTHORS)}, {facts['too_short']} of a single token"
+        f"{' and '.join(PSEUDO_AUTHORS)}, {facts['too_short']} of a single token{alike if facts['respelled'] else ''}"
     )

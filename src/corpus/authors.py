@@ -25,7 +25,7 @@ class Corpus:
     first   (A + 1,) int64: the texts of author a are first[a] .. first[a + 1] - 1
     keys    (A,) uint64, a digest of each author's name
     facts   "sha256" of the file, "vocab_size", and counts: "records", "without_author", "pseudo_author", "too_short",
-            "cut"
+            "cut", "respelled"
     """
 
     tokens: np.ndarray
