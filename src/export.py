@@ -10,6 +10,8 @@ Where the weights come from runs with a ledger, what each of them spent is said 
 privacy.json beside them, so that a run that starts from here can name it (run/provenance.py).
 """
 
+import base.early  # noqa: F401  # isort: skip  # before slow imports
+
 import json
 import math
 import os
@@ -20,7 +22,7 @@ from torch import Tensor
 
 import loralib as lora
 from base.errors import fail, run_main
-from base.files import atomic_write, read_object
+from base.files import atomic_write, check_link, read_object
 from base.flags import Parser, check_least, check_positive
 from corpus.tokenizer import END_OF_TEXT, FORMS, Tokenizer, load_tokenizer, vocabulary_files
 from model import SLOTS, GPT2Config, GPT2LMModel
@@ -167,6 +169,7 @@ def main() -> None:
     # A killed export has left the same one.
     if os.path.exists(report) and read_object(report, "what another export wrote", "--output") != spent:
         fail(f"--output {args.output}: holds a {provenance.REPORT_NAME} of other weights; choose another folder")
+    check_link(args.output, "--output")
     os.makedirs(args.output, exist_ok=True)
     if spent:
         write_json(report, spent)

@@ -14,6 +14,8 @@ left inside becomes a space, for a line is a text in all files written here. Con
 appearance in --input_file.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before slow imports
+
 import argparse
 import contextlib
 import json
@@ -23,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from base.errors import fail, run_main
-from base.files import BOM, atomic_write, is_text, read_lines
+from base.files import BOM, atomic_write, check_link, is_text, read_lines
 from base.flags import Parser
 from corpus.tokenizer import END_OF_TEXT, VOCAB_HELP, Tokenizer, load_tokenizer
 
@@ -216,6 +218,7 @@ def main() -> None:
     files = reference_files(groups, args.ref_type, args.output_ref_file, args.ref_num)
     files[args.output_pred_file] = [group.prediction or "" for group in groups]
     if args.ref_type != "e2e":
+        check_link(args.output_ref_file, "--output_ref_file")
         os.makedirs(args.output_ref_file, exist_ok=True)
     with contextlib.ExitStack() as stack:  # all are renamed to their names once all are written
         for path, lines in files.items():

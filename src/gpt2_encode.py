@@ -8,6 +8,8 @@ Input: JSON lines with the strings "context" and "completion" (other keys are ig
 <|endoftext|> to the context, --add_eos to the completion. The output is written whole or not at all.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before slow imports
+
 import itertools
 import json
 import sys
