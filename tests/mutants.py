@@ -55,6 +55,7 @@ CANCEL = ("test_rounding.py::test_positions_that_cancel_in_float32",)
 TIED = ("test_rounding.py::test_lookups_and_head_that_cancel",)
 ALIGNED = ("test_rounding.py::test_no_data_move_the_sum_by_more_than_the_noise_pays_for",)
 ROWS = ("test_clipping.py::test_units_of_several_texts",)
+ALIKE = ("test_author_cache.py::test_names_that_look_alike_are_one_author",)
 CHANCE = ("test_accounting_exact.py::test_a_small_chance_of_a_draw_is_a_chance",)
 MANY = ("test_accounting_exact.py::test_the_rounding_of_many_steps_is_paid_for",)
 WITHOUT = ("test_gpt2_ft.py::test_steps_without_noise_are_not_forgotten",)
@@ -141,6 +142,8 @@ MUTANTS = (
            (("bound = self.C / math.sqrt(norms_sq.shape[1])", "bound = self.C"),), LOOP),
     Mutant("no unit clipped", CLIPPING,
            ((FACTORS, f"{FACTORS}\n                factors = torch.ones_like(factors)"),), LOOP),
+    Mutant("names that look alike are several authors", "corpus/author_cache.py",
+           (("author = author_name(written)", "author = written or None"),), ALIKE),
     Mutant("texts clipped in place of units", CLIPPING,
            (("U = self.batch.units\n", "U = len(self.batch.ids)\n"),), ROWS),
     Mutant("units without a finite gradient let through", CLIPPING,
