@@ -14,6 +14,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 FOLDERS = ("src", "scripts/tables", "scripts/benchmarks", "scripts/demo")
 sys.path[1:1] = [os.path.join(ROOT, folder) for folder in FOLDERS]
 
+import base.early  # noqa: F401  # isort: skip  # before slow imports
 from base.errors import fail, run_main
 
 PROGRAMS = """

@@ -12,6 +12,8 @@ privacy.json beside them, so that a run that starts from here can name it (run/p
 card: it says what the training promises (run/card.py), or that nothing is claimed.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before slow imports
+
 import json
 import math
 import os
@@ -24,7 +26,7 @@ from torch import Tensor
 
 import loralib as lora
 from base.errors import fail, run_main
-from base.files import atomic_write, open_text, read_object
+from base.files import atomic_write, check_link, open_text, read_object
 from base.flags import Parser, check_least, check_positive
 from corpus.gpt2_tokenizer import END_OF_TEXT
 from corpus.tokenizer import FORMS, Tokenizer, companion_files, foreign_vocabulary, is_gpt2_s, load_tokenizer
@@ -212,6 +214,7 @@ def main() -> None:
         with open_text(readme, "--output") as page:
             if page.read() != text:
                 fail(f"--output {args.output}: holds a {README} of something else; choose another folder")
+    check_link(args.output, "--output")
     os.makedirs(args.output, exist_ok=True)
     write_text(readme, text)
     if spent:

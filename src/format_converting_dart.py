@@ -7,6 +7,8 @@ object a line; annotations may be one object of lists, {"source": [...], "text":
 {"context": "subject : relation : object | ...", "completion": text}, relations in lower case.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before slow imports
+
 import argparse
 from collections.abc import Iterator
 

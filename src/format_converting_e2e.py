@@ -6,6 +6,8 @@ A line is stripped of white space at both ends and split at its first `||`; it b
 `{"context": ..., "completion": ...}`, ASCII-escaped. The output is written whole or not at all.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before slow imports
+
 import json
 import re
 import sys

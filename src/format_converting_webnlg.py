@@ -9,6 +9,8 @@ In: the challenge's JSON, {"entries": [{"1": {"category", "lexicalisations", "mo
 that the challenge's annotators judged "good" are taken, and of one language; a text that names none is English.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before slow imports
+
 import argparse
 from collections.abc import Iterator
 from xml.etree.ElementTree import Element

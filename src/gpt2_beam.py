@@ -29,7 +29,7 @@ from tqdm import tqdm
 import loralib as lora
 from base.distributed import World, start
 from base.errors import fail, run_main
-from base.files import atomic_write, read_lines
+from base.files import atomic_write, check_link, read_lines
 from base.flags import REQUIRED, Given, SettingsParser, flag, spelled
 from corpus.tokenizer import foreign_vocabulary, load_tokenizer
 from decoding.beam_search import SearchSettings, beam_search
@@ -258,6 +258,7 @@ def prepare(flags: Flags, world: World, journal: Journal) -> tuple[LanguageModel
         return model, Work(settings, contexts, of_line, {}, {})
     search_identity = identity(model, contexts, settings, flags.bf16)
     done = journal.read(search_identity) if flags.resume else {}
+    check_link(flags.work_dir, "--work_dir")
     try:
         os.makedirs(flags.work_dir, exist_ok=True)
     except OSError as error:

@@ -14,6 +14,8 @@ stripped; a line break, a NUL or a byte-order mark left inside becomes a space, 
 written here. Contexts stand in the order of their first appearance in --input_file.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before slow imports
+
 import argparse
 import contextlib
 import json
@@ -23,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from base.errors import fail, run_main
-from base.files import BOM, atomic_write, is_text, read_lines
+from base.files import BOM, atomic_write, check_link, is_text, read_lines
 from base.flags import Parser
 from corpus.gpt2_tokenizer import END_OF_TEXT
 from corpus.tokenizer import VOCAB_HELP, Tokenizer, load_tokenizer
@@ -217,6 +219,7 @@ def main() -> None:
     files = reference_files(groups, args.ref_type, args.output_ref_file, args.ref_num)
     files[args.output_pred_file] = [group.prediction or "" for group in groups]
     if args.ref_type != "e2e":
+        check_link(args.output_ref_file, "--output_ref_file")
         os.makedirs(args.output_ref_file, exist_ok=True)
     with contextlib.ExitStack() as stack:  # all are renamed to their names once all are written
         for path, lines in files.items():

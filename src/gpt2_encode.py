@@ -10,6 +10,8 @@ context begins with the tokens that transformers puts in front of a text: none f
 written whole or not at all.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before slow imports
+
 import itertools
 import json
 import sys

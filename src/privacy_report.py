@@ -17,6 +17,8 @@ ledger does not know (what else was disclosed) and is compared with it. Runs on 
 Status: 0; 1 where privacy.json does not say what the ledger says; 2 for a ledger or a flag that cannot be used.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before slow imports
+
 import math
 import os
 import sys

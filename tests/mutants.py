@@ -58,6 +58,7 @@ CANCEL = ("test_rounding.py::test_positions_that_cancel_in_float32",)
 TIED = ("test_rounding.py::test_lookups_and_head_that_cancel",)
 ALIGNED = ("test_rounding.py::test_no_data_move_the_sum_by_more_than_the_noise_pays_for",)
 ROWS = ("test_clipping.py::test_units_of_several_texts",)
+ALIKE = ("test_author_cache.py::test_names_that_look_alike_are_one_author",)
 CHANCE = ("test_accounting_exact.py::test_a_small_chance_of_a_draw_is_a_chance",)
 MANY = ("test_accounting_exact.py::test_the_rounding_of_many_steps_is_paid_for",)
 LOSSES = "privacy/loss_grid.py"
@@ -172,6 +173,8 @@ MUTANTS = (
            ("test_llama.py::test_logits_and_gradients_equal_hugging_face",)),
     Mutant("no unit clipped", CLIPPING,
            ((FACTORS, f"{FACTORS}\n                factors = torch.ones_like(factors)"),), LOOP),
+    Mutant("names that look alike are several authors", "corpus/records.py",
+           (("name = unit_name(written)", "name = written or None"),), ALIKE),
     Mutant("texts clipped in place of units", CLIPPING,
            (("U = self.batch.units\n", "U = len(self.batch.ids)\n"),), ROWS),
     Mutant("units without a finite gradient let through", CLIPPING,

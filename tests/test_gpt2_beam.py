@@ -237,6 +237,21 @@ def test_a_journal_s_format(tmp_path, monkeypatch, capsys, number, words):
     assert (tmp_path / "predict.jsonl").read_text() == (tmp_path / "fresh" / "predict.jsonl").read_text()
 
 
+@pytest.mark.parametrize("first, words", [
+    *((first, "damaged") for first in ('{"format": 1, "chec', "", "\0\0\0", "[" * 100000, "1")),
+    ("{}", "other checkpoint and data and flags")])
+def test_a_journal_without_its_first_line_is_refused(tmp_path, monkeypatch, first, words):
+    """It alone says which search the results are of: they were taken for this one's."""
+    old = ROOT / "tests" / "fixtures" / "unnumbered"
+    journal = tmp_path / "predict.jsonl.journal.0"
+    journal.write_text(f'{first}\n{{"context": 0, "predict": [1, 2]}}\n')
+    before = journal.read_bytes()
+    with pytest.raises(UserError, match=f"--resume:? {journal}(:1:| is of a search with) {words}"):
+        run_here(monkeypatch, ["--data", old / "contexts.jsonl", "--init_checkpoint", old, "--seq_len", 6, "--eval_len",
+                               3, "--work_dir", tmp_path, "--output_file", "predict.jsonl", "--resume"])
+    assert journal.read_bytes() == before
+
+
 def test_a_new_journal_has_its_format(project, tmp_path, monkeypatch):
     monkeypatch.setattr("decoding.journal.Journal.remove", lambda self: None)
     run_here(monkeypatch, flags(project, tmp_path, "--beam", 1))

@@ -22,7 +22,7 @@ import java
 import ngrams
 from bootstrap import Comparison, Metric, compare
 from command import Parser, check_files, run, whole_file
-from segments import Segments, UserError, load_segments
+from segments import Segments, UserError, load_segments, note_unicode_forms
 
 RULE = "=============="
 
@@ -188,6 +188,7 @@ def main() -> None:
 
     for path, texts in zip((args.sys_file, args.compare), systems, strict=False):
         note_short_outputs(path, texts)
+        note_unicode_forms(path, segments.references, texts)
     metrics, *others = score_systems(segments.references, systems, args.java_timeout)
     comparisons = compare(metrics, others[0], args.bootstrap_samples, args.bootstrap_seed) if others else []
 

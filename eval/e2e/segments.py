@@ -10,7 +10,10 @@ import csv
 import os
 import re
 import sys
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 # Words that tell what a column holds where its header begins with one.
 SOURCE_HEADER = re.compile(r"mr|src|source|meaning|da|dial(ogue)?[_ .-]act", re.IGNORECASE)
@@ -34,6 +37,21 @@ class Segments:
     sources: list[str]
     references: list[list[str]]
     outputs: list[str]
+
+
+def note_unicode_forms(name: str, references: Iterable[Iterable[str]], outputs: Iterable[str]) -> None:
+    """Print a note where the letters of one side alone are composed (NFC): the same word is another one then."""
+    spoiled = [
+        any(not unicodedata.is_normalized("NFC", text) for text in texts)
+        for texts in (chain.from_iterable(references), outputs)
+    ]
+    if spoiled[0] != spoiled[1]:
+        side, other = ("references", "outputs") if spoiled[0] else ("outputs", "references")
+        print(
+            f"note: {name}: the {side} hold letters with accents of their own (Unicode form NFD), which the {other} do "
+            "not: words that look the same count as different; convert both to NFC",
+            file=sys.stderr,
+        )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from sacrebleu.metrics import BLEU, CHRF, TER
 import caption_metrics
 import java
 from command import Parser, check_files, run, whole_file
-from segments import Segments, UserError, load_segments
+from segments import Segments, UserError, load_segments, note_unicode_forms
 
 # Cells of sacrebleu's table of edits, words of an output times words of a reference: it takes 8 bytes for each, and
 # keeps some tables. A text of this length has lost its line ends.
@@ -100,6 +100,7 @@ def main() -> None:
     for name, segments in sets.items():
         check_lengths(name, segments)
         note_untokenized(name, segments)
+        note_unicode_forms(name, segments.references, segments.outputs)
     with java.Meteor(args.java_timeout) as meteor:
         rows = meteor.statistics(
             list(chain.from_iterable(s.references for s in sets.values())),

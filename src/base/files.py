@@ -102,6 +102,12 @@ def check_file(path: str, flag: str = "") -> None:
         fail(f"{what}: is a pipe or a device, and is read more than once; put a file with its content into its place")
 
 
+def check_link(folder: str, flag: str) -> None:
+    """Raise UserError for a link to a folder that is not there: making it fails with "File exists"."""
+    if os.path.islink(folder) and not os.path.exists(folder):
+        fail(f"{flag} {folder}: is a link to {os.readlink(folder)}, which is not there; make that, or name another one")
+
+
 def decode_line(line: bytes, path: str, number: int) -> str:
     """Line `number` (from 1) of the UTF-8 text file `path`, without its end, a line feed with or without carriage
     returns before it. A byte-order mark at the start of the file is dropped.

@@ -12,6 +12,14 @@ from typing import Any, NoReturn
 from base.errors import fail
 
 
+def given_text(value: str) -> str:
+    """The text of a flag, which is perhaps a path in a home folder. An empty one is refused: it is not the absence of
+    the flag, and as a path it has no name to be told by."""
+    if not value:
+        raise argparse.ArgumentTypeError("is empty; is a variable of the shell not set? Give a value, or leave it out")
+    return os.path.expanduser(value)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes no abbreviations and reports a mistake in one line.
 
@@ -21,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
-        self.register("type", None, os.path.expanduser)  # what is done with the flags that have no type
+        self.register("type", None, given_text)  # what is done with the flags that have no type
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; see --help", on_every_rank=True)

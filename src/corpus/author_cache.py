@@ -7,22 +7,25 @@ renamed: whole or not there.
 Shapes: n texts, A authors, or other units.
 """
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import secrets
 import shutil
+import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Generator, Iterator
 from itertools import chain
+from multiprocessing.connection import Connection
 
 import numpy as np
 from tqdm import tqdm
 
-from base.errors import UserError, fail
+from base import signals
+from base.errors import fail
 from base.files import atomic_write, check_file, decode_line, open_text
 from corpus.authors import Corpus
 from corpus.records import (
@@ -37,7 +40,7 @@ from corpus.records import (
 )
 from corpus.tokenizer import digest_vocab, load_tokenizer
 
-FORMAT = 1  # of the cache; another number makes every older cache void
+FORMAT = 2  # of the cache; another number makes every older cache void
 CHUNK = 1 << 23  # bytes of the corpus that a process tokenises at a time
 PROCESSES = 8  # most that tokenise at once: with some 120 MB each they stay under 1 GB on a machine of many cores
 
@@ -90,6 +93,7 @@ def tokenise(part: Part, source: Source, words: WordTokens) -> tuple:
             counts["too_short"] += 1  # a single token, which nothing predicts, or a prompt that leaves no room
             continue
         counts["cut"] += cut
+        counts["respelled"] += record.respelled
         pieces.append(ids)
         lengths.append(len(ids))
         scored.append(first)
@@ -103,36 +107,75 @@ def token_type(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 1 << 16 else np.int32
 
 
-worker_state: dict = {}  # of a tokenising process: what it was started with
-
-
-def start_worker(source: Source) -> None:
-    worker_state["tokenise"] = partial(tokenise, source=source, words=WordTokens(load_tokenizer(source.vocab)))
-
-
-def work(part: Part) -> tuple | UserError:
-    try:
-        return worker_state["tokenise"](part)
-    except UserError as error:
-        return error  # to be raised in file order by the parent
-
-
-def tokenised_parts(parts: list[Part], source: Source, processes: int) -> Iterator[tuple | UserError]:
-    """tokenise() of every part, in order, on several processes where there are several parts."""
-    pool = None
-    if len(parts) > 1 and processes > 1:
+def work(parts: list[Part], source: Source) -> Iterator[tuple | Exception]:
+    """tokenise() of every part, or the error that it met."""
+    words = WordTokens(load_tokenizer(source.vocab))
+    for part in parts:
         try:
-            # Forked, so that they start at once: they only parse and count, and touch neither the GPU nor the ranks.
-            pool = multiprocessing.get_context("fork").Pool(min(processes, len(parts)), start_worker, (source,))
-        except (OSError, ImportError) as error:  # no /dev/shm for its semaphores, or none left; no more processes
-            why = getattr(error, "strerror", None) or error
-            print(f"WARNING: one process tokenises {source.path}, no more can be started ({why})", file=sys.stderr)
-    if pool is None:
-        start_worker(source)
-        yield from map(work, parts)
-        return
-    with pool:
-        yield from pool.imap(work, parts)
+            yield tokenise(part, source, words)
+        except Exception as error:  # raised by write_cache(), in file order
+            yield error
+
+
+def serve(parts: list[Part], source: Source, out: Connection, others: list[Connection]) -> None:
+    """A tokenising process: send the results of its parts to `out`. others: the parent's ends of pipes."""
+    for number in (*signals.URGENT, *signals.WARNINGS):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)  # the script's handlers would raise SystemExit somewhere in here
+    for connection in others:  # open here, they would hide that the parent is gone
+        connection.close()
+    try:
+        for result in work(parts, source):
+            out.send(result)
+    except BrokenPipeError:  # the parent has ended
+        pass
+
+
+def tokenised_parts(parts: list[Part], source: Source, processes: int) -> Generator[tuple | Exception]:
+    """tokenise() of every part, in order, on several processes where there are several parts.
+
+    Process k of P takes the parts k, k + P, k + 2 P, ... and has a pipe of its own. Nothing is shared, so the death of
+    one is seen at once and can block nobody. multiprocessing's Pool waits for ever for a worker that died, and now and
+    then for its own end (a signal that comes before a wait for a lock does not interrupt that wait).
+    """
+    count, started, pipes = min(processes, len(parts)), [], []
+    try:
+        if count > 1:
+            try:
+                # Forked, so that they start at once: they only parse and count, and touch neither the GPU nor the ranks
+                context = multiprocessing.get_context("fork")
+                for k in range(count):
+                    receiver, sender = context.Pipe(duplex=False)
+                    pipes.append(receiver)
+                    with sender:
+                        arguments = (parts[k::count], source, sender, pipes)
+                        worker = context.Process(target=serve, args=arguments, daemon=True)
+                        worker.start()
+                    started.append(worker)
+            except OSError as error:  # no more processes or open files
+                for worker in started:
+                    worker.kill()
+                why = error.strerror or error
+                print(f"WARNING: one process tokenises {source.path}, no more can be started ({why})", file=sys.stderr)
+        if len(started) < max(count, 2):
+            yield from work(parts, source)
+            return
+        for number in range(len(parts)):
+            try:
+                yield pipes[number % count].recv()
+            except EOFError:
+                started[number % count].join()
+                status = started[number % count].exitcode
+                fail(
+                    f"{source.flag} {source.path}: a process that tokenised it ended with status {status}; was it "
+                    "killed, or was no memory left? Start again"
+                )
+    finally:
+        for receiver in pipes:
+            receiver.close()
+        for worker in started:
+            worker.kill()  # at the end all are done, and after an error what they do is of no use
+            worker.join()
 
 
 # ------------------------------------------------------------------ the cache
@@ -177,7 +220,7 @@ def prepare_cache(source: Source, cache_dir: str | None, processes: int | None =
 
 
 def write_cache(folder: str, source: Source, sha256: str, parts: list, processes: int) -> None:
-    facts: Counter = Counter(records=0, without_author=0, pseudo_author=0, too_short=0, cut=0)
+    facts: Counter = Counter(records=0, without_author=0, pseudo_author=0, too_short=0, cut=0, respelled=0)
     numbers: dict[str, int] = {}  # author -> number, by first appearance
     keys: list[int] = []
     owners, lengths, scored = [], [], []
@@ -190,9 +233,10 @@ def write_cache(folder: str, source: Source, sha256: str, parts: list, processes
         unit_scale=True,
         disable=not sys.stderr.isatty(),
     )
-    with atomic_write(os.path.join(folder, "tokens.bin"), "wb") as out, bar:
-        for (_, size, *_), result in zip(parts, tokenised_parts(parts, source, processes), strict=True):
-            if isinstance(result, UserError):
+    results = contextlib.closing(tokenised_parts(parts, source, processes))
+    with atomic_write(os.path.join(folder, "tokens.bin"), "wb") as out, bar, results as found:
+        for (_, size, *_), result in zip(parts, found, strict=True):
+            if isinstance(result, Exception):
                 raise result
             ids, part_lengths, part_scored, units, counts = result
             out.write(ids.tobytes())
@@ -248,4 +292,7 @@ def describe_left_out(facts: dict, unit: str = "author", pairs: bool = False) ->
     owner = f"{facts['without_author']} records without {'an author' if unit == 'author' else f'a {unit}'}, "
     pseudo = f"{facts['pseudo_author']} of {' and '.join(PSEUDO_AUTHORS)}, "
     short = f"{facts['too_short']} {'whose prompts leave no room' if pairs else 'of a single token'}"
-    return f"left out: {'' if unit == 'line' else owner}{pseudo if unit == 'author' else ''}{short}"
+    alike = f"; {facts['respelled']} texts have {'an author' if unit == 'author' else f'a {unit}'} whose name holds "
+    alike += "needless spaces, characters that show nothing or another Unicode form, and count under the plain name"
+    left_out = f"left out: {'' if unit == 'line' else owner}{pseudo if unit == 'author' else ''}{short}"
+    return left_out + (alike if facts["respelled"] else "")

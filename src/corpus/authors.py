@@ -27,7 +27,7 @@ class Corpus:
     first   (A + 1,) int64: the texts of author a are first[a] .. first[a + 1] - 1
     keys    (A,) uint64, a digest of each author's name
     facts   "sha256" of the file, "vocab_size", "unit" (the word for it), "pairs" (of prompt and completion), and
-            counts: "records", "without_author", "pseudo_author", "too_short", "cut"
+            counts: "records", "without_author", "pseudo_author", "too_short", "cut", "respelled"
     scored  (n,) int32, by author: the first scored token of each text; None: the second token of each
     """
 

@@ -3,8 +3,8 @@
 Two forms, of which a file has one:
   {"author": "...", "content": "..."}       a text; every token but the first is scored
   {"prompt": "...", "completion": "..."}    the completion alone is scored
-The unit is the value of a field (author, patient, conversation). A prompt and its completion need none: without one the
-unit is the line.
+The unit is the value of a field (author, patient, conversation); unit_name() says which values are one. A prompt and
+its completion need no such field: without one the unit is the line.
 
 Prompt and completion are joined as they stand: no space or line break comes between. They are tokenised apart, so no
 token spans both. The line's tokens are: what transformers puts in front of a text (bos for Llama, nothing for GPT-2),
@@ -16,6 +16,7 @@ token.
 import hashlib
 import json
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -29,6 +30,9 @@ CACHED_WORDS = 1 << 18  # these cover 98 % of the words of an English corpus, in
 # Splits a text without changing a token: a space behind something that is no space always begins a new piece of GPT-2's
 # pre-tokenisation, so the tokens of a text are those of its words, one after the other.
 WORDS = re.compile(r"(?<=\S)(?= )")
+# Characters that show nothing, beside white space and those of the categories Cc and Cf: Unicode's
+# Default_Ignorable_Code_Point, and the blank Braille pattern.
+BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]")
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Record:
-    """unit: the value of its field; None where it is empty. texts: of Source.texts."""
+    """unit: unit_name() of its field's value; None where it is empty. texts: of Source.texts. respelled: whether the
+    field is written in another way."""
 
     unit: str | None
     texts: tuple[str, ...]
+    respelled: bool = False
 
 
 def with_form(source: Source) -> Source:
@@ -128,8 +134,24 @@ def read_record(line: str, source: Source, where: str) -> Record:
         fail(f"{where}: {source.texts[-1]!r} is empty; remove the line")
     if source.owner_field is None:  # lines that are alike are units of their own with one name
         return Record(hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:32], texts)
-    owner = record[source.owner_field]
-    return Record(None if owner is None or owner == "" else str(owner), texts)
+    written = record[source.owner_field]
+    written = None if written is None else str(written)
+    name = unit_name(written)
+    return Record(name, texts, name != written)
+
+
+def unit_name(written: str | None) -> str | None:
+    """The name under which a unit counts; None for none. One person must not be two units, so names that no reader can
+    tell apart are one: in either Unicode form (NFC, NFD), with other white space, or with characters that show
+    nothing."""
+    if written is None or (written.isascii() and written.isprintable() and " " not in written):
+        return written or None
+    shown = "".join(
+        letter
+        for letter in written
+        if letter.isspace() or not (unicodedata.category(letter) in ("Cc", "Cf") or BLANK.match(letter))
+    )
+    return " ".join(unicodedata.normalize("NFC", shown).split()) or None
 
 
 # ------------------------------------------------------------------ in tokens

@@ -3,7 +3,7 @@
 OUTPUT.journal.RANK, one file a rank, holds a line of JSON a record. The first says which search it is:
 {"format": FORMAT, ...its identity}; the files of format 1 that earlier versions wrote lack the number. The others are
 {"context": index of a context, "predict": [its tokens]}. A line that a kill tore is ignored, and its context searched
-again.
+again; without a whole first line the file is refused.
 """
 
 import errno
@@ -67,9 +67,14 @@ class Journal:
             for number, line in enumerate(lines, start=1):
                 try:
                     record = json.loads(line)
-                except ValueError:
-                    continue
+                except (ValueError, RecursionError):
+                    record = None
                 if not isinstance(record, dict):  # what a kill left of a line can be a number
+                    if number == 1 and line.endswith(b"\n"):  # open() begins a file anew that a kill left without this
+                        fail(
+                            f"--resume {file}:1: damaged, and it alone says which search the file is of; restore it, "
+                            "or leave --resume out"
+                        )
                     continue
                 if number == 1:
                     check_format(record.get("format"), FORMAT, f"--resume {file}:1")

@@ -233,8 +233,9 @@ class Ledger:
         differing = [key for key in MUST_MATCH if last[key] != self.settings[key] and key not in changed]
         if differing:
             what = ", ".join(f"{key} {last[key]} there, {self.settings[key]} here" for key in differing)
+            data = " (the training data have changed, or are others)" if "N" in differing else ""
             fail(
-                f"--resume: {self.path} is of a run with other settings: {what}; "
+                f"--resume: {self.path} is of a run with other settings: {what}{data}; "
                 f"if that is meant, say so with --resume_changed {' '.join(differing)}"
             )
 

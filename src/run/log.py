@@ -12,7 +12,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from base.errors import fail
-from base.files import atomic_write, check_file, lock, read_object
+from base.files import atomic_write, check_file, check_link, lock, read_object
 
 
 class WorkDir:
@@ -20,15 +20,19 @@ class WorkDir:
 
     def __init__(self, path: str, must_exist: bool = False, flag: str = "--work_dir"):
         self.path, self.tensorboard, self.torn_dropped = path, None, False
+        check_link(path, flag)
         if must_exist and not os.path.isdir(path):
             fail(f"--resume: {flag} {path} does not exist, there is nothing to continue")
         try:
             os.makedirs(path, exist_ok=True)
             for name in (".lock", "args.json", "metrics.jsonl", "privacy.json"):  # before a step is drawn
-                check_file(os.path.join(path, name))
+                check_file(file := os.path.join(path, name))
+                if os.path.exists(file):  # of an earlier attempt, perhaps another user's
+                    open(file, "ab").close()
             self.lock = open(os.path.join(path, ".lock"), "a+")
         except OSError as error:
-            fail(f"{flag} {path}: cannot be written ({error.strerror})")
+            what = "" if error.filename in (None, path) else f": {error.filename}"
+            fail(f"{flag} {path}: cannot be written ({error.strerror}{what})")
         try:
             lock(self.lock.fileno())  # where there are no locks, the ledger says so and watches its own file
         except BlockingIOError:

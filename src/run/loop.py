@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from base import signals
 from base.distributed import World
-from base.errors import fail
+from base.errors import UserError, fail
 from corpus.batching import Cut, TightCut
 from language_model import LanguageModel
 from losses import token_losses
@@ -27,6 +27,7 @@ from run.log import Display, Meter, WorkDir
 from run.settings import Settings
 from run.task import Data, Learner, Position, Task
 from weights import checkpoint
+from weights.checkpoint import Loaded
 
 # What a step sums over the ranks beside the gradient: sum of losses, units, real tokens, texts, ranks asked to stop.
 EXTRA = 5
@@ -106,6 +107,7 @@ class Trainer:
         self.world, self.settings, self.task, self.learner, self.plan = world, settings, task, learner, plan
         self.model, self.work, self.done = learner.loaded.model, work, position.done
         self.saved = position.done if position.done else -1
+        self.whole = True  # whether the parameters are those of step `done`, and finite
         self.stop = StopRequest()
         self.last = min(task.steps, task.last_step or task.steps)
         before = position.progress or {"loss": 0.0, "units": 0.0, "seconds": 0.0}
@@ -142,6 +144,9 @@ class Trainer:
             if self.saved != self.done:
                 self.save()
             self.close_report(ended=not stopped)
+        except Exception:
+            self.rescue()
+            raise
         finally:
             self.display.close()
         if stopped:
@@ -179,6 +184,7 @@ class Trainer:
         lr, grad_norm, most = self.task.lr(self.done), norm(grad), settings.optimizer.clip
         if most > 0:
             grad.mul_((most / grad_norm).clamp(max=1.0))
+        self.whole = False
         self.learner.optimizer.step(grad, lr)
         self.done += 1
         total, units, tokens, texts, asked = flat.extra.tolist()
@@ -192,6 +198,7 @@ class Trainer:
                 "the last checkpoint",
                 on_every_rank=True,
             )
+        self.whole = True
         return asked > 0
 
     # ---------------------------------------------------------------- between steps
@@ -305,6 +312,14 @@ class Trainer:
                 f"({error.strerror}); the one before is intact: make room and --resume"
             )
 
+    def rescue(self) -> None:
+        """Save what is charged and done, where an error ends the run: another rank died, a file cannot be written.
+        Rank 0 alone, without a collective. The error itself is what is told, also where this fails too."""
+        if self.whole and self.world.is_main and 0 < self.done != self.saved:
+            with contextlib.suppress(UserError, OSError):
+                self.save_files()
+                self.display.say(f"saved {checkpoint.model_path(self.work.path, self.done)}")
+
     def finish(self) -> bool:
         """The last log line, of the steps since the one before, and the last evaluation. Returns whether any rank was
         asked to stop, which leaves the evaluation to --resume."""
@@ -371,8 +386,9 @@ class Trainer:
         )
 
 
-def resume(work_dir: str, model: LanguageModel, optimizer: AdamW) -> Position:
+def resume(work_dir: str, loaded: Loaded, optimizer: AdamW) -> Position:
     """Load parameters and optimizer from the newest checkpoint of `work_dir`; returns the position of the run.
+    UserError where the frozen weights of `loaded` are not those that the checkpoint's adapters were trained on.
 
     A run that was killed before its first checkpoint starts again from its initial weights; its ledger keeps what it
     spent.
@@ -380,7 +396,14 @@ def resume(work_dir: str, model: LanguageModel, optimizer: AdamW) -> Position:
     step = checkpoint.latest_resumable(work_dir)
     if step is None:
         return Position()
-    state = checkpoint.load_resumable(work_dir, step, model)  # the parameters are views: this fills the flat buffer
+    # the parameters are views: this fills the flat buffer
+    state = checkpoint.load_resumable(work_dir, step, loaded.model)
+    before, now = ((base or {}).get("fingerprint") for base in (state["base"], loaded.base))
+    if before not in (None, now):
+        fail(
+            f"--resume {checkpoint.model_path(work_dir, step)}: its adapters were trained on other frozen weights than "
+            f"{loaded.path} holds now; restore that file, or start in a new folder"
+        )
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:

@@ -204,7 +204,7 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
             }
             ledger = open_ledger(work, settings, planned, recorded, world.size)
         if resumes:
-            position = loop.resume(folder, loaded.model, optimizer)
+            position = loop.resume(folder, loaded, optimizer)
         if world.is_main:
             if resumes:
                 check_ledger_is_whole(work, ledger, position)

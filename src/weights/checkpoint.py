@@ -392,7 +392,7 @@ def latest_resumable(work_dir: str) -> int | None:
 
 def load_resumable(work_dir: str, step: int, model: LanguageModel) -> dict:
     """Copy the trained parameters of step `step` into `model`. Returns the optimizer's state, with the model file's
-    `privacy` beside it. UserError where the step is of another model."""
+    `privacy` and `base` beside it. UserError where the step is of another model."""
     path = model_path(work_dir, step)
     content, weights = read_weights(path, "--resume")
     wanted = {name: parameter for name, parameter in model.named_parameters() if name in weights}
@@ -410,4 +410,4 @@ def load_resumable(work_dir: str, step: int, model: LanguageModel) -> dict:
     path = optimizer_path(work_dir, step)
     state = read_file(path, "--resume")
     check_format(state.pop("format", None), FORMAT, f"--resume {path}")
-    return {**state, "privacy": content.get("privacy")}
+    return {**state, "privacy": content.get("privacy"), "base": content.get("base")}

@@ -3,6 +3,9 @@
 import os
 from dataclasses import dataclass
 
+import pytest
+
+from base.errors import UserError
 from base.flags import Parser, SettingsParser, flag
 from helpers.processes import ROOT
 
@@ -29,6 +32,13 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     given, section = parser.parse_settings(["--folder=~/w", "--files", "~/a", "b"])
     assert section == Section(folder="/home/of a user/w", files=("/home/of a user/a", "b"))
     assert given.values["folder"] == section.folder and given.explicit == {"folder", "files"}
+
+
+@pytest.mark.parametrize("words", [["--folder", ""], ["--folder="], ["--files", "a", ""]])
+def test_an_empty_text_is_refused(words):
+    """As from a variable of the shell that is not set: the flag is not absent, and "" as a path names nothing."""
+    with pytest.raises(UserError, match=f"{words[0].strip('=')}: is empty; is a variable of the shell not set"):
+        SettingsParser({"section": Section}, unit="unit").parse_settings(words)
 
 
 def test_every_script_parses_so():

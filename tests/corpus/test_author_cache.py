@@ -1,19 +1,25 @@
 """The cache of tokenised texts: what is read, what it holds, what interrupts it."""
 
+import contextlib
 import errno
 import itertools
 import json
+import multiprocessing
 import os
 import random
+import shutil
+import signal
 import string
+import sys
 from collections import defaultdict
 
+import numpy as np
 import pytest
 
 from base.errors import UserError
 from corpus import author_cache, records
 from corpus.author_cache import open_cache, prepare_cache
-from corpus.records import Source, WordTokens
+from corpus.records import Source, WordTokens, unit_name
 from corpus.tokenizer import load_tokenizer
 from helpers.processes import ROOT
 
@@ -126,20 +132,98 @@ def test_a_full_disk_leaves_no_cache(tmp_path, monkeypatch, nth):
     assert len(open_cache(prepare_cache(source(path), str(tmp_path / "cache"), 1)).first) == 10
 
 
-@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOSYS, errno.ENOSPC, errno.EAGAIN])
-def test_where_no_process_can_be_added_one_tokenises(tmp_path, monkeypatch, capsys, number):
-    """No /dev/shm for semaphores, a full one, no more processes: not the fault of --cache_dir."""
-    def refuse(*arguments, **keywords):
-        raise OSError(number, os.strerror(number))
+@pytest.mark.parametrize("name, number", [("fork", errno.EAGAIN), ("fork", errno.ENOMEM), ("pipe", errno.EMFILE)])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_where_no_process_can_be_added_one_tokenises(tmp_path, monkeypatch, capsys, name, number, nth):
+    """No more processes, memory or open files, for the first or the second: not the fault of --cache_dir. Semaphores,
+    which need /dev/shm, are not used."""
+    left, real = [nth], getattr(os, name)
+
+    def refuse(*arguments):
+        left[0] -= 1
+        if left[0] < 1:
+            raise OSError(number, os.strerror(number))
+        return real(*arguments)
 
     monkeypatch.setattr(author_cache, "CHUNK", 1000)
     path = write(tmp_path / "train.jsonl", some_records(50, 9))
     usual = texts_by_author(open_cache(prepare_cache(source(path), str(tmp_path / "several"), 2)))
-    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", None)
+    monkeypatch.setattr(os, name, refuse)
     alone = texts_by_author(open_cache(prepare_cache(source(path), str(tmp_path / "one"), 2)))
     assert alone == usual
     err = capsys.readouterr().err
     assert err.count("WARNING") == 1 and f"no more can be started ({os.strerror(number)})" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_dies_is_told(tmp_path, monkeypatch, number):
+    """As where no memory is left: the system kills one, and nobody waits for what it would have said. A handler of the
+    script's, here one that does nothing, is not the process's."""
+    path, real = write(tmp_path / "train.jsonl", some_records(200, 9)), author_cache.read_record
+
+    def killed(line, source, where):
+        if where.endswith(":100"):
+            os.kill(os.getpid(), number)
+        return real(line, source, where)
+
+    monkeypatch.setattr(author_cache, "CHUNK", 500)
+    monkeypatch.setattr(author_cache, "read_record", killed)
+    with handled(signal.SIGTERM, lambda *_: None), handled(signal.SIGALRM, give_up):
+        signal.alarm(60)
+        with pytest.raises(UserError, match=f"--train_file .*that tokenised it ended with status -{number}.*memory"):
+            prepare_cache(source(path), None, 2)
+        signal.alarm(0)
+    assert not multiprocessing.active_children() and os.listdir(tmp_path / ".author_cache") == []
+
+
+@contextlib.contextmanager
+def handled(number, handler):
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def give_up(number, frame):
+    raise AssertionError("hangs")
+
+
+@pytest.mark.slow
+def test_many_corpora_one_after_the_other_are_tokenised(tmp_path, monkeypatch):
+    """One of some 100 pools of multiprocessing's never ended."""
+    monkeypatch.setattr(author_cache, "CHUNK", 1 << 12)
+    path = write(tmp_path / "train.jsonl", some_records(500, 9))
+    with handled(signal.SIGTERM, lambda number, frame: sys.exit(128 + number)), handled(signal.SIGALRM, give_up):
+        signal.alarm(600)
+        for _ in range(300):
+            shutil.rmtree(prepare_cache(source(path), None, 2))
+        signal.alarm(0)
+
+
+ALIKE = ["Zo\u00eb M", "Zoe\u0308 M", "Zo\u00eb  M", " Zo\u00eb M\n", "Zo\u00eb\u00a0M", "\ufeffZo\u00eb M",
+         "Zo\u00eb M\u200b",
+         "Zo\u00ad\u00eb M", "Zoe\u200d\u0308 M", "Zo\u00eb\ufe0f M", "Zo\u00eb M\x00", "\u202aZo\u00eb M\u202c",
+         "Zo\u00eb\t\u3000M"]
+
+
+def test_names_that_look_alike_are_one_author(tmp_path):
+    """Else one person has several units, and epsilon holds for each of them alone."""
+    others = ["Zo\u00eb", "zo\u00eb m", "Zoe M", "Zo\u00ebM", "Z\u00f6e M"]
+    nameless = ["", None, " ", "\u200b", "\u3164 \x00", "\u2800"]
+    path = write(tmp_path / "train.jsonl", [{"author": author, "content": "the food is good"}
+                                            for author in ALIKE + others + nameless + ["[deleted] "]])
+    corpus = open_cache(prepare_cache(source(path), None))
+    assert sorted(np.diff(corpus.first).tolist(), reverse=True) == [len(ALIKE)] + [1] * len(others)
+    facts = corpus.facts
+    assert (facts["without_author"], facts["pseudo_author"], facts["respelled"]) == (len(nameless), 1, len(ALIKE) - 1)
+    assert f"; {len(ALIKE) - 1} texts have an author" in author_cache.describe_left_out(facts)
+
+
+@pytest.mark.parametrize("name", ["spez", "John Smith", "Zo\u00eb", "\u4e2d\u6587", "a-b_c.d", "\U0001f600"])
+def test_a_plain_name_is_as_it_is_written(name):
+    assert unit_name(name) == name
 
 
 def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
@@ -208,7 +292,7 @@ def test_a_machine_of_many_cores_tokenises_with_few_processes(tmp_path, monkeypa
     monkeypatch.setattr(author_cache.os, "sched_getaffinity", lambda _: set(range(96)))
     monkeypatch.setattr(author_cache, "CHUNK", 100)
     monkeypatch.setattr(author_cache, "tokenised_parts", lambda parts, source, processes: (
-        asked.append((len(parts), processes)), author_cache.start_worker(source), map(author_cache.work, parts))[-1])
+        asked.append((len(parts), processes)), author_cache.work(parts, source))[-1])
     prepare_cache(source(write(tmp_path / "train.jsonl", some_records(50, 9))), None)
     (parts, processes), = asked
     assert parts > 20 and processes == author_cache.PROCESSES

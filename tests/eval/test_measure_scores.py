@@ -94,6 +94,16 @@ def test_short_outputs_are_noted(tmp_path, meteor, monkeypatch, capsys):
     assert "BLEU above 1" in err
 
 
+@pytest.mark.parametrize("reference, output, side", [
+    ("a caf\u00e9", "a cafe\u0301", "the outputs hold"), ("a cafe\u0301", "a caf\u00e9", "the references hold"),
+    ("a caf\u00e9", "a caf\u00e9", None), ("a cafe\u0301", "a cafe\u0301", None), ("a cafe", "a \u00e9", None)])
+def test_unicode_forms_that_differ_are_noted(capsys, reference, output, side):
+    """The words look alike and no score counts them as equal."""
+    segments.note_unicode_forms("sys.txt", [["x"], [reference, "y"]], ["x", output])
+    err = capsys.readouterr().err
+    assert err.count("\n") == (side is not None) and (side is None or f"note: sys.txt: {side} " in err)
+
+
 # --- BLEU and NIST ---------------------------------------------------------------------------------------------------
 
 

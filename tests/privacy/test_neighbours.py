@@ -109,12 +109,14 @@ def test_a_thousand_like_units(count, length, extra, lora, bf16):
 def test_the_control_like_units_padded_to_what_was_drawn():
     """With PyTorch's AVX2 kernels in bfloat16, padded to the longest of a micro-batch: 800 others move by 6 C."""
     code = ("import sys; sys.path[:0] = ['src', 'tests', 'tests/privacy']; from test_neighbours import *\n"
+            "from corpus.batching import TightCut\n"
             "cut = TightCut(MOST_TOKENS)\n"
             "units = (800, 8, None), (800, 8, 9), (0, 8, 9)\n"
             "sums = [summed(demo_model(False), copies(*one), cut, True) for one in units]\n"
             "print((sums[1] - sums[0] - sums[2]).norm().item())")
     process = run_script("-c", code, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"})
-    assert float(process.stdout) > 1, process.stderr
+    assert process.returncode == 0, process.stderr
+    assert float(process.stdout) > 1
 
 
 def test_what_rounding_may_move_is_paid_for(tmp_path):

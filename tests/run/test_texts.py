@@ -120,7 +120,7 @@ REFUSED = {
     "prompts longer than the block": (dict(train_file=long_prompts), ["holds no text of a line", "leave no room"]),
     "two forms": (dict(train_file=write_pairs, eval_fraction=None,
                        eval_file=lambda path: write_corpus(path, 3)), ["--eval_file", "holds texts", "completions"]),
-    "a chat template": (dict(chat_template=True), ["--chat_template: refused for now"]),
+    "a chat template": (dict(chat_template="x"), ["--chat_template: refused for now"]),
     "another's tokenizer": (dict(vocab=lambda path: write_tokenizer(path, "Llama 3"),
                                  model_name=lambda path: foreign_model(path, "Qwen2", 1500)), ["leave --vocab out"]),
     "a Unigram model": (dict(vocab=None, model_name=lambda path: edit(
