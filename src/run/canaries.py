@@ -64,6 +64,8 @@ def text_canaries(m: int, train: Examples, model: GPT2LMModel, rule: ClippingRul
     tokens = torch.from_numpy(draw.permutation(rare)).repeat(rounds)[:m]
     if world.is_main and model.lm_head.weight.requires_grad:
         found = beginnings(train, max(CONTEXTS, rounds), draw)
+        for _ in range(rounds - len(found)):  # a small data set
+            found.append(torch.from_numpy(draw.choice(rare, OWN_CONTEXT)))
         found.sort(key=lambda context: -own_sizes(model, rule, context, tokens[:TOKENS]).mean().item())
         for rows, context in zip(contexts.split(len(rare)), found, strict=False):
             rows[:, 0], rows[:, 1 : len(context) + 1] = len(context), context
@@ -78,13 +80,13 @@ def text_canaries(m: int, train: Examples, model: GPT2LMModel, rule: ClippingRul
 
 
 def beginnings(train: Examples, count: int, draw: np.random.Generator) -> list[Tensor]:
-    """`count` contexts (T,) int64: random examples, each cut at a random place before its last token."""
+    """Contexts (T,) int64: `count` random examples, each cut at a random place before its last token; each once."""
     units = draw.integers(len(train), size=count)
     ends = draw.integers(1, np.minimum(train.lengths[units] - 1, LONGEST_CONTEXT) + 1)
-    return [
-        torch.from_numpy(train.tokens[start : start + end].astype(np.int64))
-        for start, end in zip(train.starts[units], ends, strict=True)
-    ]
+    found = {
+        tuple(train.tokens[start : start + end].tolist()) for start, end in zip(train.starts[units], ends, strict=True)
+    }
+    return [torch.tensor(context) for context in sorted(found)]
 
 
 def own_sizes(model: GPT2LMModel, rule: ClippingRule, context: Tensor, tokens: Tensor) -> Tensor:
