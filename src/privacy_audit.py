@@ -97,6 +97,9 @@ def check(settings: Settings) -> None:
         fail(f"--plot {audited.plot}: the folder does not exist")
     if loop.max_step is None and loop.max_epoch is None:
         fail("--max_epoch: give it or --max_step, the run has no end otherwise")
+    longest = canaries.OWN_CONTEXT + 1
+    if audited.canary_kind == "text" and settings.data.seq_len < longest:
+        fail(f"--seq_len {settings.data.seq_len}: a text canary may have {longest} tokens; expected at least so many")
 
 
 def read_data(settings: Settings, loaded: Loaded) -> Examples:
