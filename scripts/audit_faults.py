@@ -12,7 +12,7 @@ and the runs' audit.json and plots into --output. The status is 1 where a sound 
 Settings (canaries; q = expected batch / N):
   participation  100,000 gradient canaries, q = 1/32, sigma 2, 30 steps, delta 1e-6
   noise          20,000 gradient canaries, q = 1, sigma 3, 4 steps, delta 1e-6: the Gaussian bound decides
-  text           1,000 text canaries, q = 1, epsilon 4, 4 steps, delta 1e-5; the whole model is trained
+  text           1,000 text canaries, q = 1, epsilon 2, 4 steps, delta 1e-5; the whole model is trained
   published      1,000 gradient canaries, LoRA of rank 4, sigma 0.6, batch 128, 50 steps, delta 1e-5, 40 guesses, and
                  all of --train_data in place of its first --examples
 """
@@ -96,7 +96,7 @@ def setting(name: str, examples: int) -> Flags:
             "canaries": 1000,
             "canary_kind": "text",
             "train_batch_size": examples + 1000,
-            "target_epsilon": 4,
+            "target_epsilon": 2,
             "lr": 0.0005,
             "max_step": 4,
         }
