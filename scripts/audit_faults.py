@@ -6,14 +6,13 @@
 
 A fault replaces one method of the product in the process of the run. The audit does not know of it, and claims the
 epsilon of the sound code. Each row's setting is one in which its fault can show: a
-lower bound from a single run stays well below epsilon even where the adversary sees all. Writes table.md, faults.json
+lower bound from a single run stays below epsilon even where the adversary sees all. Writes table.md, faults.json
 and the runs' audit.json and plots into --output. The status is 1 where a sound row is refuted or a fault is not.
 
 Settings (canaries; q = expected batch / N):
   participation  100,000 gradient canaries, q = 1/32, sigma 2, 30 steps, delta 1e-6
-  noise          2,000,000 gradient canaries, q = 1, sigma 3, one step, delta 1e-6, 3,200 guesses: two thirds of the
-                 noise differ from all of it only in the far tails of very many canaries
-  text           1,000 text canaries, q = 1/8, sigma 4, 32 steps, delta 1e-5
+  noise          20,000 gradient canaries, q = 1, sigma 3, 4 steps, delta 1e-6: the Gaussian bound decides
+  text           1,000 text canaries, q = 1, epsilon 2, 4 steps, delta 1e-5; the whole model is trained
   published      1,000 gradient canaries, LoRA of rank 4, sigma 0.6, batch 128, 50 steps, delta 1e-5, 40 guesses, and
                  all of --train_data in place of its first --examples
 """
@@ -96,10 +95,10 @@ def setting(name: str, examples: int) -> Flags:
         return {
             "canaries": 1000,
             "canary_kind": "text",
-            "train_batch_size": (examples + 1000) // 8,
-            "noise_multiplier": 4,
-            "lr": 0.002,
-            "max_step": 32,
+            "train_batch_size": examples + 1000,
+            "target_epsilon": 2,
+            "lr": 0.0005,
+            "max_step": 4,
         }
     if name == "participation":
         return {
@@ -110,12 +109,11 @@ def setting(name: str, examples: int) -> Flags:
             "target_delta": 1e-6,
         }
     return {
-        "canaries": 2_000_000,
-        "train_batch_size": examples + 2_000_000,
+        "canaries": 20_000,
+        "train_batch_size": examples + 20_000,
         "noise_multiplier": 3,
-        "max_step": 1,
+        "max_step": 4,
         "target_delta": 1e-6,
-        "guesses": 3200,
     }
 
 
@@ -161,7 +159,7 @@ def run(fault: Callable[[], None], flags: Flags, folder: str) -> dict:
         with open(os.path.join(folder, "output.txt"), encoding="utf-8", errors="replace") as handle:
             fail(f"the audit in {folder} ended with status {status}: {handle.read()[-400:]}")
     shutil.move(os.path.join(work, "audit.json"), os.path.join(folder, "audit.json"))
-    shutil.rmtree(work)  # the weights and scores of 2,000,000 canaries are large
+    shutil.rmtree(work)  # weights and scores are large
     with open(os.path.join(folder, "audit.json"), encoding="utf-8") as handle:
         return {**json.load(handle), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
 
@@ -170,7 +168,9 @@ def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_data", required=True, help="token file; its first --examples are trained on")
     parser.add_argument("--examples", type=int, default=200, help="training examples beside the canaries (default 200)")
-    parser.add_argument("--model_card", required=True, help="as for src/privacy_audit.py; of 2,000,000 coordinates")
+    parser.add_argument(
+        "--model_card", required=True, help="as for src/privacy_audit.py; of 100,000 coordinates or more"
+    )
     parser.add_argument("--init_checkpoint", help="as for src/privacy_audit.py")
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument(

@@ -83,6 +83,10 @@ ALONE = tuple(f"test_ledger_alone.py::{name}" for name in (
 UNSYNCED = ("test_ledger_alone.py::test_where_a_ledger_cannot_be_synced_nothing_is_drawn",)
 ASKED = ("test_faults.py::test_asked_to_stop",)
 TAKEN = ("test_ledger_alone.py::test_a_copy_of_the_whole_ledger_is_not_the_run_s_file_either",)
+AUDITING = "privacy/auditing.py"
+UNPAID = ("test_auditing.py::test_guesses_are_those_of_a_plain_loop",)
+INTEGRAL = ("test_auditing.py::test_gaussian_p_value_is_an_integral",)
+DECIDES = ("test_privacy_audit.py::test_what_decides",)
 UNKNOWN = ("test_formats.py::test_a_ledger_of_an_unknown_format_is_refused",)
 KEPT = ("test_formats.py::test_what_is_kept_of_an_earlier_format_is_what_was_written",)
 EARLIER = ("test_formats.py::test_a_ledger_without_format_numbers_counts_as_it_did",)
@@ -335,6 +339,15 @@ MUTANTS = (
            (("if source.owner_field is None:", "if source.pairs:"),), PAIRS),
     Mutant("steps without noise forgotten", "run/resume.py",
            (('sum(record["sigma"] == 0 for record in ledger.state.records)', "0"),), WITHOUT),
+    Mutant("numbers of guesses tried and not paid for", AUDITING,
+           (("level = [], (1 - confidence) / len(counts)", "level = [], 1 - confidence"),), UNPAID),
+    Mutant("guesses taken for all that there are", AUDITING,
+           (("    if guesses == m:\n", "    if True:\n"), ("betainc(right, m - right + 1, ndtr(mu / 2))",
+                                                       "betainc(right, guesses - right + 1, ndtr(mu / 2))")), INTEGRAL),
+    Mutant("threshold one canary too low", AUDITING,
+           (("beta = guesses + 1, m - guesses", "beta = guesses + 2, m - guesses"),), INTEGRAL),
+    Mutant("an unproven bound decides", "privacy_audit.py",
+           (("return gaussian and own, GAUSSIAN", "return gaussian, GAUSSIAN"),), DECIDES),
 )
 
 

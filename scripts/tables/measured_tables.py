@@ -78,7 +78,13 @@ def speed(results: list[dict]) -> str:
 
 
 def audit(rows: list[dict]) -> str:
-    """The table of scripts/audit_faults.py: a line for each fault; "none" is the unchanged code."""
+    """The table of scripts/audit_faults.py: a line for each fault; "none" is the unchanged code. Behind a bound of
+    epsilon stand the right ones of the guesses; the bound that decides is bold."""
+
+    def bound(row: dict, found: dict, name: str) -> str:
+        shown = f"{found['epsilon_lower']:.2f}"
+        shown = f"**{shown}**" if row["decides"] == name else shown
+        return f"{shown} ({found['guesses_right']:,} of {found['guesses_made']:,})"
 
     def line(row: dict) -> Line:
         verdict = "refuted" if row["refuted"] else "NOT SEEN"
@@ -90,8 +96,8 @@ def audit(rows: list[dict]) -> str:
             "canaries": f"{row['canaries']:,} {row['canary_kind']}",
             "delta": f"{row['delta']:.0e}",
             "claimed epsilon": f"{float(row['epsilon_claimed']):.2f}",
-            "lower bound (95 %)": f"{row['epsilon_lower']:.2f}",
-            "guesses right": f"{row['guesses_right']:,} of {row['guesses_made']:,}",
+            "bound of 2023": bound(row, row, "2023"),
+            "Gaussian bound": bound(row, row["gaussian"], "gaussian"),
             "claim": verdict,
             "CPU [s]": f"{row['cpu_seconds']:.0f}",
         }

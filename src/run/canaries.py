@@ -6,9 +6,12 @@ plan's epsilon.
 
   gradient  canary k's gradient is RAW C along a coordinate of its own; the run's clipping rule leaves C of it. The
             coordinates are those that the examples' own gradients move least: the adversary knows all but the coins.
-  text      canary k is an example: random rare tokens as the completion of random rare tokens.
+  text      canary k is an example: a token that the data never use, behind a context. Where the embedding is trained,
+            all canaries share the context, and the adversary watches each token's own row of the embedding. Where it is
+            frozen, each has a context of its own, and the adversary sees the first and the last model's loss.
 
-Shapes: m canaries, U canaries of a micro-batch, P trained coordinates, n trained tensors.
+Shapes: m canaries, U canaries of a micro-batch, P trained coordinates, n trained tensors, D width, T tokens of a
+context.
 """
 
 import os
@@ -33,7 +36,9 @@ from privacy.unit_gradients import Lookup
 RAW = 10.0  # norm of a gradient canary before clipping, in units of C
 CHUNK = 2**16  # gradient canaries of a micro-batch
 PROBE = 512  # examples whose gradients show the quiet coordinates
-CONTEXT, COMPLETION = 8, 8  # tokens of a text canary
+LONGEST_CONTEXT = 32  # tokens of a text canary before its own, where the context is shared
+CONTEXTS, TOKENS = 200, 2  # shared contexts that are compared, by the gradients of so many tokens behind each
+OWN_CONTEXT = 8  # tokens of a context that is not shared
 
 
 def toss_coins(m: int, world: World) -> np.ndarray:
@@ -42,15 +47,62 @@ def toss_coins(m: int, world: World) -> np.ndarray:
     return world.broadcast(coins).numpy().astype(bool)
 
 
-def text_canaries(m: int, train: Examples, vocabulary: int, world: World) -> Examples:
-    """m examples of CONTEXT + COMPLETION tokens, each drawn from the rare ones: those that `train` never uses, or where
-    they are fewer than a quarter of the vocabulary, that quarter which it uses least. The same on every rank."""
-    counts = np.bincount(train.tokens, minlength=vocabulary)
-    rare = np.argsort(counts, kind="stable")[: max(int((counts == 0).sum()), -(-vocabulary // 4))]
-    length = CONTEXT + COMPLETION
-    drawn = torch.from_numpy(np.random.default_rng().choice(rare, m * length))
-    tokens = world.broadcast(drawn).numpy().astype(np.int32)
-    return Examples(tokens, np.arange(m + 1) * length, np.full(m, CONTEXT), 0, 0)
+def text_canaries(m: int, train: Examples, model: GPT2LMModel, rule: ClippingRule, world: World) -> Examples:
+    """m examples of one scored token each. The same on every rank.
+
+    The tokens are distinct ones that `train` never uses; where these are fewer than a quarter of the vocabulary, that
+    quarter which it uses least. Where m is larger than their number, each comes again behind another context. Such a
+    token has a high loss, so that clipping leaves C of its gradient (Panda et al., 2025, arXiv:2503.06808: new tokens;
+    Mitchell and Andrew, 2026, arXiv:2606.10481: outliers). Where the embedding is trained, the token's own row has a
+    part of the gradient that no other canary moves, `own_sizes`. It is large behind few contexts: of CONTEXTS
+    beginnings of random examples the best are taken. A frozen embedding has no such part. There, a shared context would
+    leave only what D numbers tell of all canaries; each has random ones of the rare tokens.
+    """
+    counts = np.bincount(train.tokens, minlength=model.config.vocab_size)
+    rare = np.argsort(counts, kind="stable")[: max(int((counts == 0).sum()), -(-len(counts) // 4))]
+    rounds, draw = -(-m // len(rare)), np.random.default_rng()
+    contexts = torch.zeros(m, LONGEST_CONTEXT + 1, dtype=torch.int64)  # the number of tokens, then they
+    tokens = torch.from_numpy(draw.permutation(rare)).repeat(rounds)[:m]
+    if world.is_main and model.lm_head.weight.requires_grad:
+        found = beginnings(train, max(CONTEXTS, rounds), draw)
+        for _ in range(rounds - len(found)):  # a small data set
+            found.append(torch.from_numpy(draw.choice(rare, OWN_CONTEXT)))
+        found.sort(key=lambda context: -own_sizes(model, rule, context, tokens[:TOKENS]).mean().item())
+        for rows, context in zip(contexts.split(len(rare)), found, strict=False):
+            rows[:, 0], rows[:, 1 : len(context) + 1] = len(context), context
+    elif world.is_main:
+        contexts[:, 0] = OWN_CONTEXT
+        contexts[:, 1 : OWN_CONTEXT + 1] = torch.from_numpy(draw.choice(rare, (m, OWN_CONTEXT)))
+    contexts, tokens = world.broadcast(contexts), world.broadcast(tokens)
+    texts = [torch.cat([row[1 : row[0] + 1], token[None]]) for row, token in zip(contexts, tokens, strict=True)]
+    lengths = np.array([len(text) for text in texts])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return Examples(torch.cat(texts).numpy().astype(np.int32), starts, lengths - 1, 0, 0)
+
+
+def beginnings(train: Examples, count: int, draw: np.random.Generator) -> list[Tensor]:
+    """Contexts (T,) int64: `count` random examples, each cut at a random place before its last token; each once."""
+    units = draw.integers(len(train), size=count)
+    ends = draw.integers(1, np.minimum(train.lengths[units] - 1, LONGEST_CONTEXT) + 1)
+    found = {
+        tuple(train.tokens[start : start + end].tolist()) for start, end in zip(train.starts[units], ends, strict=True)
+    }
+    return [torch.tensor(context) for context in sorted(found)]
+
+
+def own_sizes(model: GPT2LMModel, rule: ClippingRule, context: Tensor, tokens: Tensor) -> Tensor:
+    """(k,) float64: the norm of what clipping leaves in a token's own row of the embedding, in units of C, of the
+    gradient of the loss of each of `tokens` (k,) behind `context` (T,)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    column = next(k for k, parameter in enumerate(trained) if parameter is model.lm_head.weight)
+    losses = -torch.log_softmax(model(context[None].to(trained[0].device))[0, -1], 0)
+    norms_sq, own = [], []
+    for token in tokens.tolist():
+        grads = torch.autograd.grad(losses[token], trained, retain_graph=True)
+        norms_sq.append(torch.stack([grad.double().square().sum() for grad in grads]))
+        own.append(grads[column][token].double().norm())
+    factors, finite = rule.factors(torch.stack(norms_sq))
+    return torch.where(finite, factors[:, column] * torch.stack(own) / rule.C, 0.0)
 
 
 @dataclass
@@ -127,7 +179,7 @@ class CanaryEngine:
         return rows.new_zeros(len(where))
 
 
-class Adversary:
+class GradientAdversary:
     """Observes every released gradient, and nothing before its release; scores the gradient canaries by it.
 
     wrap_engine() and observe() are for the run's Task.
@@ -150,13 +202,64 @@ class Adversary:
         self.scores += sampled_gaussian_llr(x, settings.q, settings.sigma, self.engine.size)
 
 
+class TextAdversary:
+    """Observes every released gradient, and nothing before its release; scores the text canaries by their tokens' own
+    rows of the embedding, for which it knows contexts and model.
+
+    wrap_engine() and observe() are for the run's Task.
+    scores (m,) float64: log-likelihood ratio of "in the data" against "not", for the claimed q and sigma. The gradient
+    of the loss of token v at the state h (D,) is (p_v - 1) h in row v, the head's part. A canary's gradient has its
+    size in its own row; where its token also stands in a context, this is not exact and lowers the score's worth.
+    """
+
+    def __init__(self, texts: Examples, model: GPT2LMModel, rule: ClippingRule):
+        self.model, self.scores = model, np.zeros(len(texts))
+        ends = texts.starts[1:] - 1
+        self.tokens = torch.from_numpy(texts.tokens[ends].astype(np.int64))
+        groups: dict[bytes, list[int]] = {}
+        for k, (start, end) in enumerate(zip(texts.starts, ends, strict=False)):
+            groups.setdefault(texts.tokens[start:end].tobytes(), []).append(k)
+        self.groups = [  # context (T,), canaries behind it, norm of what each adds to its own row, in units of C
+            (
+                context,
+                torch.tensor(members),
+                own_sizes(model, rule, context, self.tokens[members[:TOKENS]]).mean().item(),
+            )
+            for members in groups.values()
+            for context in [
+                torch.from_numpy(texts.tokens[texts.starts[members[0]] : ends[members[0]]].astype(np.int64))
+            ]
+        ]
+
+    def wrap_engine(self, engine: BookKeeping, flat: FlatParameters, plan: PrivacyPlan, cut: Cut) -> BookKeeping:
+        """The run's engine as it is."""
+        self.span, self.settings = flat.slices[id(self.model.lm_head.weight)], plan.settings
+        return engine
+
+    @torch.no_grad()
+    def observe(self, grad: Tensor) -> None:
+        """Score by a released gradient (P,), before the model is changed by it."""
+        settings, rows = self.settings, grad[self.span].view_as(self.model.lm_head.weight)
+        for context, members, size in self.groups:
+            state = self.model.transformer(context[None].to(grad.device))[0, -1]
+            chances = torch.softmax(self.model.lm_head(state), 0)[self.tokens[members]].double().cpu().numpy()
+            x = -(rows[self.tokens[members]].double() @ state.double()) / state.double().norm()
+            x = x.cpu().numpy() * (settings.batch / settings.clip)
+            # Other units move the row of token v by about p_v. Without labels: what a line in p_v explains of x goes.
+            line = np.stack([np.ones_like(x), chances], 1)
+            x = x - line @ np.linalg.lstsq(line, x, rcond=None)[0] + settings.q * size / 2
+            self.scores[members.numpy()] += sampled_gaussian_llr(x, settings.q, settings.sigma, size)
+
+
 @torch.no_grad()
 def text_losses(model: LanguageModel, texts: Examples, device: torch.device, cut: Cut) -> np.ndarray:
     """(m,) float64: the loss of each text canary, nats a token, without label smoothing."""
     model.eval()
     losses = [
-        unit_losses(model, batch.to(device)).double().cpu()  # all are of one length, so they keep their order
+        unit_losses(model, batch.to(device)).double().cpu()
         for batch in texts.micro_batches(torch.arange(len(texts)), cut)
     ]
     model.train()
-    return torch.cat(losses).numpy()
+    found = np.empty(len(texts))
+    found[np.argsort(texts.inputs, kind="stable")] = torch.cat(losses).numpy()  # as micro_batches() orders them
+    return found

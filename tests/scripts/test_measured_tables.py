@@ -78,10 +78,12 @@ def test_the_benchmark_s_table(tmp_path):
 def test_the_audit_s_table(tmp_path, fault, refuted, verdict):
     row = {"fault": fault, "setting": "text", "canaries": 1000, "canary_kind": "text", "delta": 1e-5,
            "refuted": refuted, "epsilon_claimed": 0.7, "epsilon_lower": 3.675, "guesses_right": 249,
-           "guesses_made": 2500, "cpu_seconds": 41.2}
+           "guesses_made": 2500, "cpu_seconds": 41.2, "decides": "2023",
+           "gaussian": {"epsilon_lower": 4.0, "guesses_right": 50, "guesses_made": 60}}
     (tmp_path / "faults.json").write_text(json.dumps([row]))
     ((line,),) = tables(tmp_path)
-    assert line["claim"] == verdict and line["guesses right"] == "249 of 2,500" and line["canaries"] == "1,000 text"
+    assert line["claim"] == verdict and line["canaries"] == "1,000 text"
+    assert line["bound of 2023"] == "**3.67** (249 of 2,500)" and line["Gaussian bound"] == "4.00 (50 of 60)"
     (tmp_path / "made_with.json").write_text(json.dumps({"device": "a machine", "commit": "b" * 40, "torch": "2.13.0"}))
     assert "a machine; commit bbbbbbbb; torch 2.13.0." in run_script(TABLES, tmp_path).stdout
 
