@@ -47,7 +47,7 @@ def toss_coins(m: int, world: World) -> np.ndarray:
     return world.broadcast(coins).numpy().astype(bool)
 
 
-def text_canaries(m: int, train: Examples, model: GPT2LMModel, rule: ClippingRule, world: World) -> Examples:
+def text_canaries(m: int, train: Examples, model: LanguageModel, rule: ClippingRule, world: World) -> Examples:
     """m examples of one scored token each. The same on every rank.
 
     The tokens are distinct ones that `train` never uses; where these are fewer than a quarter of the vocabulary, that
@@ -90,7 +90,7 @@ def beginnings(train: Examples, count: int, draw: np.random.Generator) -> list[T
     return [torch.tensor(context) for context in sorted(found)]
 
 
-def own_sizes(model: GPT2LMModel, rule: ClippingRule, context: Tensor, tokens: Tensor) -> Tensor:
+def own_sizes(model: LanguageModel, rule: ClippingRule, context: Tensor, tokens: Tensor) -> Tensor:
     """(k,) float64: the norm of what clipping leaves in a token's own row of the embedding, in units of C, of the
     gradient of the loss of each of `tokens` (k,) behind `context` (T,)."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -212,7 +212,7 @@ class TextAdversary:
     size in its own row; where its token also stands in a context, this is not exact and lowers the score's worth.
     """
 
-    def __init__(self, texts: Examples, model: GPT2LMModel, rule: ClippingRule):
+    def __init__(self, texts: Examples, model: LanguageModel, rule: ClippingRule):
         self.model, self.scores = model, np.zeros(len(texts))
         ends = texts.starts[1:] - 1
         self.tokens = torch.from_numpy(texts.tokens[ends].astype(np.int64))
