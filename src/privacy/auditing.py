@@ -77,6 +77,41 @@ def sampled_gaussian_llr(x: np.ndarray, q: float, sigma: float, size: float = 1.
         return np.logaddexp(np.log1p(-q), np.log(q) + exponent)
 
 
+class Evidence:
+    """The log-likelihood ratio of "in the data" against "not" of each of m canaries, from what the steps released.
+
+    Under Poisson sampling steps are independent: the sum of sampled_gaussian_llr(). Under random allocation a canary is
+    in one step of each epoch of t: the sum over epochs of log((sum over steps of exp(e) + t - steps) / t), e the
+    log-likelihood ratio of a step in which it surely is.
+    """
+
+    def __init__(self, m: int, q: float, sigma: float, t: int | None = None):
+        """t: steps of an epoch of random allocation; None: Poisson sampling with q."""
+        self.q, self.sigma, self.t = q, sigma, t
+        self.epochs = np.zeros(m)  # of whole epochs, or of steps
+        self.epoch = np.full(m, -np.inf)  # log of the sum over the steps of the epoch under way
+        self.steps = np.zeros(m)
+
+    def add(self, members: np.ndarray, x: np.ndarray, size: float) -> None:
+        """One step: x (k,) along the directions of canaries `members` (k,), see sampled_gaussian_llr()."""
+        if self.t is None:
+            self.epochs[members] += sampled_gaussian_llr(x, self.q, self.sigma, size)
+            return
+        self.epoch[members] = np.logaddexp(self.epoch[members], size * (2 * x - size) / (2 * self.sigma**2))
+        self.steps[members] += 1
+        if self.steps[members[0]] == self.t:
+            self.epochs[members] = self.scores[members]
+            self.epoch[members], self.steps[members] = -np.inf, 0
+
+    @property
+    def scores(self) -> np.ndarray:
+        """(m,) float64."""
+        if self.t is None:
+            return self.epochs
+        with np.errstate(divide="ignore"):
+            return self.epochs + np.logaddexp(self.epoch, np.log(self.t - self.steps)) - np.log(self.t)
+
+
 def p_value(m: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
     """Under (epsilon, delta)-DP, a bound on the chance that `right` or more of `guesses` about m canaries are right.
 

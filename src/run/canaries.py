@@ -28,9 +28,9 @@ from corpus.examples import Examples
 from language_model import LanguageModel
 from losses import MicroBatch, unit_losses
 from optimizer import FlatParameters
-from privacy.auditing import sampled_gaussian_llr
+from privacy.auditing import Evidence
 from privacy.clipping import BookKeeping, ClippingRule
-from privacy.plan import PrivacyPlan
+from privacy.plan import PlanSettings, PrivacyPlan
 from privacy.unit_gradients import Lookup
 
 RAW = 10.0  # norm of a gradient canary before clipping, in units of C
@@ -179,6 +179,12 @@ class CanaryEngine:
         return rows.new_zeros(len(where))
 
 
+def evidence_of(m: int, settings: PlanSettings) -> Evidence:
+    """Of m canaries, for the claim that these settings make."""
+    allocated = settings.sampling == "allocation"
+    return Evidence(m, settings.q, settings.sigma, settings.steps_per_epoch if allocated else None)
+
+
 class GradientAdversary:
     """Observes every released gradient, and nothing before its release; scores the gradient canaries by it.
 
@@ -187,19 +193,24 @@ class GradientAdversary:
     """
 
     def __init__(self, m: int, examples: Examples, world: World):
-        self.examples, self.world, self.scores = examples, world, np.zeros(m)
+        self.examples, self.world, self.m = examples, world, m
 
     def wrap_engine(self, engine: BookKeeping, flat: FlatParameters, plan: PrivacyPlan, cut: Cut) -> CanaryEngine:
         """The run's engine with canaries in the coordinates that its examples move least."""
-        quiet = quiet_coordinates(engine, flat, self.examples, len(self.scores), cut, self.world)
+        quiet = quiet_coordinates(engine, flat, self.examples, self.m, cut, self.world)
         self.engine, self.settings = CanaryEngine(engine, flat, plan.clipping_rule, quiet), plan.settings
+        self.evidence = evidence_of(self.m, plan.settings)
         return self.engine
 
     def observe(self, grad: Tensor) -> None:
         """Score by a released gradient (P,)."""
         settings = self.settings
         x = grad[self.engine.coordinates].double().cpu().numpy() * (settings.batch / settings.clip)
-        self.scores += sampled_gaussian_llr(x, settings.q, settings.sigma, self.engine.size)
+        self.evidence.add(np.arange(self.m), x, self.engine.size)
+
+    @property
+    def scores(self) -> np.ndarray:
+        return self.evidence.scores
 
 
 class TextAdversary:
@@ -213,7 +224,7 @@ class TextAdversary:
     """
 
     def __init__(self, texts: Examples, model: LanguageModel, rule: ClippingRule):
-        self.model, self.scores = model, np.zeros(len(texts))
+        self.model, self.m = model, len(texts)
         ends = texts.starts[1:] - 1
         self.tokens = torch.from_numpy(texts.tokens[ends].astype(np.int64))
         groups: dict[bytes, list[int]] = {}
@@ -234,6 +245,7 @@ class TextAdversary:
     def wrap_engine(self, engine: BookKeeping, flat: FlatParameters, plan: PrivacyPlan, cut: Cut) -> BookKeeping:
         """The run's engine as it is."""
         self.span, self.settings = flat.slices[id(self.model.lm_head.weight)], plan.settings
+        self.evidence = evidence_of(self.m, plan.settings)
         return engine
 
     @torch.no_grad()
@@ -248,7 +260,11 @@ class TextAdversary:
             # Other units move the row of token v by about p_v. Without labels: what a line in p_v explains of x goes.
             line = np.stack([np.ones_like(x), chances], 1)
             x = x - line @ np.linalg.lstsq(line, x, rcond=None)[0] + settings.q * size / 2
-            self.scores[members.numpy()] += sampled_gaussian_llr(x, settings.q, settings.sigma, size)
+            self.evidence.add(members.numpy(), x, size)
+
+    @property
+    def scores(self) -> np.ndarray:
+        return self.evidence.scores
 
 
 @torch.no_grad()

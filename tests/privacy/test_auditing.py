@@ -13,6 +13,7 @@ from base.errors import UserError
 from privacy import auditing
 from privacy.accounting import epsilon_gaussian
 from privacy.auditing import (
+    Evidence,
     audit,
     gaussian_lower_bound,
     gaussian_p_value,
@@ -239,3 +240,23 @@ def test_the_score_is_the_log_likelihood_ratio(q, sigma, size):
     expected = np.log((1 - q) * norm.pdf(x, 0, sigma) + q * norm.pdf(x, size, sigma)) - norm.logpdf(x, 0, sigma)
     assert np.allclose(sampled_gaussian_llr(x, q, sigma, size), expected, rtol=1e-9, atol=1e-12)
     assert np.isfinite(sampled_gaussian_llr(np.array([-1e6, 1e6]), q, sigma, size)).all()
+
+
+def test_evidence_under_random_allocation():
+    """Whole epochs and one under way, against the densities themselves: a canary is in one step of an epoch, each
+    equally likely, those that were not yet taken included."""
+    draw = np.random.default_rng(3)
+    t, sigma, size, members = 4, 0.8, 0.9, np.array([0, 2, 1])
+    x = draw.normal(size=(t + 2, 3))
+    evidence = Evidence(3, 0.25, sigma, t)
+    for step in x:
+        evidence.add(members, step, size)
+
+    def ratio(epoch: np.ndarray) -> np.ndarray:
+        likely = [np.prod([norm.pdf(row, size * (place == i), sigma) for i, row in enumerate(epoch)], axis=0)
+                  for place in range(t)]
+        return np.mean(likely, axis=0) / np.prod(norm.pdf(epoch, 0, sigma), axis=0)
+
+    expected = np.empty(3)
+    expected[members] = np.log(ratio(x[:t])) + np.log(ratio(x[t:]))
+    assert np.allclose(evidence.scores, expected, rtol=1e-12)
