@@ -83,7 +83,7 @@ def deltas(phases: tuple[AnyPhase, ...], t: np.ndarray, direction: str) -> np.nd
 
 
 def epsilon(phases: tuple[AnyPhase, ...], delta: float) -> float:
-    """Upper bound of epsilon at `delta`: the least t >= 0 where both directions' deltas() are within it, or infinity."""
+    """Upper bound of epsilon at `delta`: the least t >= 0 with both directions' deltas() within it, or infinity."""
     t = grid(phases, FINENESS / 8)
     found = np.maximum(deltas(phases, t, REMOVED), deltas(phases, t, ADDED))[len(t) // 2 :]
     t = t[len(t) // 2 :]
