@@ -1,4 +1,4 @@
-"""Try settings of a training script, and say what the trials and the choice among them disclose together.
+r"""Try settings of a training script, and say what the trials and the choice among them disclose together.
 
     python scripts/sweep.py src/gpt2_ft.py --out sweeps/lr --grid lr=1e-4,4e-4 --grid lora_dim=4,16 --dry-run -- FLAGS
     python scripts/sweep.py src/gpt2_ft.py --out sweeps/lr --random 12 --range lr=1e-4:1e-2:log -- FLAGS
@@ -155,6 +155,7 @@ class Sweep:
                 self.keep(number)
 
     def run_one(self, number: int, trial: dict) -> None:
+        """Run or resume a trial, and put its score and uses into the state. UserError where it drew nothing."""
         place = self.place(number)
         ledger, output = os.path.join(place, FILE_NAME), f"{place}.txt"
         resumed = os.path.exists(ledger) and os.path.getsize(ledger) > 0
@@ -195,6 +196,7 @@ class Sweep:
     # ------------------------------------------------------------ the end
 
     def finish_composed(self, delta: float) -> None:
+        """Publish the table of all trials, and the epsilon of their ledgers composed."""
         places = [self.place(number) for number in range(len(self.state["trials"]))]
         ledgers = [(os.path.join(place, FILE_NAME), os.path.join(place, "privacy.json")) for place in places]
         accounts, _ = read_accounts(
@@ -210,7 +212,7 @@ class Sweep:
         lines = [table(rows, flags, score)]
         lines += [f"{line}\n" for line in describe_composition(composition) if not line.startswith("note")]
         lines.append(f"epsilon       {bound.epsilon:.4f} at delta {delta:g} (PRV upper bound) of all trials together\n")
-        lines.append(f"the choice    {choice(SCORES[score], self.args.validation, score)}\n")
+        lines.append(f"the choice    {choice(score, self.args.validation)}\n")
         self.publish(lines)
         if any(row["score"] is not None for row in rows):
             path = os.path.join(self.args.out, "sweep.png")
@@ -220,6 +222,7 @@ class Sweep:
             print(f"plot          {path}")
 
     def alone(self, trial: dict, delta: float) -> str:
+        """Epsilon of one trial."""
         return f"{accounting.epsilon_prv(phases_of(unpack(trial['uses']) or Counter()), delta):.4f}"
 
     def finish_selected(self, planned: list[dict[str, str]], delta: float) -> None:
@@ -336,7 +339,7 @@ def main() -> None:
     if args.dry_run:
         singles = [accounting.epsilon_prv(phases_of(sweep.cost(point)), delta) for point in points]
         print(f"a trial       epsilon {min(singles):.4f} to {max(singles):.4f} alone")
-        print(f"the choice    {choice(SCORES[args.score], args.validation, args.score)}")
+        print(f"the choice    {choice(args.score, args.validation)}")
     if args.budget:
         state, more = read_budget(args.budget, "--budget"), sum(map(sweep.cost, points), Counter())
         if not args.resume and (total := state.total(more)) > state.epsilon:

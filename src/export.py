@@ -29,7 +29,7 @@ from base.errors import fail, run_main
 from base.files import atomic_write, check_link, open_text, read_object
 from base.flags import Parser, check_least, check_positive
 from corpus.gpt2_tokenizer import END_OF_TEXT
-from corpus.tokenizer import FORMS, Tokenizer, companion_files, foreign_vocabulary, is_gpt2_s, load_tokenizer
+from corpus.tokenizer import FORMS, Tokenizer, companion_files, foreign_vocabulary, has_gpt2_form, load_tokenizer
 from families import PARTS
 from language_model import EVERY_PART, LanguageModel, Shape
 from privacy.ledger import FILE_NAME
@@ -114,7 +114,7 @@ def write_tokenizer(vocab: str, output: str, config: Shape) -> None:
         name = os.path.basename(path)
         with atomic_write(os.path.join(output, VOCABULARY.get(name, name)), "wb") as handle:
             handle.write(content)
-    if is_gpt2_s(vocab):
+    if has_gpt2_form(vocab):
         write_json(os.path.join(output, "tokenizer_config.json"), tokenizer_config(config))
 
 

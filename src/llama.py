@@ -39,6 +39,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """The projections around grouped-query attention, which Block computes."""
+
     def __init__(self, config: LlamaConfig, lora_config: LoRAConfig):
         super().__init__()
         D, W, queries = config.hidden_size, config.head_dim, config.num_attention_heads * config.head_dim
@@ -61,6 +63,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) up(x))."""
+
     def __init__(self, config: LlamaConfig, lora_config: LoRAConfig):
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -94,7 +98,8 @@ class Transformer(Body):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaBlock(config, lora_config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        with torch.device("cpu"):  # no buffer: a cast of the model must not round them
+        # Numbers even where the model is built on "meta"; and no buffer, which a cast of the model would round.
+        with torch.device("cpu"):
             self.frequencies, self.attention_scaling = rotary_frequencies(config)
 
     @property

@@ -11,8 +11,8 @@
     python src/privacy_report.py --plan 42061 128 20 --epsilon 8 --delta 1e-5 --plot plan.png
 
 Epsilon, and what an attacker can do at the most, are recomputed from the ledger alone, whose checksums are checked
-first. A privacy.json beside it adds what the
-ledger does not know (what else was disclosed) and is compared with it. Runs on the CPU in seconds.
+first. A privacy.json beside it adds what the ledger does not know (what else was disclosed) and is compared with it.
+Runs on the CPU in seconds.
 
 Status: 0; 1 where privacy.json does not say what the ledger says; 2 for a ledger or a flag that cannot be used.
 """
@@ -137,7 +137,7 @@ def report_ledger(path: str, deltas: list[float], prior: float, plot: str | None
     for line in risk_words.lines(phases, last["delta"], prior):
         print(line)
     if plot:
-        risk_words.draw_ledger(plot, phases, accounting.epsilon_prv(phases, last["delta"]), last["delta"])
+        risk_words.write_plot(plot, phases, accounting.epsilon_prv(phases, last["delta"]), last["delta"])
         print(f"plot          {plot}")
     write_card(card_path, ledger, state, report, prior)
     sources = noise_sources(state)

@@ -55,6 +55,7 @@ class Space:
 
 
 def read_space(grids: list[str], ranges: list[str]) -> Space:
+    """The values of --grid and --range. UserError for one that is malformed, or a flag that is given twice."""
     grid: dict[str, list[str]] = {}
     for text in grids:
         name, _, values = text.partition("=")
@@ -81,8 +82,9 @@ def read_space(grids: list[str], ranges: list[str]) -> Space:
     return space
 
 
-def choice(reads: str, validation: str, score: str) -> str:
-    """Whether the choice of a trial by its score is covered by the total."""
+def choice(score: str, validation: str) -> str:
+    """A sentence: whether the choice of a trial by its score is covered by the total."""
+    reads = SCORES[score]
     if reads == "training":
         return f"by {score} is NOT private: it is a loss of the training data, without noise"
     if reads == "validation" and validation == "private":
@@ -91,6 +93,7 @@ def choice(reads: str, validation: str, score: str) -> str:
 
 
 def parse(description: str) -> tuple[argparse.Namespace, list[str]]:
+    """(flags of the sweep, those of every trial, which follow "--")."""
     parser = Parser(description=description, usage="%(prog)s SCRIPT --out DIR ... -- FLAGS OF EACH TRIAL")
     add = parser.add_argument
     add("script", metavar="SCRIPT", help="src/gpt2_ft.py or src/fine-tune-dp.py")
@@ -114,7 +117,7 @@ def parse(description: str) -> tuple[argparse.Namespace, list[str]]:
 
 
 def check(args: argparse.Namespace, words: list[str], space: Space) -> None:
-    """Raise UserError for what shows before any trial is priced."""
+    """Raise UserError for what shows before any trial is priced; set args.shape and args.validation to what holds."""
     script = os.path.basename(args.script)
     if script not in SCRIPTS or not os.path.exists(args.script):
         fail(f"{args.script}: is no training script; wanted src/gpt2_ft.py or src/fine-tune-dp.py")

@@ -1,9 +1,8 @@
 """GPT-2's byte-level BPE (Radford et al., 2019, section 2.2; Sennrich et al., 2016) from encoder.json and vocab.bpe.
 
 The same two files are vocab.json and merges.txt to Hugging Face, whose tokenizer.json holds both. The work is done by
-the `tokenizers` library. This file reads the files strictly and gives the ids of OpenAI's
-encoder: in particular the characters `<|endoftext|>` inside a text are text, and only `.end_of_text` is the special
-token.
+the `tokenizers` library. This module reads the files strictly and gives the ids of OpenAI's encoder: in particular the
+characters `<|endoftext|>` inside a text are text, and only `.end_of_text` is the special token.
 """
 
 import json

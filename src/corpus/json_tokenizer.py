@@ -31,7 +31,7 @@ CURE = "AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) of transforme
 class JsonTokenizer:
     """A corpus.tokenizer.Tokenizer.
 
-    special: name of KINDS -> id, of those that the folder names
+    special: kind (of KINDS) -> id, for the kinds that the folder names
     """
 
     cut_at_spaces = False
@@ -50,7 +50,7 @@ class JsonTokenizer:
                     f"files of one tokenizer: {CURE}"
                 )
         added = {token.content for token in self._whole.get_added_tokens_decoder().values()}
-        for library in {id(library): library for library in (self._whole, self._after)}.values():
+        for library in [self._whole] if self._after is self._whole else [self._whole, self._after]:
             library.no_truncation()
             library.no_padding()
             library.add_special_tokens(
@@ -65,6 +65,7 @@ class JsonTokenizer:
         self.begin_of_text: int | None = self.special.get("bos")
         self.end_of_text: int | None = self.special.get("eos", end_ids[0] if end_ids else None)
         self.ends = frozenset([*end_ids, *([] if self.end_of_text is None else [self.end_of_text])])
+        # What the post_processor puts around a text, whatever the text is.
         inside = self._whole.encode("a", add_special_tokens=False).ids
         around = self._whole.encode("a").ids
         begin = next(n for n in range(len(around)) if around[n : n + len(inside)] == inside)

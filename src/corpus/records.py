@@ -70,8 +70,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Record:
-    """unit: unit_name() of its field's value; None where it is empty. texts: of Source.texts. respelled: whether the
-    field is written in another way."""
+    """A line that was read.
+
+    unit: unit_name() of its field's value; None where that is empty
+    texts: the values of Source.texts
+    respelled: whether `unit` is another spelling than the field's
+    """
 
     unit: str | None
     texts: tuple[str, ...]
@@ -90,6 +94,7 @@ def with_form(source: Source) -> Source:
 
 
 def is_pair(record: dict, content_field: str) -> bool:
+    """Whether a line is of prompt and completion: it has one of them, and no content."""
     return content_field not in record and not record.keys().isdisjoint(PAIR)
 
 
@@ -103,7 +108,8 @@ def read_record(line: str, source: Source, where: str) -> Record:
         fail(f"{where}: not a line of JSON, {wanted}")
     if not isinstance(record, dict):
         fail(f"{where}: not a JSON object, {wanted}")
-    if source.content_field in record if source.pairs else is_pair(record, source.content_field):
+    other_form = source.content_field in record if source.pairs else is_pair(record, source.content_field)
+    if other_form:
         there = [name for name in (source.content_field, *PAIR) if name in record]
         fail(
             f"{where}: holds {' and '.join(map(repr, there))}, the first line {' and '.join(map(repr, source.texts))}; "

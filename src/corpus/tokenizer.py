@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
     end_of_text    the eos token, which ends a text that is learned; None where there is none
     ends           all ids that end a generated text
     prefix, suffix ids that transformers puts before and behind a text of its own
-    cut_at_spaces  whether the tokens of a text are those of its words (author_cache.WORDS), one after the other
+    cut_at_spaces  whether the tokens of a text are those of its words (records.WORDS), one after the other
     """
 
     @property
@@ -119,13 +119,13 @@ def digest_vocab(folder: str) -> str:
     except OSError:
         load_tokenizer(folder)  # a UserError for a file that is missing
         raise
-    if not is_gpt2_s(folder):
+    if not has_gpt2_form(folder):
         special = [json_tokenizer.special_tokens(folder), json_tokenizer.end_ids(folder)]
         digest.update(json.dumps(special, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def is_gpt2_s(folder: str) -> bool:
+def has_gpt2_form(folder: str) -> bool:
     """Whether the vocabulary in `folder` is of GPT-2's form, without special tokens of its own."""
     files = vocabulary_files(folder)
     return len(files) == 2 or gpt2_tokenizer.is_gpt2_form(read_whole(files[0]))
@@ -134,7 +134,7 @@ def is_gpt2_s(folder: str) -> bool:
 def companion_files(folder: str) -> list[str]:
     """The files of the vocabulary in `folder`, and those that say which tokens are special and how a chat is written.
     Of GPT-2's form, the vocabulary alone."""
-    own = [] if is_gpt2_s(folder) else [os.path.join(folder, name) for name in COMPANIONS]
+    own = [] if has_gpt2_form(folder) else [os.path.join(folder, name) for name in COMPANIONS]
     return [*vocabulary_files(folder), *filter(os.path.isfile, own)]
 
 
@@ -155,12 +155,12 @@ def own_vocabulary(*places: str | None) -> str | None:
 def foreign_vocabulary(*places: str | None) -> str | None:
     """own_vocabulary() where it is a tokenizer.json of another form than GPT-2's; None else."""
     folder = own_vocabulary(*places)
-    if folder is None or not os.path.isfile(os.path.join(folder, WHOLE)) or is_gpt2_s(folder):
+    if folder is None or not os.path.isfile(os.path.join(folder, WHOLE)) or has_gpt2_form(folder):
         return None
     return folder
 
 
-def check_model_s(folder: str, vocab_size: int, rows: int, model: str, place: str, own: str | None) -> str:
+def check_vocabulary_fits(folder: str, vocab_size: int, rows: int, model: str, place: str, own: str | None) -> str:
     """A sentence on the model's rows beyond the vocabulary in `folder`; "" where there is none. UserError where that
     vocabulary is not the model's.
 

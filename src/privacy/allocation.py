@@ -7,12 +7,12 @@ Q = N(0, sigma^2 I) over t coordinates, so the likelihood ratio P/Q is a mean of
 
     S = (Y_1 + ... + Y_t) / t,   Y_i = exp(Z_i / sigma - 1 / (2 sigma^2)),   Z_i standard normal under Q.
 
-Of an epoch that stops after `steps` of its t steps only these see the unit: the other Y_i are 1.
+Where an epoch stops after `taken` of its t steps, the unit can have been in these alone: the other Y_i are 1.
 
 delta(epsilon) of a composition is E_Q[(prod S - exp(epsilon))_+] where the unit is removed and E_Q[(1 - exp(epsilon)
 prod S)_+] where it is added. Both are convex in each S, and in each Y. So a variable may be replaced by one that is
-spread wider and has the same mean: delta can but rise. Here each value goes to the two points of a grid around it, its
-mean kept, after every sum. The grid is uniform in log S.
+spread wider and has the same mean: delta can only rise. Here, after every sum, each value goes to the two points of a
+grid around it, its mean kept. The grid is uniform in log S.
 
 Shapes: n points of a grid.
 """
@@ -28,8 +28,8 @@ from privacy.sampled_gaussian import ORDERS, Phase
 
 WIDTH = 0.02  # of the grid of log S, unless its points are too many, or the spreading would show (see _width)
 POINTS = 4096  # the most of a grid: their pairs take some 0.1 s
-SHARE = 0.003  # of the variance of S, that spreading may add
-TAIL = 1e-18  # of the mass under Q, or of the mean, that is cut off a grid at either end and sent to 0 or to infinity
+SHARE = 0.003  # of the variance of S: the most that spreading adds
+TAIL = 1e-18  # share of the mass under Q, or of the mean, that is cut off at either end of a grid: see Ratio.trimmed()
 SIGMA_RANGE = (0.05, 1e6)  # below it exp() overflows, above it the values of a grid would be equal
 REACH = 9.0  # standard deviations of Z on the first grid: 1e-19 lie beyond
 ROUNDING = 1e-12  # of the masses: what float64 may take from sums of positive numbers, many times over
@@ -77,9 +77,9 @@ class Ratio:
         return Ratio(width, first, found, self.zero * other.zero, self.infinite + other.infinite).trimmed()
 
     def trimmed(self) -> "Ratio":
-        """Without the points whose mass, or whose part of the mean, is next to nothing in all: what lies below goes to
-        0 and to the first point, so that the mean stays; what lies above to the last point, the rest of its mean being
-        counted as infinite."""
+        """The same on fewer points. Points at the lower end that hold TAIL of the mass together, and at the upper end
+        TAIL of the mean, are cut off. Mass below goes to 0 and to the first point, its mean kept. Mass above goes to
+        the last point, and the rest of its mean counts as infinite."""
         values = self.values
         mean = self.mass * values
         low = int(np.searchsorted(np.cumsum(self.mass), TAIL * self.mass.sum()))
@@ -147,8 +147,8 @@ def one_epoch(sigma: float, t: int, taken: int) -> tuple[np.ndarray, np.ndarray,
 class Allocated:
     """`steps` epochs of t steps, of each of which `taken` steps were taken; sigma times the sensitivity is the noise.
 
-    Beside privacy.sampled_gaussian.Phase in what the accountant composes: an epoch is a step of it, q the probability
-    that a unit takes part in an epoch at all.
+    What the accountant composes, as it does privacy.sampled_gaussian.Phase: an epoch counts as one step, and q is the
+    probability that a unit takes part in those `taken` steps at all.
     """
 
     sigma: float

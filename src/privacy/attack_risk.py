@@ -1,7 +1,8 @@
 """What an attacker can do with all that a run released: upper bounds from its phases, numbers only, no tensors.
 
-P is the output with the unit, Q without it. An attacker who calls at most a share `a` of those who are not members
-members (the false-positive rate) finds at most the share power(a) of the members (the true-positive rate):
+P is the output with the unit, Q without it. A membership attack with a false-positive rate of at most a (non-members
+that it takes for members) has a true-positive rate (members that it finds) of at most power(a), which is 1 less Dong,
+Roth and Su's trade-off function at a:
 
     power(a) = max {P(S) : Q(S) <= a} = min over t of delta(t) + exp(t) a,   delta(t) = max over S of P(S) - exp(t) Q(S)
 
@@ -9,8 +10,8 @@ members (the false-positive rate) finds at most the share power(a) of the member
 t, negative ones included, and is itself an upper bound. `removed` is P against Q as above, `added` Q against P; the
 worse of both takes the larger delta at each t, which is the concave hull of both curves (Dong et al., definition F.1).
 
-delta is computed on a grid of privacy losses (privacy.loss_grid).
-The result is the least of this, of the Gaussian without amplification, and of the chance that the unit is drawn at all.
+delta is the least of three bounds: that on a grid of privacy losses (privacy.loss_grid), that of the Gaussian without
+amplification, and the chance that the unit is drawn at all.
 """
 
 import functools
@@ -23,11 +24,11 @@ from scipy.special import log_ndtr, ndtr, ndtri
 
 from base.errors import fail
 from privacy import accounting
-from privacy.accounting import AnyPhase
+from privacy.allocation import AnyPhase
 from privacy.loss_grid import ADDED, REMOVED, SLACK, deltas, grid
 from privacy.sampled_gaussian import MAX_SPAN
 
-FALSE_ALARMS = (0.001, 0.01, 0.05)  # false-positive rates of every report
+FALSE_POSITIVES = (0.001, 0.01, 0.05)  # false-positive rates of every report
 CURVE = (1e-5, 1e-4, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)  # and of its curve
 BASELINES = (1e-6, 1e-4, 0.01)  # chances to guess a unit without the model, of every report
 PRIOR = 0.5
@@ -37,7 +38,7 @@ POINTS = 2**12  # of the grid of a Gaussian release, whose delta has a closed fo
 
 @dataclass(frozen=True, eq=False)
 class AttackRisk:
-    """Upper bounds of what an attacker can do. A result is sound whichever direction of the relation is meant."""
+    """Upper bounds of what an attacker can do. A method without a direction bounds both directions of the relation."""
 
     loss: np.ndarray  # (n,) t, ascending, the same upwards and downwards; 0 is one of them
     removed: np.ndarray  # (n,) upper bound of delta(t), P against Q
@@ -129,9 +130,9 @@ def figures(phases: Sequence[AnyPhase], delta: float, prior: float = PRIOR) -> d
 
     return {
         "advantage": risk.advantage,
-        "tpr": rates(FALSE_ALARMS),
-        "tpr_removed": rates(FALSE_ALARMS, REMOVED),
-        "tpr_added": rates(FALSE_ALARMS, ADDED),
+        "tpr": rates(FALSE_POSITIVES),
+        "tpr_removed": rates(FALSE_POSITIVES, REMOVED),
+        "tpr_added": rates(FALSE_POSITIVES, ADDED),
         "curve": rates(CURVE),
         "prior": prior,
         "guess": risk.guess(prior),
@@ -231,8 +232,4 @@ def sigma_for(target: float, phases: Callable[[float], Sequence[AnyPhase]], word
 def permitted_steps(target: float, spent: Sequence[AnyPhase], more: accounting.More, wanted: int) -> int:
     """The largest n <= wanted for which `spent` and more(n) keep the advantage within the target."""
     check_advantage(target)
-    return accounting.most_steps(_attack_advantage, _quick, target, spent, more, wanted)
-
-
-def _attack_advantage(phases: tuple[AnyPhase, ...]) -> float:
-    return _attack_risk(phases).advantage
+    return accounting.most_steps(lambda phases: _attack_risk(phases).advantage, _quick, target, spent, more, wanted)

@@ -43,7 +43,7 @@ KINDS: dict[str, dict[str, type]] = {  # kind -> its keys beside format, kind an
     "release": {"reservation": str, "uses": list},
     "void": {"text": str},
 }
-PATIENCE = 120.0  # seconds to wait for another's transaction, which is one epsilon's time long
+PATIENCE = 120.0  # seconds to wait for another's transaction, which computes an epsilon or two
 CREATE = "python src/privacy_budget.py create"
 
 
@@ -77,6 +77,7 @@ def unpack(uses: list) -> Cost | None:
 
 
 def unpack_share(q: object) -> Share | None:
+    """The share that stands in place of q, or q; None for what is neither."""
     if isinstance(q, list):
         whole = len(q) == 2 and all(type(value) is int for value in q) and 1 <= q[0] <= q[1]
         return (q[0], q[1]) if whole else None
@@ -85,7 +86,7 @@ def unpack_share(q: object) -> Share | None:
 
 @dataclass
 class Reservation:
-    """What a run holds. ledger: the real path of its ledger; counted: what stands for it in the total."""
+    """What a run reserved. ledger: the real path of its ledger; counted: what stands for the run in the total."""
 
     name: str
     ledger: str
@@ -282,6 +283,7 @@ class Transaction:
         self.take(line)
 
     def take(self, line: bytes) -> None:
+        """Count a line that is on disk."""
         self.state.add(json.loads(line))
         self.state.size += len(line)
 
@@ -291,6 +293,7 @@ class Transaction:
 
 @contextlib.contextmanager
 def transaction(path: str, flag: str = "") -> Iterator[Transaction]:
+    """A Transaction, closed at the end. flag: the one that names the file, for messages."""
     opened = Transaction(path, flag)
     try:
         yield opened

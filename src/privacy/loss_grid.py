@@ -22,7 +22,7 @@ from privacy.allocation import Allocated, AnyPhase
 from privacy.sampled_gaussian import MAX_SPAN, MAX_WORK, ORDERS, UNIT, Phase, compose_on_a_grid
 
 REMOVED, ADDED = "removed", "added"
-TAIL = 1e-12  # of the composed loss outside the grid; it goes to the infinite loss
+TAIL = 1e-12  # mass of the composed loss outside the grid, about; it goes to the infinite loss
 FINENESS = 0.04  # width of the grid, in standard deviations of one step's loss
 LEAST_POINTS, MOST_POINTS = 2**12, 2**18
 SLACK = 1e-12  # added to sums and closed forms of numbers up to 1, whose rounding it covers many times over
@@ -62,20 +62,20 @@ def _points(phases: tuple[AnyPhase, ...], span: float, fineness: float) -> int:
 
 
 def deltas(phases: tuple[AnyPhase, ...], t: np.ndarray, direction: str) -> np.ndarray:
-    """(n,) upper bound of delta at each t of the composed privacy loss of one direction."""
+    """(n,) upper bound of delta at each t of the composed privacy loss of one direction. t: of grid()."""
     span = float(t[-1])
     steps, parts = [], []  # mass (2 half,) of all points but the last
-    infinite = noise = 0.0
+    log_finite = noise = 0.0  # log of the mass of all finite losses
     for phase in phases:
         mass, beyond, moved = masses(phase, t, direction)
         if beyond >= 0.5:
             return np.ones_like(t)
         steps.append(phase.steps)
         parts.append(mass / (1 - beyond))
-        infinite -= phase.steps * math.log1p(-beyond)
+        log_finite += phase.steps * math.log1p(-beyond)
         # (1 - exp(t - y))_+ has a slope of at most 1 in y: mass times the way that rounding moved it bounds the change.
         noise += phase.steps * (moved + 8 * UNIT * span)
-    infinite = -math.expm1(-infinite) + _beyond(phases, parts, t)
+    infinite = -math.expm1(log_finite) + _beyond(phases, parts, t)
     composed, rounding = compose_on_a_grid(parts, steps)
     composed = np.append(composed, 0.0).clip(min=0)  # what reached the last point is counted as infinite
     above, weighted = (np.cumsum(part[::-1])[::-1] for part in (composed, composed * np.exp(-t)))
@@ -83,7 +83,7 @@ def deltas(phases: tuple[AnyPhase, ...], t: np.ndarray, direction: str) -> np.nd
 
 
 def epsilon(phases: tuple[AnyPhase, ...], delta: float) -> float:
-    """Upper bound of epsilon at `delta`: the least t with deltas() of both directions within it, or infinity."""
+    """Upper bound of epsilon at `delta`: the least t >= 0 with both directions' deltas() within it, or infinity."""
     t = grid(phases, FINENESS / 8)
     found = np.maximum(deltas(phases, t, REMOVED), deltas(phases, t, ADDED))[len(t) // 2 :]
     t = t[len(t) // 2 :]
@@ -98,7 +98,8 @@ def epsilon(phases: tuple[AnyPhase, ...], delta: float) -> float:
 
 
 def _beyond(phases: tuple[AnyPhase, ...], parts: list[np.ndarray], t: np.ndarray) -> float:
-    """Upper bound of the composed mass from the last point on: E[exp(exponent (Y - span))] at the best of some."""
+    """Upper bound of the composed mass from the last point on (Chernoff): E[exp(exponent (Y - span))], the least at
+    some exponents."""
     span, log_least = float(t[-1]), 0.0
     total = sum(phase.steps * phase.rough_rdp() for phase in phases)
     order = ORDERS[np.argmin(total - math.log(TAIL) / (ORDERS - 1))]
@@ -147,18 +148,21 @@ def step_masses(phase: Phase, t: np.ndarray, direction: str) -> tuple[np.ndarray
     under_p = (1 - q) * under_q + q * drawn
     error_q, error_p = errors[0], (1 - q) * errors[0] + q * errors[1]
     (below_q, above_q), (below_drawn, above_drawn) = outside
-    main, other, low, high, start = under_p, under_q, (1 - q) * below_q + q * below_drawn, 0.0, t[:-1]
-    high, error, other_error = (1 - q) * above_q + q * above_drawn, error_p, error_q
-    if direction == ADDED:  # the same with the two exchanged, and read from above
-        main, other, low, high, start = under_q[::-1], under_p[::-1], above_q, below_q, t[:-1]
-        error, other_error = error_q[::-1], error_p[::-1]
-    # a at the lower end and main - a at the upper one, so that exp(-Y) has the mean other / main.
-    scale = np.exp(start)
+    below_p, above_p = ((1 - q) * a + q * b for a, b in ((below_q, below_drawn), (above_q, above_drawn)))
+    if direction == REMOVED:
+        main, low, high, error = under_p, below_p, above_p, error_p
+        other, other_error = under_q, error_q
+    else:  # the two exchanged, and read from above
+        main, low, high, error = under_q[::-1], above_q, below_q, error_q[::-1]
+        other, other_error = under_p[::-1], error_p[::-1]
+    # Of the mass `main` between two points, `lower` goes to the lower one and the rest to the upper one, so that
+    # exp(-Y) has the mean other / main.
+    scale = np.exp(t[:-1])
     lower = np.clip((other * scale - main * math.exp(-width)) / -math.expm1(-width), 0.0, main)
     mass = np.append(lower, 0.0) + np.append(0.0, main - lower)
     mass[0] += low
     way = width / -math.expm1(-width)
     either = (
-        (other_error[:-1] + other_error[1:]) * scale + error[:-1] + error[1:] + 4 * UNIT * (2 + np.abs(start)) * main
+        (other_error[:-1] + other_error[1:]) * scale + error[:-1] + error[1:] + 4 * UNIT * (2 + np.abs(t[:-1])) * main
     )
     return mass[:-1], high + float(mass[-1]), 2 * way * float(either.sum())

@@ -30,7 +30,8 @@ BITS = 2**53  # of a draw's uniform number
 
 @dataclass(frozen=True)
 class Trials:
-    """The distribution of the number of trials. shape: of the negative binomial; None: Poisson."""
+    """The distribution of the number K of trials. mean: E[K]; shape: eta of the truncated negative binomial (Papernot
+    and Steinke 2022, definition 1); None: Poisson."""
 
     mean: float
     shape: float | None = None
@@ -50,22 +51,23 @@ class Trials:
 
     @property
     def gamma(self) -> float:
-        """Of the negative binomial, whose mean falls from infinity to 1 as gamma rises from 0 to 1."""
+        """gamma of the negative binomial, by bisection: the mean falls from infinity to 1 as it rises from 0 to 1."""
         low, high = -700.0, 0.0  # of log gamma
         while low < (middle := (low + high) / 2) < high:
             low, high = (middle, high) if self.mean_at(middle) > self.mean else (low, middle)
         return math.exp(low)  # the end whose mean is not below: it costs more
 
     def mean_at(self, log_gamma: float) -> float:
-        shape, lost = self.shape or 0.0, -math.expm1(log_gamma)  # 1 - gamma
-        if lost == 0:
+        """E[K] of the negative binomial: eta (1 - gamma) / (gamma (1 - gamma^eta)), of which eta = 0 is the limit."""
+        shape, rest = self.shape or 0.0, -math.expm1(log_gamma)  # 1 - gamma
+        if rest == 0:
             return 1.0
         if shape * -log_gamma < 1e-12:
-            return lost * math.exp(-log_gamma) / -log_gamma
-        return shape * lost * math.exp(-log_gamma) / -math.expm1(shape * log_gamma)
+            return rest * math.exp(-log_gamma) / -log_gamma
+        return shape * rest * math.exp(-log_gamma) / -math.expm1(shape * log_gamma)
 
     def draw(self) -> int:
-        """A number of trials, from the operating system's entropy, by 53 bits of it. Poisson's may be 0."""
+        """A number of trials, by inversion of 53 bits of the operating system's entropy. Poisson's may be 0."""
         left = (secrets.randbelow(BITS) + 0.5) / BITS
         count, chance = self.first()
         while left > chance and chance > 0:
@@ -101,7 +103,7 @@ def selected_curve(rdp: np.ndarray, trials: Trials) -> np.ndarray:
     if trials.shape is not None:
         log_gamma = math.log(trials.gamma)
         return rdp + penalty + (1 + trials.shape) * np.min((1 - 1 / ORDERS) * rdp - log_gamma / ORDERS)
-    # delta of a trial at each order's epsilon, by Balle et al. (2020), theorem 21, at the best order
+    # d of theorem 6: delta of a trial at each order's epsilon, by Balle et al. (2020), theorem 21, at the best order
     epsilons = np.log1p(1 / (ORDERS - 1))[:, None]
     with np.errstate(over="ignore", invalid="ignore"):
         log_delta = (ORDERS - 1) * (rdp - epsilons + np.log1p(-1 / ORDERS)) - np.log(ORDERS)

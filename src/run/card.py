@@ -6,6 +6,7 @@ know. `as_markdown` and `as_html` write it. A card names no folder of this machi
 
 import hashlib
 import html
+import math
 import os
 import re
 from collections import Counter
@@ -14,15 +15,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from base.errors import fail
-from base.files import atomic_write, read_object
+from base.files import atomic_write
 from base.markdown import markdown
 from privacy import accounting, attack_risk
 from privacy.allocation import AnyPhase
 from privacy.attack_risk import ADDED, REMOVED, permitted_by_epsilon
 from privacy.ledger import LedgerState, noise_sources
 from privacy.plan import relation, spent, warnings
-from run.resume import ARGS
-from run.risk_words import percent, up
+from run.log import read_args
+from run.risk_words import exact_percent, percent, up
 
 SUFFIXES = (".md", ".html")
 TITLE = "Differential privacy"
@@ -50,7 +51,6 @@ NO_CLAIM = (
     "Nothing is claimed. No ledger of a private training of these weights is known, so nothing is said here of how "
     "well they protect the data that they were trained on. Take the model for one without differential privacy."
 )
-
 UNCHECKED = "privacy.json says what an earlier run reported; without the run's ledger none of it can be checked."
 
 
@@ -86,10 +86,7 @@ def write(path: str, card: Card) -> None:
 
 def versions_beside(ledger: str) -> dict:
     """The versions in the args.json beside a ledger; {} where there is none."""
-    path = os.path.join(os.path.dirname(ledger), ARGS)
-    if not os.path.exists(path):
-        return {}
-    found = read_object(path, "the settings of a run, as it writes them").get("versions")
+    found = read_args(os.path.dirname(ledger)).get("versions")
     return found if isinstance(found, dict) else {}
 
 
@@ -123,7 +120,7 @@ def collect(ledger: str, state: LedgerState, report: dict | None, prior: float =
         *(("Seeds", SEEDS[name]) for name in sources),
     ]
     rows += [
-        (f"Attack, {percent_of(rate)} false positives", f"at most {percent(worst)} of the members found")
+        (f"Attack, {exact_percent(rate)} false positives", f"at most {percent(worst)} of the members found")
         for rate, worst in found["tpr"].items()
     ]
     rows += [
@@ -134,7 +131,7 @@ def collect(ledger: str, state: LedgerState, report: dict | None, prior: float =
             f"at most {up(found['posterior'])}, but for an event of probability {delta:.3g}",
         ),
         *(
-            (f"Reconstruction, {percent_of(chance)} without the model", f"at most {percent(most)} with it")
+            (f"Reconstruction, {exact_percent(chance)} without the model", f"at most {percent(most)} with it")
             for chance, most in found["reconstruction"].items()
         ),
         *(("Warning", words) for words in warnings(state)),
@@ -167,10 +164,6 @@ def collect(ledger: str, state: LedgerState, report: dict | None, prior: float =
     )
 
 
-def percent_of(rate: str) -> str:
-    return f"{float(rate) * 100:g} %"
-
-
 def parameters(state: LedgerState) -> list[str]:
     """The settings that were charged, each with its steps."""
     groups = Counter((record["q"], record["sigma"], record["clip"], record["N"]) for record in state.charges)
@@ -181,7 +174,7 @@ def parameters(state: LedgerState) -> list[str]:
 
 
 def in_plain_words(N: int, unit: str, prior: float, found: dict, sources: list[str], epsilon: float) -> list[str]:
-    if epsilon == float("inf"):
+    if epsilon == math.inf:
         return [
             "Nothing is claimed: steps of this training had no noise, and the model may show what it was trained on."
         ]
@@ -230,7 +223,7 @@ def beside(report: dict | None) -> list[tuple[str, str]]:
 def shown(point: tuple[float, ...]) -> list[str]:
     """The cells of a line of the curve."""
     rate, worst, removed, added, permitted = point
-    return [f"{rate * 100:g} %", *(percent(value) for value in (worst, removed, added, permitted))]
+    return [exact_percent(rate), *(percent(value) for value in (worst, removed, added, permitted))]
 
 
 HEAD = ("false positives", "members found, at most", "unit removed", "unit added", "epsilon alone would permit")
@@ -283,7 +276,7 @@ def as_html(card: Card) -> str:
 
 
 def svg(card: Card, size: int = 360, margin: int = 50) -> str:
-    """The curve as inline SVG, beside what epsilon alone would permit and beside guessing."""
+    """The curve as inline SVG, beside what epsilon alone would permit and beside guessing. size, margin: pixels."""
     rates = np.concatenate([np.geomspace(1e-5, 0.01, 40), np.linspace(0.01, 1, 100)[1:]])
 
     def line(values: np.ndarray, style: str) -> str:

@@ -8,8 +8,8 @@ from base.files import read_object
 from privacy.composition import Account, Composition
 from privacy.ledger import read_ledger
 from run import provenance
+from run.log import read_args
 
-ARGS = "args.json"
 WANTED = "what the run wrote; restore it, or remove it"
 
 
@@ -41,8 +41,7 @@ def read_accounts(files: Iterable[tuple[str, str | None]]) -> tuple[list[Account
 
 def digest_beside(ledger: str) -> str | None:
     """The sha256 of the training file, by the args.json beside a ledger."""
-    path = os.path.join(os.path.dirname(ledger), ARGS)
-    digest = read_object(path, WANTED).get("train_sha256") if os.path.exists(path) else None
+    digest = read_args(os.path.dirname(ledger)).get("train_sha256")
     return digest if isinstance(digest, str) else None
 
 

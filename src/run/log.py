@@ -14,6 +14,14 @@ from tqdm import tqdm
 from base.errors import fail
 from base.files import atomic_write, check_file, check_link, lock, read_object
 
+ARGS = "args.json"
+
+
+def read_args(folder: str) -> dict:
+    """The entries of a training folder's args.json; {} where it has none."""
+    path = os.path.join(folder, ARGS)
+    return read_object(path, "what the run wrote; restore it") if os.path.exists(path) else {}
+
 
 class WorkDir:
     """A run's folder, held by one run at a time."""
@@ -25,7 +33,7 @@ class WorkDir:
             fail(f"--resume: {flag} {path} does not exist, there is nothing to continue")
         try:
             os.makedirs(path, exist_ok=True)
-            for name in (".lock", "args.json", "metrics.jsonl", "privacy.json"):  # before a step is drawn
+            for name in (".lock", ARGS, "metrics.jsonl", "privacy.json"):  # before a step is drawn
                 check_file(file := os.path.join(path, name))
                 if os.path.exists(file):  # of an earlier attempt, perhaps another user's
                     open(file, "ab").close()

@@ -8,12 +8,11 @@ from base.errors import UserError, fail
 from base.files import check_format
 from privacy.ledger import Ledger
 from privacy.plan import PlanSettings
-from run.log import WorkDir
+from run.log import ARGS, WorkDir
 from run.settings import Settings
 from run.task import Position
 from weights import checkpoint
 
-ARGS = "args.json"
 # Of args.json. Format 1 has no entry "format", and has "without_effect". A flag that a file lacks did not exist when
 # the run began: it had its default.
 FORMAT = 2

@@ -26,22 +26,27 @@ def percent(value: float) -> str:
     return f"{float(up(value, 3)) * 100:.3g} %"
 
 
+def exact_percent(rate: float | str) -> str:
+    """A share that was chosen, not bounded, as a percentage."""
+    return f"{float(rate) * 100:g} %"
+
+
 def lines(phases: Sequence[AnyPhase], delta: float, prior: float) -> list[str]:
     """Lines of the terminal, each with its label: upper bounds for every attack, whatever else the attacker knows."""
     found = attack_risk.figures(phases, delta, prior)
     rows = [
-        f"attack risk   with {float(rate) * 100:g} % false alarms an attacker finds at most {percent(worst)} of the "
+        f"attack risk   with {exact_percent(rate)} false positives an attacker finds at most {percent(worst)} of the "
         f"members (unit removed {percent(found['tpr_removed'][rate])}, added {percent(found['tpr_added'][rate])})"
         for rate, worst in found["tpr"].items()
     ]
-    rows.append(f"advantage     at most {up(found['advantage'])}: the share of members found less that of false alarms")
+    rows.append(f"advantage     at most {up(found['advantage'])}: true-positive less false-positive rate")
     rows.append(
         f"prior {prior:<7g} a guess, member or not, is right at most {percent(found['guess'])} of the time; the "
         f"probability of membership rises to at most {up(found['posterior'])}, but for an event of probability "
         f"{delta:.3g}"
     )
     rows += [
-        f"reconstructed what is guessed with a chance of {float(chance) * 100:g} % without the model is reconstructed "
+        f"reconstructed what is guessed with a chance of {exact_percent(chance)} without the model is reconstructed "
         f"with at most {percent(most)}"
         for chance, most in found["reconstruction"].items()
     ]
@@ -64,7 +69,7 @@ def draw_curve(axes: Any, phases: Sequence[AnyPhase], epsilon: float, delta: flo
     axes.legend(fontsize=8)
 
 
-def draw_ledger(path: str, phases: Sequence[AnyPhase], epsilon: float, delta: float) -> None:
+def write_plot(path: str, phases: Sequence[AnyPhase], epsilon: float, delta: float) -> None:
     """Write the curve alone as a PNG."""
     import matplotlib
 

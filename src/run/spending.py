@@ -28,15 +28,13 @@ from privacy.composition import Cost, cost_of, phases_of
 from privacy.ledger import FILE_NAME, Ledger, LedgerState, read_ledger
 from privacy.plan import Hold as AnyHold
 from privacy.plan import PrivacyPlan, relation
-
-ARGS, REPORT = "args.json", "privacy.json"
-WANTED = "what the run wrote; restore it"
+from run.log import ARGS, read_args
+from run.provenance import REPORT_NAME
 
 
 def named_in(folder: str) -> str | None:
     """The reservation that a folder's args.json names; None where it names none, or there is none."""
-    path = os.path.join(folder, ARGS)
-    name = read_object(path, WANTED).get("reservation") if os.path.exists(path) else None
+    name = read_args(folder).get("reservation")
     return name if isinstance(name, str) else None
 
 
@@ -93,8 +91,8 @@ def choose_name(path: str | None, folder: str, unit: str, data: str, resume: boo
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a run got: its total with all others, and whether less than it had planned."""
+class Granted:
+    """What a run got. total: epsilon of all runs, this one included; short: it got less than it had planned."""
 
     hold: Hold
     total: float
@@ -102,10 +100,10 @@ class Share:
     short: bool
 
 
-def reserve(path: str, name: str, plan: PrivacyPlan, data: str, last: int, done: int) -> Share:
+def reserve(path: str, name: str, plan: PrivacyPlan, data: str, last: int, done: int) -> Granted:
     """Reserve what the run may draw after step `done` up to `last`, beyond what it holds already, and bind the plan to
-    it. Raises UserError, and reserves nothing, where the total would pass the limit; a run that has a share of its own
-    left goes on within that.
+    it. Where the total would pass the limit nothing is reserved: a run that has some of its reservation left goes on
+    within that, for any other UserError is raised.
     """
     ledger, coming = os.path.realpath(plan.ledger.path), plan.to_come(last, done)
     unit, (key,) = plan.settings.unit, coming
@@ -127,10 +125,11 @@ def reserve(path: str, name: str, plan: PrivacyPlan, data: str, last: int, done:
         hold = Hold(path, name, opened.locked)
         plan.bind(hold, state.reservations[name].counted[key] - charged[key], done)
     hold.check("no step was drawn")
-    return Share(hold, total, state, short)
+    return Granted(hold, total, state, short)
 
 
 def check_relation(state: BudgetState, samplings: set[str]) -> None:
+    """Raise UserError where the budget's runs have another relation than these samplers."""
     own = relation(state.unit, samplings)
     if others := state.relations - {own}:
         fail(
@@ -140,6 +139,7 @@ def check_relation(state: BudgetState, samplings: set[str]) -> None:
 
 
 def refuse(state: BudgetState, plan: PrivacyPlan, more: Cost, total: float) -> None:
+    """Raise the UserError of a run that has no room. total: epsilon, `more` included."""
     steps = sum(phase.steps for phase in phases_of(more))
     fail(
         f"--budget {state.path}: {steps} more uses with sigma {plan.settings.sigma:g} would bring the total to epsilon "
@@ -149,7 +149,7 @@ def refuse(state: BudgetState, plan: PrivacyPlan, more: Cost, total: float) -> N
 
 
 def settle(hold: AnyHold, ledger: Ledger) -> str:
-    """Release what a finished run reserved and did not use. Returns the line to print."""
+    """Release what a finished run reserved and did not use. Returns the line to print: a warning where that failed."""
 
     def charged() -> Cost:
         ledger.check("nothing was released")
@@ -178,8 +178,8 @@ def whole_ledger(path: str) -> LedgerState:
     state, folder = read_ledger(path), os.path.dirname(path)
     if state.torn and not state.records:
         fail(f"{path}: its only line is cut short: one step was charged, its sigma and q are not known")
-    report = os.path.join(folder, REPORT)
-    said = read_object(report, WANTED) if os.path.exists(report) else {}
+    report = os.path.join(folder, REPORT_NAME)
+    said = read_object(report, "what the run wrote; restore it") if os.path.exists(report) else {}
     last, steps = said.get("ledger_checksum") or "", said.get("steps_charged", 0)
     if not isinstance(steps, int) or steps > state.charged:
         fail(f"{path}: records {state.charged} steps, {report} reports {steps}: records are missing")

@@ -16,7 +16,7 @@ from corpus.author_cache import describe_left_out, open_cache, prepare_cache
 from corpus.authors import AuthorTexts, Corpus, split_authors
 from corpus.examples import count_shared
 from corpus.records import PAIR, Source
-from corpus.tokenizer import CHAT_TEMPLATE_HELP, VOCAB_HELP, check_model_s, digest_vocab, own_vocabulary
+from corpus.tokenizer import CHAT_TEMPLATE_HELP, VOCAB_HELP, check_vocabulary_fits, digest_vocab, own_vocabulary
 from run import setup
 from run.loop import Trainer
 from run.settings import Settings
@@ -90,7 +90,7 @@ class Texts:
     valid: AuthorTexts | None
     held_out: dict
     digests: dict
-    padding: str  # check_model_s()
+    padding: str  # what check_vocabulary_fits() says of the model's rows; "" for nothing
 
     @property
     def unit(self) -> str:
@@ -138,7 +138,7 @@ def open_texts(settings: Settings, rows: int, place: str, world: World) -> Texts
     evaluation = None if data.eval_file is None else open_corpus(data.eval_file, "--eval_file", vocab, settings, world)
     with world.raise_if_any_failed():
         model = f"{name} {settings.model.init_checkpoint}"
-        padding = check_model_s(vocab, corpus.facts["vocab_size"], rows, model, place, own)
+        padding = check_vocabulary_fits(vocab, corpus.facts["vocab_size"], rows, model, place, own)
         train, valid, held_out = split(settings, corpus, evaluation)
         digests = {
             "train_sha256": corpus.facts["sha256"],

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from base.errors import UserError
-from corpus.tokenizer import check_model_s, digest_vocab, load_tokenizer, own_vocabulary
+from corpus.tokenizer import check_vocabulary_fits, digest_vocab, load_tokenizer, own_vocabulary
 from helpers.foreign_tokenizers import FORMS, edit, write_tokenizer
 from helpers.processes import ROOT
 
@@ -213,7 +213,7 @@ def test_whether_a_vocabulary_is_the_models(tmp_path):
 
     def check(folder, rows: int, place=own) -> str:
         size, beside = load_tokenizer(str(folder)).vocab_size, own_vocabulary(str(place))
-        return check_model_s(str(folder), size, rows, "--model_name M", str(place), beside)
+        return check_vocabulary_fits(str(folder), size, rows, "--model_name M", str(place), beside)
 
     assert check(own, size) == check(copy, size) == ""
     assert f"from {size} on are padding" in check(own, 512) and "WARNING" not in check(own, 512)

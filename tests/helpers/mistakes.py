@@ -307,7 +307,7 @@ MUTANTS = (
     Mutant("losses rounded down", LOSSES,
            (("np.append(lower, 0.0) + np.append(0.0, main - lower)", "np.append(main, 0.0)"),), RISK[1:2]),
     Mutant("infinite loss dropped", LOSSES,
-           (("-math.expm1(-infinite) + _beyond(phases, parts, t)", "0.0"),), RISK[2:3]),
+           (("-math.expm1(log_finite) + _beyond(phases, parts, t)", "0.0"),), RISK[2:3]),
     Mutant("one phase of an attack forgotten", ATTACK,
            (("return _attack_risk(accounting.merge(phases))", "return _attack_risk(accounting.merge(phases)[:1])"),),
            RISK[:1]),

@@ -89,7 +89,7 @@ def test_equals_riskcal(name):
 
 
 def test_the_anchor_and_its_time():
-    """At epsilon 5.43, 1 % of false alarms find at most 8.7 % of the members; epsilon alone would permit 99.6 %."""
+    """At epsilon 5.43, 1 % of false positives find at most 8.7 % of the members; epsilon alone would permit 99.6 %."""
     attack_risk._attack_risk.cache_clear()
     started = time.monotonic()
     found = attack_risk.figures(E2E, 1e-5)

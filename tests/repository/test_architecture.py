@@ -107,7 +107,7 @@ def test_what_the_parts_of_privacy_may_know():
     assert {module for module in ours("privacy.clipping") if module.startswith("privacy.")} == known
     assert not {module for module in ours("privacy.unit_gradients") if module.startswith("privacy")}
     for name in ("privacy.accounting", "privacy.sampled_gaussian", "privacy.allocation", "privacy.loss_grid",
-                 "privacy.attack_risk", "privacy.ledger", "privacy.auditing"):
+                 "privacy.attack_risk", "privacy.selection", "privacy.ledger", "privacy.auditing"):
         assert not any(module.split(".")[0] == "torch" for module in imports(MODULES[name]))
         assert {module for module in ours(name) if not module.startswith("base")} <= {
             "privacy", "privacy.accounting", "privacy.sampled_gaussian", "privacy.allocation", "privacy.loss_grid"}

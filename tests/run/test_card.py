@@ -12,7 +12,7 @@ from base.errors import UserError
 from helpers.ledgers import make
 from privacy import accounting, attack_risk
 from privacy.accounting import Phase
-from privacy.ledger import FILE_NAME, read_ledger
+from privacy.ledger import FILE_NAME, NAMES, read_ledger
 from run import card
 from run.risk_words import percent, up
 
@@ -154,3 +154,8 @@ def test_a_file_is_never_lost(tmp_path):
         with pytest.raises(UserError, match=words):
             card.check_path(str(path))
     assert (tmp_path / "card.md").read_text() == "mine"
+
+
+def test_every_mechanism_sampler_and_noise_source_has_its_words():
+    for name, words in (("mechanism", card.MECHANISMS), ("sampling", card.SAMPLERS), ("noise_source", card.SEEDS)):
+        assert sorted(words) == sorted(NAMES[name])
