@@ -166,7 +166,8 @@ def test_sound_code_is_refuted_in_one_of_twenty_audits(material, tmp_path, kind,
         work = tmp_path / f"run{number}"
         m = 2000 if kind == "gradient" else 400
         run = start(material, work, *[fault] * bool(fault), canaries=m, canary_kind=kind, train_batch_size=m + 50,
-                    noise_multiplier=3 if fault == "noise_off" else 1.5, max_step=2, guesses=None, target_delta=1e-5, lr=0.0005)
+                    noise_multiplier=3 if fault == "noise_off" else 1.5, max_step=2, guesses=None, target_delta=1e-5,
+                    lr=0.0005)
         assert run.wait() in (0, 1), run.stderr
         found.append(read(work, "audit.json"))
     if fault:

@@ -300,7 +300,7 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (AUDIT, canaries + " --guesses 50 101", ["--guesses 101", "100"]),
     (AUDIT, canaries + " --guesses 0", ["--guesses 0"]),
     (AUDIT, canaries + " --canary_kind image", ["--canary_kind", "image"]),
-    (AUDIT, canaries.replace("seq_len 32", "seq_len 15") + " --canary_kind text", ["--seq_len 15", "16 tokens"]),
+    (AUDIT, canaries.replace("seq_len 32", "seq_len 8") + " --canary_kind text", ["--seq_len 8", "9 tokens"]),
     (AUDIT, canaries.replace("seq_len 32", "seq_len 49"), ["--seq_len 49", "48 positions"]),
     (AUDIT, canaries + " --train_batch_size 141", ["141", "larger than the training data (140"]),
     (AUDIT, canaries + " --plot @absent/x.png", ["--plot"]), (AUDIT, canaries + " --resume", ["--resume: refused"]),
