@@ -38,7 +38,11 @@ def profiles(name: str):
     return functools.reduce(lambda left, right: left.compose(right), parts)
 
 
-@pytest.mark.parametrize("name", [name for name in MIXED if name != "authors"])
+SLOW = ("E2E command", "authors", "rare and large")  # dp_accounting takes up to half a minute for these
+BY_NAME = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MIXED]
+
+
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name is not BY_NAME[1]])
 def test_equals_dp_accounting_in_both_directions(name):
     """delta at many epsilons, of each direction alone, and the power that follows. Both are upper bounds, from other
     grids: the difference is what spreading adds. It adds at most FINENESS^2 / 4, 4e-4, to the relative variance of a
@@ -69,7 +73,7 @@ def test_equals_dp_accounting_in_both_directions(name):
     assert np.all(risk.power(RATES) >= np.maximum(risk.power(RATES, REMOVED), risk.power(RATES, ADDED)) - 1e-12)
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_equals_riskcal(name):
     """The same figures by riskcal 1.5.1 from dp_accounting's losses. Its curve pairs the losses of the two directions,
     which dp_accounting rounds each on its own, and comes out too low where false positives are few and steps are many
