@@ -54,7 +54,7 @@ class Ratio:
         """The sum of independent variables.
 
         exp(width i) + exp(width (i + d)) lies above exp(width (i + d)) by log(1 + exp(-width d)), whatever i is. So all
-        pairs of points that are d apart go up by as many points, and share out their mass alike. Only the distances that
+        pairs of points that are d apart go up by as many points, and share out their mass alike. Only distances that
         occur are looked at: the two grids may lie far apart.
         """
         width, gap = self.width, other.first - self.first
