@@ -8,6 +8,8 @@ A run releases by itself when it is done. One that was killed keeps what it rese
 here.
 """
 
+import base.early  # noqa: F401  # isort: skip  # before slow imports
+
 import hashlib
 import math
 import os

@@ -153,6 +153,8 @@ def check(args: argparse.Namespace, words: list[str], space: Space) -> None:
         if getattr(args, name) is not None:
             why = "draws its number of trials" if name == "random" else "is no composition, which a budget counts"
             fail(f"--{name}: private selection {why}; leave it out")
+    if "tensorboard" in (*given, *space.flags):
+        fail("--tensorboard: its files hold the hours of the best trial, which tell how many others ran; leave it out")
     reads = SCORES[args.score]
     if reads == "training" or (reads == "validation" and not public):
         what = (

@@ -32,7 +32,10 @@ CACHED_WORDS = 1 << 18  # these cover 98 % of the words of an English corpus, in
 WORDS = re.compile(r"(?<=\S)(?= )")
 # Characters that show nothing, beside white space and those of the categories Cc and Cf: Unicode's
 # Default_Ignorable_Code_Point, and the blank Braille pattern.
-BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]")
+BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
+    "\U000e0000-\U000e0fff]"
+)
 
 
 @dataclass(frozen=True)

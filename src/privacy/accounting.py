@@ -98,8 +98,9 @@ def _epoch(sigma: float, t: int, taken: int) -> AnyPhase:
 
 def _coarser(total: dict[AnyPhase, int], ratio: float) -> dict[AnyPhase, int]:
     """Every sigma rounded down and every q up to a power of `ratio`, which can only disclose more: less noise is more
-    with some added, a smaller q is a larger one after a coin of the unit's own. So are the steps taken of an epoch, of
-    which fewer are the beginning of more."""
+    with some added, a smaller q is a larger one after a coin of the unit's own. Of an epoch, fewer steps to choose from
+    disclose more, too: the mean of fewer independent variables is spread wider, and so is what that mean has a larger
+    share in. So the steps taken go down, and their share q up, until epochs of any lengths are few kinds."""
     found: dict[AnyPhase, int] = {}
     base = math.log(ratio)
     for phase, steps in total.items():
@@ -109,7 +110,8 @@ def _coarser(total: dict[AnyPhase, int], ratio: float) -> dict[AnyPhase, int]:
         q = max(q, min(1.0, math.exp(math.ceil(math.log(q) / base) * base)))
         key: AnyPhase = Phase(sigma, q, 1)
         if isinstance(phase, Allocated):
-            key = _epoch(sigma, phase.t, min(phase.t, math.ceil(q * phase.t)))
+            taken = max(1, min(phase.taken, math.floor(math.exp(math.floor(math.log(phase.taken) / base) * base))))
+            key = _epoch(sigma, max(taken, math.floor(taken / q)), taken)
         found[key] = found.get(key, 0) + steps
     return found
 

@@ -54,27 +54,31 @@ class Ratio:
         """The sum of independent variables.
 
         exp(width i) + exp(width (i + d)) lies above exp(width (i + d)) by log(1 + exp(-width d)), whatever i is. So all
-        pairs of points that are d apart go up by as many points, and share out their mass alike.
+        pairs of points that are d apart go up by as many points, and share out their mass alike. Only distances that
+        occur are looked at: the two grids may lie far apart.
         """
-        width, first = self.width, min(self.first, other.first)
-        n = max(self.first + len(self.mass), other.first + len(other.mass)) - first
-        a, b = np.zeros(n), np.zeros(n)
-        a[self.first - first :][: len(self.mass)] = self.mass
-        b[other.first - first :][: len(other.mass)] = other.mass
-        rise = np.log1p(np.exp(-width * np.arange(n))) / width
+        width, gap = self.width, other.first - self.first
+        apart = np.arange(gap - len(self.mass) + 1, gap + len(other.mass))  # of a point of `other` above one of `self`
+        rise = np.log1p(np.exp(-width * np.abs(apart))) / width
         whole = rise.astype(np.int64)
         up = np.expm1(width * (rise - whole)) / math.expm1(width)
-        found = np.zeros(n + int(whole[0]) + 1)
-        for d in range(n):
-            pairs = a[: n - d] * b[d:]
-            if d:
-                pairs += b[: n - d] * a[d:]
-            start = d + int(whole[d])
-            upper = pairs * up[d]
-            found[start + 1 : start + 1 + n - d] += upper
-            found[start : start + n - d] += pairs - upper
-        found[:n] += a * other.zero + b * self.zero
-        return Ratio(width, first, found, self.zero * other.zero, self.infinite + other.infinite).trimmed()
+        begin, end = np.maximum(0, gap - apart), np.minimum(len(self.mass), len(other.mass) + gap - apart)
+        start = self.first + begin + np.maximum(apart, 0) + whole
+        first = int(start.min())
+        found = np.zeros(int((start + end - begin).max()) - first + 1)
+        for lower, n, i, j, share in zip(start - first, end - begin, begin, begin + apart - gap, up, strict=True):
+            pairs = self.mass[i : i + n] * other.mass[j : j + n]
+            upper = pairs * share
+            found[lower + 1 : lower + 1 + n] += upper
+            found[lower : lower + n] += pairs - upper
+        zero = self.zero * other.zero
+        for one, chance in ((self, other.zero), (other, self.zero)):  # sums with 0; below the grid to 0 and its first
+            place = one.first - first + np.arange(len(one.mass))
+            mass = one.mass * chance
+            kept = mass * np.exp(width * np.minimum(place, 0))
+            np.add.at(found, np.maximum(place, 0), kept)
+            zero += float((mass - kept).sum())
+        return Ratio(width, first, found, zero, self.infinite + other.infinite).trimmed()
 
     def trimmed(self) -> "Ratio":
         """The same on fewer points. Points at the lower end that hold TAIL of the mass together, and at the upper end

@@ -310,13 +310,13 @@ class Ledger:
         if not self.state.records:
             return "nothing was charged yet: start the run again"
         records = b"".join(encode(record) for record in self.state.records)
-        with contextlib.suppress(OSError), open(self.path, "rb") as there:
-            if there.read(len(records)) == records:
+        with contextlib.suppress(OSError):
+            if holds(self.path, records):
                 return "what this run charged is still in it: end whatever else writes there, and --resume"
         kept = self.path + KEPT
-        if os.path.exists(kept):  # of another run, in a folder that both wrote to
-            kept += f".{os.getpid()}"
         try:
+            if os.path.exists(kept) and not holds(kept, records):  # of another run, in a folder that both wrote to
+                kept += f".{os.getpid()}"
             with atomic_write(kept, "wb") as handle:
                 handle.write(records)
         except OSError:
@@ -325,6 +325,12 @@ class Ledger:
 
     def close(self) -> None:
         os.close(self.handle)
+
+
+def holds(path: str, records: bytes) -> bool:
+    """Whether a file begins with these records."""
+    with open(path, "rb") as there:
+        return there.read(len(records)) == records
 
 
 class NoLedger(Ledger):

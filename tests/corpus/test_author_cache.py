@@ -205,7 +205,7 @@ def test_many_corpora_one_after_the_other_are_tokenised(tmp_path, monkeypatch):
 ALIKE = ["Zo\u00eb M", "Zoe\u0308 M", "Zo\u00eb  M", " Zo\u00eb M\n", "Zo\u00eb\u00a0M", "\ufeffZo\u00eb M",
          "Zo\u00eb M\u200b",
          "Zo\u00ad\u00eb M", "Zoe\u200d\u0308 M", "Zo\u00eb\ufe0f M", "Zo\u00eb M\x00", "\u202aZo\u00eb M\u202c",
-         "Zo\u00eb\t\u3000M"]
+         "Zo\u00eb\t\u3000M", "Zo\u00eb \u2065M", "Zo\u00eb M\ufff0"]
 
 
 def test_names_that_look_alike_are_one_author(tmp_path):

@@ -49,6 +49,8 @@ WITHOUT = ("test_gpt2_ft.py::test_steps_without_noise_are_not_forgotten",)
 ALLOCATION = ("test_sampling.py::test_allocation_is_one_uniform_step_of_each_epoch",
               "test_sampling.py::test_what_an_allocation_charges")
 EPOCH = ("test_allocation.py::test_an_epoch_whole_or_in_part_by_drawing_it",)
+SUMS = ("test_allocation.py::test_grids_far_apart_are_summed_at_once",)
+LENGTHS = ("test_allocation.py::test_epochs_of_many_lengths_cost_a_little_more",)
 SHUFFLE = ("test_sampling.py::test_shuffle_uses_each_unit_once_an_epoch",)
 UNLIKE = ("test_neighbours.py::test_ranks_that_compute_in_different_ways_are_refused",)
 COMPANY = ("test_company.py::test_the_same_bits_in_any_company",)
@@ -212,8 +214,12 @@ MUTANTS = (
     Mutant("a stopped epoch priced as if its steps were few of many", "privacy/allocation.py",
            (("return (values + (t - taken)) / t", "return (values + (2 * t - taken)) / (2 * t)"),), EPOCH),
     Mutant("values spread without their mean", "privacy/allocation.py",
-           (("found[start : start + n - d] += pairs - upper", "found[start : start + n - d] += pairs + upper"),
-            ("found[start + 1 : start + 1 + n - d] += upper\n", "pass\n")), EPOCH),
+           (("found[lower : lower + n] += pairs - upper", "found[lower : lower + n] += pairs + upper"),
+            ("found[lower + 1 : lower + 1 + n] += upper\n", "pass\n")), EPOCH),
+    Mutant("grids far apart summed without what lies at 0", "privacy/allocation.py",
+           (("for one, chance in ((self, other.zero), (other, self.zero)):", "for one, chance in ():"),), SUMS),
+    Mutant("epochs of many lengths priced as longer ones", "privacy/accounting.py",
+           (("_epoch(sigma, max(taken, math.floor(taken / q)), taken)", "_epoch(sigma, phase.t, taken)"),), LENGTHS),
     Mutant("shuffle pads the last batch", SAMPLING,
            (("batch = self.order[", "batch = torch.cat([self.order, self.order])["),),
            SHUFFLE),

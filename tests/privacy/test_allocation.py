@@ -8,7 +8,7 @@ from scipy.special import ndtr
 
 from privacy import accounting, loss_grid
 from privacy.accounting import epsilon_gaussian
-from privacy.allocation import Allocated
+from privacy.allocation import Allocated, Ratio
 
 
 def epsilon(sigma: float, t: int, steps: int, delta: float) -> float:
@@ -92,3 +92,39 @@ def test_the_accountant_of_its_authors(sigma, t, epochs):
     upper, lower = api.gaussian_allocation_epsilon_range(
         delta=1e-5, sigma=sigma, num_steps=t, num_epochs=epochs, epsilon_accuracy=-1.0)
     assert lower <= epsilon(sigma, t, t * epochs, 1e-5) <= upper
+
+
+def test_grids_far_apart_are_summed_at_once():
+    """The grid of many steps and of one more, at a large sigma: 100,000 points lie between them."""
+    width, mass = 1e-4, np.array([0.25, 0.5, 0.2])
+    low, high = Ratio(width, 0, mass, 0.05, 1e-30), Ratio(width, 10**5, mass, 0.05, 1e-30)
+    for one, other in ((low, high), (high, low)):
+        total = one.plus(other)
+        assert len(total.mass) < 100
+        assert total.mass.sum() + total.zero == pytest.approx(1, abs=1e-12)
+        mean = float(low.values @ mass + high.values @ mass)
+        assert total.mass @ total.values + total.infinite == pytest.approx(mean, rel=1e-12)
+        # convex functions of the sum rise, if by little: that of each pair of values, 0 among them, is no larger
+        a, b = np.append(low.values, 0), np.append(high.values, 0)
+        chance = np.append(mass, 0.05)[:, None] * np.append(mass, 0.05)
+        for strike in (0.5, 2e4, 22026.5, 22027.46):
+            exact = float((np.maximum(a[:, None] + b - strike, 0) * chance).sum())
+            found = float(total.mass @ np.maximum(total.values - strike, 0))
+            assert exact * (1 - 1e-9) <= found <= exact + 0.3
+
+
+def test_epochs_of_many_lengths_cost_a_little_more(monkeypatch):
+    """More kinds of epochs than the accountant composes: those that stand for them have no more steps to choose from,
+    and no smaller share of the epoch."""
+    phases = [Allocated(1.0, 20 + k, 20 + k - k % 3, 1 + k % 2) for k in range(40)]
+    bound = accounting.epsilon_prv(phases, 1e-5)
+    monkeypatch.setattr(accounting, "MOST_PHASES", 100)
+    apart = accounting.epsilon_prv(phases, 1e-5)
+    assert apart <= bound < 1.05 * apart
+    for most in (8, 1):
+        monkeypatch.setattr(accounting, "MOST_PHASES", most)
+        merged = accounting.merge(phases)
+        assert len(merged) <= most and sum(phase.steps for phase in merged) == sum(phase.steps for phase in phases)
+    for t, taken in ((1000, 1000), (1000, 7), (333, 332), (10**6, 123_457)):
+        (found,) = accounting._coarser({Allocated(1.0, t, taken, 1): 1}, 1.3)
+        assert isinstance(found, Allocated) and found.taken <= taken and found.q >= taken / t and found.sigma <= 1

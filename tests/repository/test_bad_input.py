@@ -210,7 +210,7 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (SCORE, "@ref.txt @sys.txt --compare @sys.txt --bootstrap_samples 0", ["--bootstrap_samples 0"]),
     (FORMAT, "@e2e.txt", ["OUT_formatted.jsonl"]), (SCORE, "@ref.txt", ["SYS"]),
     (ENCODE, "--vocab @vocab --input @absent --output @new", ["--input", "absent"]),
-    (ENCODE, "--vocab @vocab --input @formatted.jsonl --output @new --chat_template", ["--chat_template: refused"]),
+    (ENCODE, "--vocab @vocab --input @formatted.jsonl --output @new --chat_template x", ["--chat_template: refused"]),
     (ENCODE, "--vocab @absent --input @formatted.jsonl --output @new", ["--vocab", "absent"]),
     (ENCODE, "--vocab @tiny --input @formatted.jsonl --output @new", ["--vocab"]),
     (ENCODE, "--vocab @vocab --input @empty --output @new", ["--input", "empty"]),

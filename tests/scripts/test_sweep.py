@@ -163,12 +163,20 @@ def test_only_the_best_is_left(command, tmp_path, monkeypatch):
     monkeypatch.setattr("sweep_space.Space.draw", lambda self: next(points))
     monkeypatch.setattr("sweep.Space.all", lambda self: [{"lr": "0.001"}, {"lr": "0.1"}])
     scores = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(sweep, "read_score", lambda *_: next(scores))
+
+    def read_score(place, _):
+        for path in pathlib.Path(place).rglob("*"):
+            os.utime(path, (1e9, 1e9))  # a trial of long ago
+        return next(scores)
+
+    monkeypatch.setattr(sweep, "read_score", read_score)
     out = tmp_path / "out"
     points = iter([{"lr": "0.001"}] * 2 + [{"lr": "0.001"}, {"lr": "0.1"}, {"lr": "0.001"}])
     status, said, err = command(*select(out))
     assert status == 0 and len(command.started) == 3, err
     assert sorted(os.listdir(out)) == ["best", "selection.json", "table.md"]
+    ends = [path.lstat().st_mtime - (out / "table.md").stat().st_mtime for path in [*out.rglob("*")]]
+    assert max(map(abs, ends)) < 5  # the files of the best do not tell how long ago it ended
     epsilon = selection_epsilon([[PHASE]], Trials(2), 1e-5)
     result = read(out, "selection.json")
     assert result["values"] == {"lr": "0.1"} and result["score"] == 1.0 and read(out / "best", "args.json")["lr"] == 0.1
@@ -274,6 +282,7 @@ SELECT = ["--select", "poisson", "--mean", 3]
     (["--grid", "lr=1,2", *SELECT, "--shape", 1], "--shape 1"),
     (["--grid", "lr=1,2", *SELECT, "--random", 3], "--random"),
     (["--grid", "lr=1,2", *SELECT, "--budget", "x"], "--budget"),
+    (["--grid", "tensorboard=,1", *SELECT, "--validation", "public"], "--tensorboard"),
     (["--grid", "lr=1,2", "--select", "tnb", "--mean", 1], "--mean 1"),
     (["--range", "sigma=1:2", *SELECT, "--validation", "public"], "--range sigma: changes what a trial costs"),
     (["--grid", "lr=1,2", "--delta", 1], "delta 1"), (["--grid", "no_such=1,2"], "no_such"),
