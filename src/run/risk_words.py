@@ -36,9 +36,9 @@ def lines(phases: Sequence[AnyPhase], delta: float, prior: float) -> list[str]:
     ]
     rows.append(f"advantage     at most {up(found['advantage'])}: the share of members found less that of false alarms")
     rows.append(
-        f"prior {prior:<7g} a guess, member or not, is right at most {percent(found['guess'])} of the time; the "
-        f"probability of membership rises to at most {up(found['posterior'])}, but for an event of probability "
-        f"{delta:.3g}"
+        f"prior {prior:<7g} a guess, member or not, is right at most {percent(found['guess'])} of the time "
+        f"({percent(max(prior, 1 - prior))} without the model); the probability of membership rises to at most "
+        f"{up(found['posterior'])}, but for an event of probability {delta:.3g}"
     )
     rows += [
         f"reconstructed what is guessed with a chance of {float(chance) * 100:g} % without the model is reconstructed "
