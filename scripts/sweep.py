@@ -23,6 +23,8 @@ import sys
 from collections import Counter
 from typing import Any
 
+from tqdm import tqdm
+
 import start  # noqa: F401  puts src/ and scripts/tables on the path
 from base.errors import fail, run_main
 from base.files import atomic_write, lock, read_lines, read_object
@@ -124,6 +126,8 @@ class Sweep:
         if not os.path.exists(self.folder) and os.path.exists(os.path.join(self.args.out, "table.md")):
             fail(f"--resume: {self.args.out} holds a selection that is done; see its table.md")
         path, settings = os.path.join(self.folder, STATE), json.loads(json.dumps(self.settings()))
+        if not os.path.exists(path):
+            fail(f"--resume: {path} is not there: no trial has begun; leave --resume out")
         self.state = read_object(path, WANTED, "--resume")
         differing = [key for key in settings if self.state.get(key) != settings[key]]
         if differing:
@@ -144,15 +148,21 @@ class Sweep:
         return os.path.join(self.folder, "trial" if self.trials else f"{number + 1:04d}")
 
     def run_all(self) -> None:
-        total = len(self.state["trials"])
-        for number, trial in enumerate(self.state["trials"]):
-            if "uses" not in trial:
-                self.run_one(number, trial)
-            if self.trials is None:
+        total, secret = len(self.state["trials"]), self.trials is not None
+        if secret:
+            print("running       the trials, without a word of how many are done: their number is secret", flush=True)
+        bar = tqdm(total=total, desc="trials", unit="trial", disable=secret or not sys.stderr.isatty())
+        with bar:
+            for number, trial in enumerate(self.state["trials"]):
+                if "uses" not in trial:
+                    self.run_one(number, trial)
+                if secret:
+                    self.keep(number)
+                    continue
                 chosen = " ".join(f"{name}={value}" for name, value in trial["values"].items())
+                bar.clear()
                 print(f"trial {number + 1} of {total}: {chosen}: {self.args.score} {shown(trial['score'])}", flush=True)
-            else:
-                self.keep(number)
+                bar.update()
 
     def run_one(self, number: int, trial: dict) -> None:
         """Run or resume a trial, and put its score and uses into the state. UserError where it drew nothing."""
@@ -337,7 +347,8 @@ def main() -> None:
         points = [trial["values"] for trial in sweep.state["trials"]]
     else:
         points = space.all() if args.random is None else [space.draw() for _ in range(args.random)]
-    plans = [sweep.plan(point) for point in points]
+    quiet = not sys.stderr.isatty()
+    plans = [sweep.plan(point) for point in tqdm(points, desc="pricing", unit="trial", leave=False, disable=quiet)]
     if SCORES[args.score] == "validation" and not all(plan["validated"] for plan in plans):
         fail(f"--score {args.score}: the trials have no validation data; give them, or another --score")
     delta = args.delta or min(plan["delta"] for plan in plans)
@@ -367,6 +378,9 @@ def main() -> None:
             sweep.finish_composed(delta)
         else:
             sweep.finish_selected(points, delta)
+    except SystemExit:  # of a signal
+        print("stopped: the same command with --resume continues", file=sys.stderr)
+        raise
     finally:
         os.close(holder)
 

@@ -20,11 +20,9 @@ from base.flags import Parser
 from base.markdown import markdown
 from privacy import accounting
 from privacy.accounting import check_delta
-from privacy.budget import BudgetState, Reservation, create_budget, read_budget
+from privacy.budget import BudgetState, Reservation, create_budget, names_unit, read_budget
 from privacy.composition import phases_of
 from run.spending import describe, release_all
-
-UNITS = ("example", "author")
 
 
 def digest_file(path: str) -> str:
@@ -72,7 +70,8 @@ def main() -> None:
         command.add_argument("file", metavar="FILE", help="the budget file")
         if name == "create":
             command.add_argument("--train_data", required=True, help="the training file, by whose sha256 it is known")
-            command.add_argument("--unit", choices=UNITS, default="example", help="default example")
+            words = "as the runs' reports name it: example (default), author, line, or the field of --unit_field"
+            command.add_argument("--unit", default="example", help=words)
             command.add_argument("--epsilon", type=float, required=True, help="the limit of all runs together")
             command.add_argument("--delta", type=float, required=True, help="the delta of that epsilon")
         if name == "release":
@@ -82,6 +81,8 @@ def main() -> None:
         if not 0 < args.epsilon < math.inf:
             fail(f"--epsilon {args.epsilon:g}: wanted a number above 0")
         check_delta(args.delta)
+        if not names_unit(args.unit):
+            fail(f"--unit {args.unit!r}: expected what the runs' reports name, such as example, author or patient")
         create_budget(args.file, args.unit, digest_file(args.train_data), args.epsilon, args.delta)
         print(f"{args.file}: epsilon {args.epsilon:g} at delta {args.delta:g} for one {args.unit} of {args.train_data}")
     elif args.command == "show":

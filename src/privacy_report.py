@@ -390,6 +390,8 @@ def main() -> int:
     except UserError as mistake:
         fail(f"--{str(mistake).removeprefix('target ')}")
     if args.plot is not None:
+        if not args.plot.endswith(".png"):
+            fail(f"--plot {args.plot}: wanted a name that ends in .png")
         folder = os.path.dirname(args.plot) or "."
         if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
             fail(f"--plot {args.plot}: {folder} is no folder that can be written to; make it first")

@@ -204,7 +204,8 @@ def test_what_an_attacker_can_do_is_said(report, tmp_path):
             assert value <= float(words) / 100 <= 1.011 * value  # rounded up
     assert float(re.search(r"^advantage     at most ([\d.]+):", process.stdout, re.M)[1]) == pytest.approx(
         risk.advantage, abs=1e-4)
-    assert re.search(r"^prior 0\.2 ", process.stdout, re.M) and "agrees with the ledger" in process.stdout
+    assert re.search(r"^prior 0\.2 .* \(80 % without the model\);", process.stdout, re.M)
+    assert "agrees with the ledger" in process.stdout
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "card.html").read_text()
     before = (tmp_path / "card.html").read_text()
@@ -319,6 +320,7 @@ def test_a_plan_with_next_to_no_noise_is_infinite(report, tmp_path):
         (("{tmp}/binary", "--card", "{tmp}/card.txt"), ".md or .html"),
         (("{tmp}/binary", "--card", "{tmp}/binary"), ".md or .html"),
         (("{tmp}/binary", "--plot", "{tmp}/no/such.png"), "--plot"),
+        (("{tmp}/binary", "--plot", "{tmp}/plot.txt"), "ends in .png"),
     ],
 )
 def test_bad_input(report, tmp_path, arguments, words):

@@ -161,7 +161,8 @@ def check(args: argparse.Namespace, words: list[str], space: Space) -> None:
             "authors of --train_file are held out" if held_out and args.validation == "public" else "it is not private"
         )
         reason = "training data without noise" if reads == "training" else f"validation data: {what}"
+        cure = "" if reads == "training" else "say --validation public where the validation data are, "
         fail(
-            f"--score {args.score}: reads {reason}, so no choice by it is private; say --validation public where the "
-            "validation data are, choose --score grad_norm, or leave --select out"
+            f"--score {args.score}: reads {reason}, so no choice by it is private; {cure}choose --score grad_norm, or "
+            "leave --select out"
         )

@@ -147,7 +147,7 @@ class BudgetState:
             return "a budget has one line of its creation, the first"
         held = self.reservations.get(record.get("reservation", ""))
         if record["kind"] == "create" and not (
-            record["unit"] in ("example", "author") and 0 < record["epsilon"] < math.inf and 0 < record["delta"] < 1
+            names_unit(record["unit"]) and 0 < record["epsilon"] < math.inf and 0 < record["delta"] < 1
         ):
             return "a value is out of range"
         if "uses" in keys and unpack(record["uses"]) is None:
@@ -199,6 +199,11 @@ def read_budget(path: str, flag: str = "", opened: int | None = None) -> BudgetS
     if not state.unit:
         fail(f"{where}: holds no budget; is its creation cut short? Remove it, and {CREATE} it again")
     return state
+
+
+def names_unit(unit: str) -> bool:
+    """Whether a run can have this unit: example, author, line, or any field that --unit_field takes."""
+    return bool(unit.strip()) and unit.isprintable()
 
 
 def create_budget(path: str, unit: str, data: str, epsilon: float, delta: float) -> None:

@@ -125,7 +125,10 @@ def collect(ledger: str, state: LedgerState, report: dict | None, prior: float =
     ]
     rows += [
         ("Membership advantage", f"at most {up(found['advantage'])} (true-positive less false-positive rate)"),
-        (f"Guess, prior {prior:g}", f"right at most {percent(found['guess'])} of the time"),
+        (
+            f"Guess, prior {prior:g}",
+            f"right at most {percent(found['guess'])} of the time; without the model {percent(max(prior, 1 - prior))}",
+        ),
         (
             f"Posterior, prior {prior:g}",
             f"at most {up(found['posterior'])}, but for an event of probability {delta:.3g}",
@@ -185,7 +188,7 @@ def in_plain_words(N: int, unit: str, prior: float, found: dict, sources: list[s
         f"that wrongly names 1 % of the {unit}s that were not used finds at most {one} of those that were; by chance "
         "it would be 1 %.",
         f"Where {unit}s were used with a probability of {prior:g}, the best guess is right at most "
-        f"{percent(found['guess'])} of the time.",
+        f"{percent(found['guess'])} of the time; without the model it is right {percent(max(prior, 1 - prior))} of it.",
         f"This holds for every method, known or not, and for each single {unit}. It says nothing of what many of them "
         "have in common, nor of other models of the same data.",
     ]

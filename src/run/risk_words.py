@@ -41,9 +41,9 @@ def lines(phases: Sequence[AnyPhase], delta: float, prior: float) -> list[str]:
     ]
     rows.append(f"advantage     at most {up(found['advantage'])}: true-positive less false-positive rate")
     rows.append(
-        f"prior {prior:<7g} a guess, member or not, is right at most {percent(found['guess'])} of the time; the "
-        f"probability of membership rises to at most {up(found['posterior'])}, but for an event of probability "
-        f"{delta:.3g}"
+        f"prior {prior:<7g} a guess, member or not, is right at most {percent(found['guess'])} of the time "
+        f"({percent(max(prior, 1 - prior))} without the model); the probability of membership rises to at most "
+        f"{up(found['posterior'])}, but for an event of probability {delta:.3g}"
     )
     rows += [
         f"reconstructed what is guessed with a chance of {exact_percent(chance)} without the model is reconstructed "

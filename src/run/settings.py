@@ -236,6 +236,8 @@ class Settings:
                 f"--budget {privacy.budget}: refused with --noise_source seeded: runs of one seed share their noise, "
                 "and what they disclose together is not what the budget counts"
             )
+        if privacy.budget is not None and privacy.noise_multiplier == 0:
+            fail(f"--budget {privacy.budget}: no limit holds a run without noise; give it noise, or leave --budget out")
         if privacy.budget is not None and privacy.sampling == "allocation":
             fail(
                 f"--budget {privacy.budget}: refused with --sampling allocation, whose epochs a budget file does not "

@@ -94,7 +94,7 @@ def test_every_changed_byte_is_noticed(tmp_path):
         [*KEY[:2], 0.8, 1.1, 1], [[], "poisson", 0.8, 0.2, 1], [*KEY, 10**16])),
     *([{**CREATED, key: value}] for key, value in (
         ("epsilon", 0), ("epsilon", float("inf")), ("epsilon", float("nan")), ("epsilon", True), ("delta", 1),
-        ("unit", "line"), ("data", None), ("kind", "make"), ("kind", []), ("format", 0), ("format", 2),
+        ("unit", " "), ("unit", "a\nb"), ("data", None), ("kind", "make"), ("kind", []), ("format", 0), ("format", 2),
         ("format", None))),
 ])
 def test_records_that_no_run_writes_are_refused(tmp_path, records):

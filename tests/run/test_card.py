@@ -62,7 +62,8 @@ def test_every_figure_is_that_of_the_ledger(tmp_path):
             f"at most {percent(float(risk.power(rate)))} of the members found"]
     (words,) = rows["Membership advantage"]
     assert float(words.split()[2]) == pytest.approx(truth.get_delta_for_epsilon(0), abs=2e-4)
-    assert rows["Guess, prior 0.2"] == [f"right at most {percent(risk.guess(0.2))} of the time"]
+    assert rows["Guess, prior 0.2"] == [
+        f"right at most {percent(risk.guess(0.2))} of the time; without the model 80 %"]
     assert rows["Posterior, prior 0.2"][0].startswith(f"at most {up(risk.posterior(0.2, 1e-5))},")
     for chance in (1e-6, 1e-4, 0.01):
         assert rows[f"Reconstruction, {chance * 100:g} % without the model"] == [

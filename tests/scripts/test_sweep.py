@@ -244,6 +244,21 @@ def test_killed_while_the_best_is_put_aside(command, tmp_path, monkeypatch, best
     assert read(out, "selection.json")["score"] == 1.0
 
 
+@pytest.mark.parametrize("options", [[], ["--select", "poisson", "--mean", 2, "--validation", "public"]])
+def test_a_terminal_sees_progress_but_no_secret_number(command, tmp_path, monkeypatch, options):
+    """Ctrl-C says how to go on. A bar counts the trials unless their number is secret."""
+    def stop(words, output):
+        raise SystemExit(130)
+
+    monkeypatch.setattr(Trials, "draw", lambda self: 3)
+    monkeypatch.setattr(sweep, "wait", stop)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    status, said, err = command("--out", tmp_path / "out", "--grid", "lr=0.001,0.1", *options)
+    assert status == 130 and "stopped: the same command with --resume continues" in err
+    assert "pricing" in err and ("0/2" in err.split("trials:")[-1] if not options else "trials:" not in err)
+    assert "/3" not in said + err and ("their number is secret" in said) == bool(options)
+
+
 def test_no_trial_at_all(command, tmp_path, monkeypatch):
     monkeypatch.setattr(Trials, "draw", lambda self: 0)
     status, said, _ = command(*select(tmp_path / "out"))
@@ -269,7 +284,8 @@ SELECT = ["--select", "poisson", "--mean", 3]
 
 @pytest.mark.parametrize("options, words", [
     (["--grid", "lr=1,2", *SELECT], "--score valid_loss: reads validation data: it is not private, so no choice by it"),
-    (["--grid", "lr=1,2", *SELECT, "--validation", "public", "--score", "loss"], "reads training data without noise"),
+    (["--grid", "lr=1,2", *SELECT, "--validation", "public", "--score", "loss"],
+     "reads training data without noise, so no choice by it is private; choose --score grad_norm, or leave"),
     (["--grid", "lr=1,2", "--score", "bleu"], "--score bleu: no such column"),
     ([], "--grid"), (["--grid", "lr"], "--grid lr"), (["--grid", "lr=1,1"], "--grid lr=1,1"),
     (["--grid", "=1"], "--grid"),
@@ -286,7 +302,7 @@ SELECT = ["--select", "poisson", "--mean", 3]
     (["--grid", "lr=1,2", "--select", "tnb", "--mean", 1], "--mean 1"),
     (["--range", "sigma=1:2", *SELECT, "--validation", "public"], "--range sigma: changes what a trial costs"),
     (["--grid", "lr=1,2", "--delta", 1], "delta 1"), (["--grid", "no_such=1,2"], "no_such"),
-    (["--grid", "lr=1,-2"], "--lr -2"), (["--grid", "lr=1,2", "--resume"], "sweep.json"),
+    (["--grid", "lr=1,-2"], "--lr -2"), (["--grid", "lr=1,2", "--resume"], "leave --resume out"),
     (["--grid", "lr=1,2", "--budget", "@absent"], "no such budget"),
 ])
 def test_mistakes_are_one_line_and_nothing_is_written(command, tmp_path, options, words):
