@@ -230,6 +230,8 @@ def main() -> None:
         + (f", to be put on {config['base_model_name_or_path']}" if args.format == "peft" else "")
         + (f"; {provenance.REPORT_NAME} says what the runs behind them spent" if spent else "")
     )
+    if not vocab:
+        print("no tokenizer was found beside the weights, and none was written; --vocab FOLDER adds one")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ def test_the_tokenizer_gives_our_ids(which, form, tmp_path, request):
     ours = load_tokenizer(str(vocab))
     write_run(tmp_path / "run", ours.vocab_size)
     base = ["--base_name", "x"] if form == "peft" else []
+    bare = server().start("src/export.py", ["--init_checkpoint", tmp_path / "run", "--output", tmp_path / "bare"])
+    assert bare.wait() == 0 and "none was written; --vocab FOLDER adds one" in bare.stdout
     folder = export(tmp_path / "run", tmp_path / "out", "--vocab", vocab, "--format", form, *base)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     lines = (ROOT / "data" / "demo" / "test.txt").read_text(encoding="utf-8").splitlines()[:100]
