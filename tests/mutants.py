@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-from helpers.mistakes import MUTANTS, Mutant
+from mistakes import MUTANTS, Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRELOADED = ("torch", "torch.distributed", "opacus", "opacus.grad_sample", "opacus.accountants", "scipy.stats",
