@@ -224,8 +224,9 @@ def provenance(folder: str, rows: Rows) -> str:
     several = any(len(group) > 1 for group in groups(rows))
     private = [row for row in rows if row["epsilon"] not in ("0", "inf")]
     meaning = all_of(lambda row: f"{row['privacy']['relation']}; {row['privacy']['sampling']} sampling", private)
+    bound = all_of(lambda row: "PLD" if row["privacy"]["sampling"] == "allocation" else "PRV", private)
     return (
-        (f"Epsilon (PRV upper bound): {meaning}. " if private else "")
+        (f"Epsilon ({bound} upper bound): {meaning}. " if private else "")
         + ("± is the standard deviation over seeds. " if several else "")
         + f"{machine}; commit {code}; {versions}. Commands, seeds and every figure: `{place_of(folder)}/`.\n"
     )

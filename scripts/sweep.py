@@ -70,7 +70,7 @@ class Sweep:
         key = tuple((name, value) for name, value in point.items() if name not in FREE)
         if key not in self.prices or not self.taken.issuperset(point.items()):
             status, said, wrong = ask(
-                self.command(point, ["--plan_only", *self.into(os.path.join(self.folder, "trial"))])
+                self.command(point, ["--plan_only", *self.into(os.path.join(self.folder, "trial")), *self.budget])
             )
             lines = [line for line in said.splitlines() if line.startswith("{")]
             if status or not lines:
@@ -82,6 +82,10 @@ class Sweep:
     def into(self, place: str) -> list[str]:
         """The flag of a trial's folder."""
         return [f"--{SCRIPTS[self.script]}", place]
+
+    @property
+    def budget(self) -> list[str]:
+        return ["--budget", self.args.budget] if self.args.budget else []
 
     def cost(self, point: dict[str, str]) -> Cost:
         return unpack(self.plan(point)["uses"]) or Counter()
@@ -171,8 +175,7 @@ class Sweep:
         resumed = os.path.exists(ledger) and os.path.getsize(ledger) > 0
         if not resumed and self.trials is not None:
             shutil.rmtree(place, ignore_errors=True)  # of an attempt that drew nothing
-        more = self.into(place)
-        more += ["--budget", self.args.budget] if self.args.budget else []
+        more = [*self.into(place), *self.budget]
         with open(output, "w", encoding="utf-8") as handle:
             status = wait(self.command(trial["values"], [*more, *(["--resume"] if resumed else [])]), handle)
         if status < 0 or status >= 128:
@@ -221,7 +224,8 @@ class Sweep:
         flags, score = self.space.flags, self.args.score
         lines = [table(rows, flags, score)]
         lines += [f"{line}\n" for line in describe_composition(composition) if not line.startswith("note")]
-        lines.append(f"epsilon       {bound.epsilon:.4f} at delta {delta:g} (PRV upper bound) of all trials together\n")
+        name = f"{accounting.bound_name(composition.phases)} upper bound"
+        lines.append(f"epsilon       {bound.epsilon:.4f} at delta {delta:g} ({name}) of all trials together\n")
         lines.append(f"the choice    {choice(score, self.args.validation)}\n")
         self.publish(lines)
         if any(row["score"] is not None for row in rows):

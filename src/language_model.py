@@ -6,6 +6,7 @@ blocks, and a LanguageModel that has both. Nothing else in this project knows wh
 Shapes: B batch, T tokens, D width, H heads, K key-value heads, W width of a head, V vocabulary.
 """
 
+import abc
 import dataclasses
 import math
 import re
@@ -150,36 +151,36 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return y.transpose(1, 2).reshape(B, T, H * W)
 
 
-class Block(nn.Module):
+class Block(nn.Module, abc.ABC):
     """A transformer block around its attention, which whoever calls may do with a cache of keys and values."""
 
+    @abc.abstractmethod
     def project(self, x: Tensor, places: Any) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., D), its Body.places() -> (query (..., H, W), key and value (..., K, W))."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
         """The block's input x (..., D) and what attention found, y (..., H W) -> the block's output (..., D)."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, places: Any) -> Tensor:
         """x (B, T, D) -> (B, T, D)."""
         return self.finish(x, causal_attention(*self.project(x, places)))
 
 
-class Body(nn.Module):
+class Body(nn.Module, abc.ABC):
     """Everything up to and with the last norm."""
 
     @property
-    def blocks(self) -> Sequence[Block]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def blocks(self) -> Sequence[Block]: ...
 
     @property
-    def last_norm(self) -> nn.Module:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def last_norm(self) -> nn.Module: ...
 
+    @abc.abstractmethod
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids (..., T), their positions (T,) -> (..., T, D)."""
-        raise NotImplementedError
 
     def places(self, positions: Tensor) -> Any:
         """What every block needs to know of the positions (T,)."""
@@ -194,7 +195,7 @@ class Body(nn.Module):
         return self.last_norm(x)
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(nn.Module, abc.ABC):
     """A transformer and its head. The class attributes say how the family's parts are called.
 
     Guarantees: parameters are named "transformer." and the name that Hugging Face's file has behind HUGGING_FACE, and
@@ -219,14 +220,14 @@ class LanguageModel(nn.Module):
     lm_head: Head
 
     @classmethod
+    @abc.abstractmethod
     def read_config(cls, content: Mapping[str, Any]) -> Any:
         """The config of Hugging Face's config.json; ValueError for what this family does not cover."""
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def check_config(cls, values: Mapping[str, Any]) -> Any:
         """The config of the entry `config` of a checkpoint of ours; ValueError."""
-        raise NotImplementedError
 
     @classmethod
     def parts(cls) -> tuple[str, ...]:

@@ -200,11 +200,11 @@ def test_steps_without_noise_are_not_forgotten(tmp_path):
 
 @pytest.mark.parametrize("sampling", ["poisson", "shuffle", "allocation"])
 def test_the_target_is_met_and_never_passed(tmp_path, sampling):
-    work = tmp_path / "run"
-    train(flags(work, noise_multiplier=None, target_epsilon=3, sampling=sampling))
+    (rank,) = train(flags(work := tmp_path / "run", noise_multiplier=None, target_epsilon=3, sampling=sampling))
     report = read(work)
     # Shuffling: STEPS = 6 steps of 5 an epoch are two participations.
     assert 0.995 * 3 <= report["epsilon_prv"] <= 3 == report["target_epsilon"] and report["steps_charged"] == STEPS
+    assert f"({'PLD' if sampling == 'allocation' else 'PRV'} upper bound)" in rank.stdout
     if sampling == "shuffle":
         assert report["epsilon_prv"] == pytest.approx(gaussian_epsilon(math.sqrt(2) / report["sigma"], 1e-5), rel=1e-6)
 

@@ -159,12 +159,12 @@ class AuthorTexts:
                 first_scored = np.ones(len(rows), dtype=np.int64) if self.scored is None else self.scored[rows]
                 yield collate(self.tokens, self.starts[rows], self.lengths[rows], first_scored, T, int(K))
 
-    def never_used(self, q: float, steps: int, amplified: bool) -> float:
+    def never_used(self, q: float, steps: int, independent: bool) -> float:
         """Texts that `steps` steps with probability q are expected to leave unused.
 
-        amplified: authors are drawn independently in each step (Poisson), not once an epoch.
+        independent: units are drawn independently in each step (Poisson), not once an epoch.
         """
         sizes = self.sizes
         share = np.minimum(self.samples / sizes, 1.0)
-        kept = (1 - q * share) ** steps if amplified else (1 - share) ** (q * steps)
+        kept = (1 - q * share) ** steps if independent else (1 - share) ** (q * steps)
         return float((sizes * kept).sum())

@@ -116,6 +116,11 @@ def _coarser(total: dict[AnyPhase, int], ratio: float) -> dict[AnyPhase, int]:
     return found
 
 
+def bound_name(phases: Sequence[AnyPhase]) -> str:
+    """What computes the close bound of these phases' epsilon: "PRV", or "PLD" where one is of random allocation."""
+    return "PLD" if any(isinstance(phase, Allocated) for phase in phases) else "PRV"
+
+
 # --- the bounds ---
 
 

@@ -134,9 +134,13 @@ class PlanSettings:
     def strict_delta(self) -> float:
         return 1 / (10 * self.N)
 
-    def uses(self, steps: int, done: int = 0) -> Counter:
-        """{(mechanism, sampler, sigma, share): uses} of the steps after `done`, up to `steps`."""
-        planned = SAMPLERS[self.sampling].planned(self.sigma, self.N, self.batch, max(0, steps - done), done)
+    @property
+    def course(self) -> "Course":
+        return Course(self.N, self.batch, self.steps, self.sampling, self.mechanism)
+
+    def cost(self, steps: int, done: int = 0) -> Counter:
+        """{(mechanism, sampler, sigma, share): uses} of `steps` steps after step `done`."""
+        planned = self.course.uses(self.sigma, steps, done)
         return Counter({(self.mechanism, self.sampling, use.sigma, use.share): count for use, count in planned.items()})
 
     def ledger_entries(self, world_size: int) -> dict:
@@ -166,11 +170,13 @@ class Course:
     sampling: str = "poisson"
     mechanism: str = "gaussian"
 
+    def uses(self, sigma: float, steps: int, done: int = 0) -> Uses:
+        """The uses of a unit in one attempt that takes `steps` steps after step `done`."""
+        return SAMPLERS[self.sampling].planned(sigma, self.N, self.batch, steps, done)
+
     def phases(self, sigma: float, steps: int | None = None, done: int = 0) -> list[AnyPhase]:
-        """What one attempt discloses that takes `steps` steps (all of them: None) after step `done`."""
-        count = self.steps if steps is None else steps
-        uses = SAMPLERS[self.sampling].planned(sigma, self.N, self.batch, count, done)
-        return MECHANISMS[self.mechanism].phases(uses)
+        """What they disclose, for the accountant. steps None: all of them."""
+        return MECHANISMS[self.mechanism].phases(self.uses(sigma, self.steps if steps is None else steps, done))
 
     @property
     def words(self) -> str:
@@ -219,10 +225,9 @@ class PrivacyPlan:
         settings = self.settings
         if not settings.private or settings.target_epsilon is settings.target_advantage is None:
             return settings.steps
-        course = Course(settings.N, settings.batch, settings.steps, settings.sampling, settings.mechanism)
 
         def more(steps: int) -> list[AnyPhase]:
-            return course.phases(settings.sigma, steps, done)
+            return settings.course.phases(settings.sigma, steps, done)
 
         permitted, before = settings.steps, spent(self.state)
         if settings.target_epsilon is not None:
@@ -232,8 +237,8 @@ class PrivacyPlan:
         return permitted
 
     def to_come(self, last: int, done: int) -> Counter:
-        """PlanSettings.uses of the steps after `done`, up to `last` or to where the run's own budget ends."""
-        return self.settings.uses(done + min(last - done, self.permitted), done)
+        """PlanSettings.cost of the steps after `done`, up to `last` or to where the run's own budget ends."""
+        return self.settings.cost(max(0, min(last - done, self.permitted)), done)
 
     def bind(self, hold: Hold, left: int, done: int) -> None:
         """From now on draw only while `hold` holds, and no more than `left` uses."""
@@ -241,7 +246,7 @@ class PrivacyPlan:
         low, high = 0, self.permitted
         while low < high:  # the most steps that `left` uses permit
             middle = (low + high + 1) // 2
-            wanted = self.sampler.planned(settings.sigma, settings.N, settings.batch, middle, done).total()
+            wanted = settings.course.uses(settings.sigma, middle, done).total()
             low, high = (middle, high) if wanted <= left else (low, middle - 1)
         self.permitted = low
 
@@ -303,6 +308,11 @@ class PrivacyPlan:
         if not self.settings.private:
             return math.inf, math.inf
         return epsilons(self.state, delta or self.settings.delta)
+
+    @property
+    def bound_name(self) -> str:
+        """What the first epsilon is called: "PRV" or "PLD". Rank 0 alone knows."""
+        return accounting.bound_name(spent(self.state))
 
     def attack_risk(self) -> dict:
         """What an attacker can do with what was released so far (attack_risk.figures). Rank 0 alone knows."""

@@ -256,7 +256,7 @@ class Trainer:
         self.display.say(
             f"| epoch {record['epoch']:7.2f} step {self.done:>7d} of {self.task.steps} | lr {record['lr']:.3g} | "
             f"loss {shown['loss']} | ppl {shown['ppl']} | {reading['texts_per_s']:.1f} texts/s "
-            f"{shown['tok/s']} tokens/s | epsilon {prv:.4f} (PRV) {rdp:.4f} (RDP) at delta "
+            f"{shown['tok/s']} tokens/s | epsilon {prv:.4f} ({self.plan.bound_name}) {rdp:.4f} (RDP) at delta "
             f"{self.plan.settings.delta:.3g}"
         )
 
@@ -377,10 +377,11 @@ class Trainer:
         if not self.plan.settings.private:
             self.display.say("epsilon = inf: the run had no noise and gives no privacy", important=True)
             return
+        name = self.plan.bound_name
         self.display.say(
-            f"epsilon {float(report['epsilon_prv']):.4f} (PRV upper bound), {float(report['epsilon_rdp']):.4f} (RDP) "
-            f"at delta {report['delta']:.3g}; {float(report['epsilon_prv_strict']):.4f} (PRV) at delta "
-            f"{report['delta_strict']:.3g}; "
+            f"epsilon {float(report['epsilon_prv']):.4f} ({name} upper bound), "
+            f"{float(report['epsilon_rdp']):.4f} (RDP) at delta {report['delta']:.3g}; "
+            f"{float(report['epsilon_prv_strict']):.4f} ({name}) at delta {report['delta_strict']:.3g}; "
             f"{report['relation']}; {report['steps_charged']} steps charged",
             important=True,
         )

@@ -252,7 +252,7 @@ def print_plan(planned: PlanSettings, task: Task, world: World) -> None:
         plan = {name: getattr(planned, name) for name in ("unit", "N", "batch", "sigma", "delta", "target_epsilon")}
         print(
             json.dumps(
-                {**plan, "steps": steps, "validated": task.valid is not None, "uses": pack(planned.uses(steps))}
+                {**plan, "steps": steps, "validated": task.valid is not None, "uses": pack(planned.cost(steps))}
             ),
             flush=True,
         )

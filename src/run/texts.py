@@ -216,7 +216,7 @@ def contributions(texts: Texts, trainer: Trainer, resumed: bool, world: World) -
     train, unit = texts.train, plural(texts.unit).removesuffix("s")
     used = world.all_reduce(torch.tensor([float(train.used.sum())], dtype=torch.float64, device=world.device)).item()
     settings = trainer.plan.settings
-    expected = train.never_used(settings.q, trainer.done, settings.amplified)
+    expected = train.never_used(settings.q, trainer.done, settings.sampling == "poisson")
     return {
         "texts": len(train.starts),
         f"samples_per_{unit}": train.samples,

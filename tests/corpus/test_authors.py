@@ -164,7 +164,7 @@ def test_texts_never_used_and_their_expectation():
         list(data.micro_batches(torch.from_numpy(authors), TightCut(1000), step))
     assert data.used.sum() == len(seen)
     never = len(data.used) - len(seen)
-    assert abs(never - data.never_used(q, steps, amplified=True)) < 4 * (never * 0.9) ** 0.5
+    assert abs(never - data.never_used(q, steps, independent=True)) < 4 * (never * 0.9) ** 0.5
 
 
 # ------------------------------------------------------------------ the author is the unit

@@ -49,7 +49,7 @@ def run(folder: pathlib.Path, budget: str, resume: bool = False, given: PlanSett
             json.dump({"reservation": name, "train_sha256": data}, handle)
         plan = PrivacyPlan(given, World(), ledger, done)
         spending.reserve(budget, name, plan, data, last or given.steps, done)
-        draw, (key,) = plan.sampler.draw, given.uses(given.steps)
+        draw, (key,) = plan.sampler.draw, given.cost(given.steps)
 
         def counted(step: int):
             if drawn is not None:

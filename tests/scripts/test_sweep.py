@@ -139,6 +139,10 @@ def test_trials_reserve_in_a_budget(command, tmp_path):
         else:
             assert status == 2 and "beyond its limit 8.5; try fewer" in err
             assert path.read_bytes() == before and not out.exists()
+    before = path.read_bytes()
+    status, _, err = command("--out", tmp_path / "allocated", "--grid", "sampling=poisson,allocation", "--budget", path)
+    assert status == 2 and "refused with --sampling allocation" in err  # before the first trial
+    assert path.read_bytes() == before and not (tmp_path / "allocated").exists()
 
 
 def test_a_trial_that_fails_counts(command, tmp_path):
