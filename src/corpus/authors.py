@@ -166,5 +166,9 @@ class AuthorTexts:
         """
         sizes = self.sizes
         share = np.minimum(self.samples / sizes, 1.0)
-        kept = (1 - q * share) ** steps if independent else (1 - share) ** (q * steps)
+        if independent:
+            kept = (1 - q * share) ** steps
+        else:
+            epochs, rest = divmod(q * steps, 1)
+            kept = (1 - share) ** epochs * (1 - rest * share)
         return float((sizes * kept).sum())

@@ -167,6 +167,19 @@ def test_texts_never_used_and_their_expectation():
     assert abs(never - data.never_used(q, steps, independent=True)) < 4 * (never * 0.9) ** 0.5
 
 
+def test_texts_never_used_where_authors_come_once_an_epoch():
+    """Two epochs and a half of random allocation, 20 steps an epoch."""
+    data, generator = units([1] * 200 + [3] * 300, samples=2), np.random.default_rng(2)
+    for epoch in range(3):
+        places = generator.integers(20, size=500)
+        for step in range(20 if epoch < 2 else 10):
+            drawn_units = torch.from_numpy(np.flatnonzero(places == step))
+            list(data.micro_batches(drawn_units, TightCut(1000), 20 * epoch + step))
+    never, expected = len(data.used) - int(data.used.sum()), data.never_used(0.05, 50, independent=False)
+    assert abs(never - expected) < 4 * (never * 0.9) ** 0.5
+    assert abs(never - data.never_used(0.05, 50, independent=True)) > 4 * (never * 0.9) ** 0.5  # Poisson's is another
+
+
 # ------------------------------------------------------------------ the author is the unit
 
 LENGTHS = (4, 8, 16, 40, 207)
