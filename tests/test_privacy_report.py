@@ -10,6 +10,7 @@ import pytest
 
 import privacy_report
 from base.errors import run_main
+from helpers.calibration import calibrate_sigma
 from helpers.processes import ROOT, assert_user_error, run_script
 from privacy import accounting, attack_risk
 from privacy.accounting import Phase
@@ -274,7 +275,7 @@ def test_plan_with_epsilon(report):
     process = report(*PLAN, "--epsilon", 8)
     sigma = float(re.search(r"^sigma +([\d.]+), the smallest", process.stdout, re.MULTILINE).group(1))
     assert 0.995 * 8 <= printed(process.stdout)[1e-5][0] <= 8
-    assert sigma == pytest.approx(accounting.calibrate_sigma(8, 1e-5, 128 / 42061, 6572), rel=1e-5)
+    assert sigma == pytest.approx(calibrate_sigma(8, 1e-5, 128 / 42061, 6572), rel=1e-5)
     assert list(printed(process.stdout))[1] == pytest.approx(1 / 420610, rel=1e-4)
 
 

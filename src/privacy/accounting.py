@@ -51,10 +51,10 @@ def check_delta(delta: float) -> None:
         fail(f"delta {delta}: wanted a number above 0 and below 1, such as 1e-5")
 
 
-def check_steps(steps: float, least: int, words: str = "steps", purpose: str = "") -> None:
-    """UserError unless `steps` is a whole number from `least` to MOST_STEPS."""
-    if not least <= steps <= MOST_STEPS or steps != int(steps):
-        fail(f"{words} {steps}: wanted a whole number of {least} or more, at most {MOST_STEPS:g}{purpose}")
+def check_steps(steps: float) -> None:
+    """UserError unless `steps` is a whole number from 0 to MOST_STEPS."""
+    if not 0 <= steps <= MOST_STEPS or steps != int(steps):
+        fail(f"steps {steps}: wanted a whole number of 0 or more, at most {MOST_STEPS:g}")
 
 
 def merge(phases: Sequence[AnyPhase]) -> tuple[AnyPhase, ...]:
@@ -70,7 +70,7 @@ def merge(phases: Sequence[AnyPhase]) -> tuple[AnyPhase, ...]:
             fail(f"noise multiplier sigma {phase.sigma}: wanted a finite number of 0 or more")
         if not 0 <= phase.q <= 1:
             fail(f"sampling probability q {phase.q}: wanted a number from 0 to 1; is the batch larger than the data?")
-        check_steps(phase.steps, 0)
+        check_steps(phase.steps)
         if phase.steps and phase.q:
             sigma = float(phase.sigma)
             key: AnyPhase = Phase(sigma, float(phase.q), 1)
@@ -310,7 +310,9 @@ def sigma_for(target_epsilon: float, delta: float, phases: Callable[[float], Seq
     words: what is wanted, for messages.
     """
     _check_target(target_epsilon, delta)
-    rough = any(phase.amplified for phase in phases(1.0))  # else the bound is exact
+    if not (known := merge(phases(1.0))):
+        fail(f"{words}: wanted 1 or more steps in which a unit may be drawn, to calibrate the noise for")
+    rough = any(phase.amplified for phase in known)  # else the bound is exact
     return smallest_sigma(
         lambda sigma: epsilon_prv(phases(sigma), delta),
         lambda sigma: _without_a_grid(merge(phases(sigma)), delta).epsilon,
@@ -318,23 +320,6 @@ def sigma_for(target_epsilon: float, delta: float, phases: Callable[[float], Seq
         target_epsilon * (1 - TOLERANCE / 2 if rough else 1 - 1e-9),
         f"target epsilon {target_epsilon:g} at delta {delta:g} over {words}",
     )
-
-
-def calibrate_sigma(target_epsilon: float, delta: float, q: float, steps: int) -> float:
-    """sigma_for() `steps` steps with q."""
-    _check_target(target_epsilon, delta)
-    if not 0 < q <= 1:
-        fail(f"sampling probability q {q}: wanted a number above 0 and up to 1; is the batch larger than the data?")
-    check_steps(steps, 1, purpose=" to calibrate the noise for")
-    return sigma_for(target_epsilon, delta, lambda sigma: [Phase(sigma, q, steps)], f"{steps} steps with q = {q:.4g}")
-
-
-def calibrate_sigma_shuffle(target_epsilon: float, delta: float, participations: int) -> float:
-    """sigma_for() `participations` uses of a unit, not amplified."""
-    _check_target(target_epsilon, delta)
-    check_steps(participations, 1, "participations", " to calibrate the noise for")
-    words = f"{participations} participations, not amplified"
-    return sigma_for(target_epsilon, delta, lambda sigma: [Phase(sigma, 1.0, participations)], words)
 
 
 More = Callable[[int], Sequence[AnyPhase]]  # number of steps -> what they add
@@ -364,7 +349,7 @@ def most_steps(
 
     measure, quick: of merged phases, both growing with steps; quick is an upper bound that costs little (_next_place).
     """
-    check_steps(wanted, 0)
+    check_steps(wanted)
 
     def phases(count: float) -> tuple[AnyPhase, ...]:
         return merge([*spent, *more(math.floor(count))])

@@ -14,6 +14,7 @@ from opacus.accountants import PRVAccountant, RDPAccountant
 from scipy.special import logsumexp
 
 from base.errors import UserError
+from helpers.calibration import calibrate_sigma, calibrate_sigma_shuffle
 from privacy import accounting, sampled_gaussian
 from privacy.accounting import Phase
 
@@ -73,7 +74,7 @@ def test_reference_values(shared):
     assert accounting.epsilon_shuffle(0.6, 20, 1e-5) == pytest.approx(not_amplified, abs=0.005)
     reddit = reference["reddit"]
     for row in reddit["rows"]:
-        sigma = accounting.calibrate_sigma(8, 1 / row["N"], reddit["batch"] / row["N"], row["steps"])
+        sigma = calibrate_sigma(8, 1 / row["N"], reddit["batch"] / row["N"], row["steps"])
         # Above what the true epsilon needs; above Opacus's by at most 0.5 % of epsilon in sigma (elasticity -3.6).
         assert row["sigma_pld"] < sigma < row["sigma_opacus_prv"] * (1 + 0.005 / 3.6)
     spot = reddit["spot"]
@@ -266,7 +267,7 @@ CALIBRATIONS = [
 @pytest.mark.parametrize("target, delta, q, steps", CALIBRATIONS)
 def test_calibration(target, delta, q, steps):
     started = time.process_time()
-    sigma = accounting.calibrate_sigma(target, delta, q, steps)
+    sigma = calibrate_sigma(target, delta, q, steps)
     assert time.process_time() - started < 5
     assert 0.995 * target <= accounting.epsilon_prv([Phase(sigma, q, steps)], delta) <= target
     # The smallest: what is a hundredth smaller does not do.
@@ -281,7 +282,7 @@ def test_calibration_for_a_million_steps(target):
 
 def test_calibrated_noise_is_enough_by_an_independent_accountant():
     for target in (1.0, 8.0):
-        sigma = accounting.calibrate_sigma(target, 1e-5, 0.003, 2000)
+        sigma = calibrate_sigma(target, 1e-5, 0.003, 2000)
         assert pld_epsilons([Phase(sigma, 0.003, 2000)], [1e-5])[0] <= target
         # Negative control: 10 % less noise is not.
         assert pld_epsilons([Phase(0.9 * sigma, 0.003, 2000)], [1e-5])[0] > 1.001 * target
@@ -289,7 +290,7 @@ def test_calibrated_noise_is_enough_by_an_independent_accountant():
 
 @pytest.mark.parametrize("target, participations", [(8.0, 20), (0.05, 1), (500.0, 3)])
 def test_calibration_for_shuffling(target, participations):
-    sigma = accounting.calibrate_sigma_shuffle(target, 1e-5, participations)
+    sigma = calibrate_sigma_shuffle(target, 1e-5, participations)
     assert 0.995 * target <= accounting.epsilon_shuffle(sigma, participations, 1e-5) <= target
 
 
@@ -297,17 +298,18 @@ def test_calibration_for_shuffling(target, participations):
     "arguments, words",
     [((target, 1e-5, 0.1, 10), "finite number above 0") for target in (0, -1, math.inf, math.nan)]
     + [((8, delta, 0.1, 10), "delta") for delta in (0, 1, math.nan)]
-    + [((8, 1e-5, q, 10), "batch larger") for q in (0, 1.5, math.nan)]
+    + [((8, 1e-5, q, 10), "batch larger") for q in (1.5, math.nan)]
     + [
-     ((8, 1e-5, 0.1, 0), "1 or more"), ((8, 1e-5, 0.1, 2.5), "1 or more"), ((1e9, 1e-5, 0.1, 10), "next to no privacy"),
+     ((8, 1e-5, 0, 10), "1 or more"), ((8, 1e-5, 0.1, 0), "1 or more"), ((8, 1e-5, 0.1, 2.5), "a whole number"),
+     ((1e9, 1e-5, 0.1, 10), "next to no privacy"),
      ((1e-5, 1e-9, 0.5, 10**4), "no noise multiplier"), ((1.0, 1e-5, 1e-9, 100), "next to no privacy"),
     ],
 )
 def test_calibration_refused_in_words(arguments, words):
     with pytest.raises(UserError, match=words):
-        accounting.calibrate_sigma(*arguments)
+        calibrate_sigma(*arguments)
     with pytest.raises(UserError):
-        accounting.calibrate_sigma_shuffle(-1, 1e-5, 3)
+        calibrate_sigma_shuffle(-1, 1e-5, 3)
 
 
 def steps_of(sigma: float, q: float):
@@ -335,7 +337,7 @@ def test_permitted_steps_at_the_ends():
     assert accounting.permitted_steps(3.0, 1e-5, [], steps_of(0.6, 0.003), 0) == 0
     assert accounting.permitted_steps(30.0, 1e-5, [], steps_of(1.0, 1.0), 10**6) == _largest_full(30.0, 1e-5)
     # What calibration gave for a number of steps permits them all.
-    sigma = accounting.calibrate_sigma(3.0, 1e-5, 0.003, 700)
+    sigma = calibrate_sigma(3.0, 1e-5, 0.003, 700)
     assert accounting.permitted_steps(3.0, 1e-5, [], steps_of(sigma, 0.003), 700) == 700
 
 

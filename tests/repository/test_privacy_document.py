@@ -12,6 +12,7 @@ from scipy.special import log_ndtr
 from scipy.stats import norm
 
 import mutants
+from helpers.calibration import calibrate_sigma, calibrate_sigma_shuffle
 from helpers.processes import ROOT, environment
 from privacy import accounting
 from privacy.accounting import Phase
@@ -34,7 +35,7 @@ def plans() -> list[tuple[float, float, int, float, int, int]]:
     found = []
     for N, batch, epochs, sigma, delta in (E2E, AUTHORS):
         q, steps = batch / N, round(epochs * N / batch)
-        found.append((sigma or accounting.calibrate_sigma(8, delta, q, steps), q, steps, delta, epochs, -(-N // batch)))
+        found.append((sigma or calibrate_sigma(8, delta, q, steps), q, steps, delta, epochs, -(-N // batch)))
     return found
 
 
@@ -91,8 +92,8 @@ def test_the_figures_of_the_published_recipes():
         assert given.startswith(f"{N:,}, {batch:,}, {epochs}, ")
     sentence = re.search(r"shuffled E2E run needs sigma ([\d.]+), a Poisson run ([\d.]+)\.", TEXT)
     shuffled, poisson = map(float, sentence.groups())
-    assert shuffled == pytest.approx(accounting.calibrate_sigma_shuffle(8, 1e-5, 20), abs=6e-4)
-    assert poisson == pytest.approx(accounting.calibrate_sigma(8, 1e-5, 128 / 42061, 6572), abs=6e-5)
+    assert shuffled == pytest.approx(calibrate_sigma_shuffle(8, 1e-5, 20), abs=6e-4)
+    assert poisson == pytest.approx(calibrate_sigma(8, 1e-5, 128 / 42061, 6572), abs=6e-5)
 
 
 def test_a_lower_bound_is_below_what_is_exact():
