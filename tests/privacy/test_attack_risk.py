@@ -95,9 +95,9 @@ def test_equals_riskcal(name):
 def test_the_anchor_and_its_time():
     """At epsilon 5.43, 1 % of false positives find at most 8.7 % of the members; epsilon alone would permit 99.6 %."""
     attack_risk._attack_risk.cache_clear()
-    started = time.monotonic()
+    started = time.process_time()
     found = attack_risk.figures(E2E, 1e-5)
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
     assert found["tpr"]["0.01"] == pytest.approx(0.0869, abs=1e-4)
     permitted = float(attack_risk.permitted_by_epsilon(5.4253, 1e-5, np.array([0.01]))[0])
     assert 0.9956 < permitted < 0.9957
@@ -237,8 +237,8 @@ def test_corners():
     assert np.array_equal(whole.power(RATES), split.power(RATES))
     for phases in ([Phase(1e-5, 0.1, 100)], [Phase(1e6, 1e-9, 1)], [Phase(3, 1e-6, 10**9)], [Phase(1, 0.5, 10**15)],
                    [Phase(0.5 + i / 100, 0.01, 100) for i in range(40)]):
-        started, risk = time.monotonic(), attack_risk.attack_risk(phases)
-        assert time.monotonic() - started < 20 and 0 < risk.advantage <= 1
+        started, risk = time.process_time(), attack_risk.attack_risk(phases)
+        assert time.process_time() - started < 20 and 0 < risk.advantage <= 1
         assert np.all(risk.power(RATES) >= RATES) and np.all(np.diff(risk.power(RATES)) >= 0)
 
 
@@ -251,9 +251,9 @@ def test_a_prior_is_between_0_and_1(prior):
 @pytest.mark.parametrize("q, uses", [(128 / 42061, 6572), (0.1, 50), (1.0, 20)])
 @pytest.mark.parametrize("target", [0.02, 0.3])
 def test_calibration_for_an_advantage(target, q, uses):
-    started = time.monotonic()
+    started = time.process_time()
     sigma = attack_risk.sigma_for(target, lambda sigma: [Phase(sigma, q, uses)], "these steps")
-    assert time.monotonic() - started < 15
+    assert time.process_time() - started < 15
     assert 0.995 * target <= attack_risk.advantage([Phase(sigma, q, uses)]) <= target
     if q == 1:
         assert 2 * ndtr(math.sqrt(uses) / sigma / 2) - 1 == pytest.approx(target, rel=0.003)
