@@ -24,6 +24,7 @@ from optimizer import AdamW, norm
 from privacy.plan import PrivacyPlan, finite_or_text
 from run import provenance, spending
 from run.log import Display, Meter, WorkDir
+from run.risk_words import up
 from run.settings import Settings
 from run.task import Data, Learner, Position, Task
 from weights import checkpoint
@@ -385,6 +386,12 @@ class Trainer:
             f"{report['relation']}; {report['steps_charged']} steps charged",
             important=True,
         )
+        if self.plan.settings.target_advantage is not None:
+            self.display.say(
+                f"membership advantage at most {up(report['attack_risk']['advantage'])}, of the target "
+                f"{self.plan.settings.target_advantage:g}",
+                important=True,
+            )
 
 
 def resume(work_dir: str, loaded: Loaded, optimizer: AdamW) -> Position:

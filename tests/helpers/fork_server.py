@@ -219,12 +219,11 @@ def execute(job: dict) -> None:
 def warm_up() -> None:
     """Epsilons of the usual small run (small_runs.flags) and of one with the target 3 are remembered by the accountant:
     its forks need not compute them."""
-    from helpers.calibration import calibrate_sigma
     from privacy import accounting
     for steps, delta in itertools.product(range(1, 13), (1e-5, 1 / 400)):
         phases = [accounting.Phase(0.8, 0.2, steps)]
         accounting.epsilon_prv(phases, delta), accounting.epsilon_rdp(phases, delta)
-    sigma = calibrate_sigma(3, 1e-5, 0.2, 6)
+    sigma = accounting.sigma_for(3, 1e-5, lambda sigma: [accounting.Phase(sigma, 0.2, 6)], "6 steps")
     for steps in range(13):
         accounting.epsilon_prv([accounting.Phase(sigma, 0.2, steps)], 1e-5)
 

@@ -7,6 +7,7 @@ from helpers.interrupted_runs import DRAW, kill
 from helpers.small_runs import STEPS, flags, ledger, read, server, start_ranks, train
 from privacy import attack_risk
 from privacy.accounting import Phase
+from run.risk_words import up
 
 TARGET = {"noise_multiplier": None, "target_advantage": 0.2}
 
@@ -20,8 +21,9 @@ def advantage_of(work) -> float:
 
 @pytest.mark.parametrize("sampling", ["poisson", "shuffle", "allocation"])
 def test_the_target_is_met_and_reported(tmp_path, sampling):
-    train(flags(tmp_path / "run", **TARGET, sampling=sampling))
+    (rank,) = train(flags(tmp_path / "run", **TARGET, sampling=sampling))
     report = read(tmp_path / "run")
+    assert f"membership advantage at most {up(report['attack_risk']['advantage'])}, of the target 0.2" in rank.stdout
     assert report["target_advantage"] == 0.2 and report["target_epsilon"] is None
     assert 0.995 * 0.2 <= report["attack_risk"]["advantage"] <= 0.2 and report["steps_charged"] == STEPS
     if sampling == "poisson":
