@@ -193,9 +193,8 @@ def prepare_cache(source: Source, cache_dir: str | None, processes: int | None =
     """
     sha256, parts = scan(source.path, source.flag)
     source = with_form(source)
-    made_of = [FORMAT, sha256, digest_vocab(source.vocab), source.length, source.author_field, source.content_field]
-    if source.unit_field or source.pairs:  # other caches keep the names that they had before there were other units
-        made_of += [source.unit_field, source.pairs]
+    fields = [source.author_field, source.content_field, source.unit_field, source.pairs]
+    made_of = [FORMAT, sha256, digest_vocab(source.vocab), source.length, *fields]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     name = f"{os.path.splitext(os.path.basename(source.path))[0]}-{key[:20]}"
     cache_dir = cache_dir or os.path.join(os.path.dirname(os.path.abspath(source.path)), ".author_cache")
@@ -285,7 +284,7 @@ def open_cache(folder: str) -> Corpus:
         )
     if len(tokens) != arrays["lengths"].sum(dtype=np.int64):
         fail(f"{folder}: a damaged cache (tokens.bin is not as long as index.npz says); remove the folder")
-    return Corpus(tokens, **arrays, facts={"unit": "author", "pairs": False, **facts}, scored=scored)
+    return Corpus(tokens, **arrays, facts=facts, scored=scored)
 
 
 def describe_left_out(facts: dict, unit: str = "author", pairs: bool = False) -> str:
