@@ -18,7 +18,7 @@
 #         five packages of Debian 12 (two dictionaries, The Devil's Dictionary, WordNet's glosses, the Bible; fetched by
 #         apt-get download, or taken from --text DIR), then WebNLG 2017 written as E2E writes its facts (fetched, or
 #         from --mirror DIR), the learning rate falling to 0. docs/english.md has the sources, their licences and
-#         figures. Two hours on 2 cores; --finish ends the passes where they were stopped and goes on to WebNLG.
+#         figures. Hours on 2 cores; --finish ends the passes where they were stopped and goes on to WebNLG.
 set -euo pipefail
 die() {
     printf 'error: %s\n' "$*" >&2
