@@ -28,22 +28,23 @@ model.freeze_for_training()
 engine = BookKeeping(model, FlatParameters(model), ClippingRule("flat", 1.0))
 examples = Examples(numpy.arange(U * T, dtype=numpy.int32) % 1000, numpy.arange(U + 1) * T, numpy.ones(U, int), 0, 0)
 (batch,) = examples.micro_batches(torch.arange(U), TightCut(U * T))
-for _ in range(3):  # until the heap has grown to what a micro-batch needs
+counts = []
+for _ in range(12):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     engine.accumulate(batch)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-    engine.accumulate(batch)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 4)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+# The first ones grow the heap to what a micro-batch needs; glibc may grow one of its arenas once or twice more later.
+print(sorted(counts[3:])[4])
 """
 
 
 def faults(keep: bool) -> int:
-    """Page faults, of 4 KiB each, of a micro-batch's forward and backward pass and its sums."""
+    """Page faults, of 4 KiB each, of a micro-batch's forward and backward pass and its sums: the median of nine."""
     text = CHILD.format(src=str(ROOT / "src"), keep=keep)
     return int(subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has the setting")
 def test_a_micro_batch_finds_its_memory_where_the_last_one_left_it():
-    assert faults(keep=True) < 2_000
+    assert faults(keep=True) < 1_000
     assert faults(keep=False) > 5_000
