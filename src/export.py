@@ -158,7 +158,11 @@ def open_vocabulary(folder: str, config: Shape) -> Tokenizer:
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--init_checkpoint", required=True, help="a file or folder: a training's, Hugging Face's or PEFT's")
+    add(
+        "--init_checkpoint",
+        required=True,
+        help="a file (an average.{step}.pt, too) or folder: a training's, Hugging Face's or PEFT's",
+    )
     add("--model_card", help="needed where the checkpoint does not say its shape")
     add("--base_checkpoint", help="the frozen weights under an adapter-only checkpoint, if not where it says")
     add("--lora_dim", type=int, help="rank of the adapters, where a checkpoint of the published code does not say it")

@@ -294,7 +294,7 @@ def build(config: Shape, lora_config: LoRAConfig, where: str) -> LanguageModel:
 def says_shape(place: str, flag: str = "--init_checkpoint") -> bool:
     """Whether the weights at `place` come with their shape: in a file of ours, beside Hugging Face's, in a base's."""
     path = find_checkpoint(place, flag)
-    ours = STEP_FILE.fullmatch(os.path.basename(path)) is not None
+    ours = re.fullmatch(r"(model|average)\.\d+\.pt", os.path.basename(path)) is not None
     return ours or peft_format.is_adapter(path) or os.path.isfile(config_file(path))
 
 
@@ -342,14 +342,25 @@ def save_checkpoint(
     work_dir: str, step: int, model: LanguageModel, base: dict | None, optimizer: dict, privacy: dict | None = None
 ) -> None:
     """Write the pair of step `step`. model.{step}.pt is renamed into place last, so it never stands without its
-    partner; the partner of an older step goes only after that. Adapters are saved alone when `base` names their frozen
-    weights. Raises OSError naming the file when the disk is full."""
+    partner; the partner of an older step goes only after that. Raises OSError naming the file when the disk is full."""
+    content = model_content(work_dir, step, model, base, privacy)  # refuses a merged model before anything is written
+    write(optimizer_path(work_dir, step), {"format": FORMAT, **optimizer})
+    write(model_path(work_dir, step), content)
+    for name in os.listdir(work_dir):
+        match = re.fullmatch(r"optimizer\.(\d+)\.pt", name)
+        left_by_a_kill = re.fullmatch(r"(model|optimizer|average)\.\d+\.pt\.\d+\.partial", name)
+        if left_by_a_kill or (match and int(match[1]) != step):
+            os.unlink(os.path.join(work_dir, name))
+
+
+def model_content(work_dir: str, step: int, model: LanguageModel, base: dict | None, privacy: dict | None) -> dict:
+    """What model.{step}.pt holds. Adapters are saved alone when `base` names their frozen weights."""
     if model.lora_config.dim == 0:
         base = None
     if base is not None:
         base = {**base, "path": os.path.relpath(base["absolute"], os.path.abspath(work_dir))}
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad or base is None}
-    content = {
+    return {
         "format": FORMAT,
         # copied: a view saved as it stands would carry the whole flat buffer it looks into
         "model_state_dict": {
@@ -362,13 +373,6 @@ def save_checkpoint(
         "base": base,
         "privacy": privacy,
     }
-    write(optimizer_path(work_dir, step), {"format": FORMAT, **optimizer})
-    write(model_path(work_dir, step), content)
-    for name in os.listdir(work_dir):
-        match = re.fullmatch(r"optimizer\.(\d+)\.pt", name)
-        left_by_a_kill = re.fullmatch(r"(model|optimizer)\.\d+\.pt\.\d+\.partial", name)
-        if left_by_a_kill or (match and int(match[1]) != step):
-            os.unlink(os.path.join(work_dir, name))
 
 
 def write(path: str, content: dict) -> None:
@@ -393,7 +397,15 @@ def latest_resumable(work_dir: str) -> int | None:
 def load_resumable(work_dir: str, step: int, model: LanguageModel) -> dict:
     """Copy the trained parameters of step `step` into `model`. Returns the optimizer's state, with the model file's
     `privacy` and `base` beside it. UserError where the step is of another model."""
-    path = model_path(work_dir, step)
+    content = load_parameters(model_path(work_dir, step), model)
+    path = optimizer_path(work_dir, step)
+    state = read_file(path, "--resume")
+    check_format(state.pop("format", None), FORMAT, f"--resume {path}")
+    return {**state, "privacy": content.get("privacy"), "base": content.get("base")}
+
+
+def load_parameters(path: str, model: LanguageModel) -> dict:
+    """Copy the trained parameters of a file of ours into `model`; returns the file's content."""
     content, weights = read_weights(path, "--resume")
     wanted = {name: parameter for name, parameter in model.named_parameters() if name in weights}
     absent = set(trainable_weights(model)) - set(wanted)
@@ -407,7 +419,4 @@ def load_resumable(work_dir: str, step: int, model: LanguageModel) -> dict:
             if parameter.shape != weights[name].shape:
                 fail(f"--resume {path}: {name} is {tuple(weights[name].shape)}, this run has {tuple(parameter.shape)}")
             parameter.copy_(weights[name])
-    path = optimizer_path(work_dir, step)
-    state = read_file(path, "--resume")
-    check_format(state.pop("format", None), FORMAT, f"--resume {path}")
-    return {**state, "privacy": content.get("privacy"), "base": content.get("base")}
+    return content
