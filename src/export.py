@@ -193,6 +193,11 @@ def main() -> None:
     adapter = (args.lora_dim, args.lora_alpha, args.lora_target)
     loaded = load_trained(args.init_checkpoint, args.model_card, args.base_checkpoint, *adapter)
     model = loaded.model
+    if model.lora_config.bottleneck:
+        fail(
+            f"--init_checkpoint {loaded.path}: holds bottleneck adapters (--adapter_dim), which cannot be merged into "
+            "the weights nor written for peft; use the checkpoint itself, or train with --lora_dim"
+        )
     base = None if loaded.base is None else loaded.base["absolute"]
     vocab = args.vocab or foreign_vocabulary(args.init_checkpoint, args.base_checkpoint, base)
     tokenizer = open_vocabulary(vocab, model.config) if vocab else None

@@ -273,7 +273,7 @@ def table(settings: Settings, trainer: Trainer, report: dict) -> str:
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     cells = [
         os.path.basename(os.path.normpath(str(settings.model.init_checkpoint))),
-        "LoRA" if settings.extra.enable_lora else "Full",
+        "LoRA" if settings.extra.enable_lora else "Adapter" if settings.model.adapter_dim else "Full",
         "Yes" if trainer.plan.settings.private else "No",
         f"{world.size}x{device}",
         f"{trainer.epochs:.3g}",

@@ -79,8 +79,17 @@ class Model:
     )
     use_rslora: bool = flag(False, "scale adapters by alpha/sqrt(rank) in place of alpha/rank")
 
+    adapter_dim: int = flag(
+        0,
+        "inner width of bottleneck adapters after each attention and MLP (Houlsby et al., 2019), in place of low-rank "
+        "ones; they cannot be merged into the weights",
+        least=0,
+    )
+
     def lora_config(self) -> LoRAConfig:
-        return LoRAConfig(self.lora_dim, self.lora_alpha, self.lora_dropout, self.lora_target, self.use_rslora)
+        return LoRAConfig(
+            self.lora_dim, self.lora_alpha, self.lora_dropout, self.lora_target, self.use_rslora, self.adapter_dim
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +240,11 @@ class Settings:
         """Raise UserError for flags that are out of range, contradict each other or mean nothing."""
         self.given.check_ranges()
         privacy, loop = self.privacy, self.loop
+        if self.model.adapter_dim and self.model.lora_dim:
+            fail(
+                f"--adapter_dim {self.model.adapter_dim}: refused with --lora_dim {self.model.lora_dim}, a run trains "
+                "adapters of one kind; leave one of the flags out"
+            )
         if privacy.target_delta is not None and not 0 < privacy.target_delta < 1:
             fail(f"--target_delta {privacy.target_delta:g}: expected a number between 0 and 1")
         if privacy.noise_source == "seeded" and privacy.noise_seed is None:
