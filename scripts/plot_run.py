@@ -3,7 +3,8 @@
     python scripts/plot_run.py trained_models/a trained_models/b --out runs.png
 
 The gradient norm is that of the released, noisy gradient, which costs no privacy. The dashed line is the norm of the
-noise alone. Where the two are close, a step carries little signal. An unfinished run can be drawn. Of a step that a
+noise alone. Where the two are close, a step carries little signal. Beside the validation loss the dashed line is that
+of the average of iterates (--average). An unfinished run can be drawn. Of a step that a
 resumed run repeated, the last record counts.
 """
 
@@ -29,6 +30,8 @@ PANELS = {
     "epsilon": "epsilon spent (PRV upper bound)",
     "grad_norm": "norm of the released gradient",
 }
+# What is drawn dashed in a panel, and its name.
+BESIDE = {"valid_loss": ("average_valid_loss", "average of iterates"), "grad_norm": ("noise_norm", "noise alone")}
 FORMATS = (".png", ".pdf", ".svg")
 
 
@@ -91,11 +94,11 @@ def draw(runs: dict[str, list[dict]], deltas: set[float | None], against: str) -
             places, values = series(points, name, against)
             marker = "o" if len(places) <= 25 else ""
             axes.plot(places, values, color=colour, linewidth=1.4, marker=marker, markersize=3.5)
-            if name == "grad_norm":
-                places, noise = series(points, "noise_norm", against)
-                if any(noise):
+            if name in BESIDE:
+                places, values = series(points, BESIDE[name][0], against)
+                if any(values):
                     darker = [0.6 * part for part in colour[:3]]  # and on top, so that it shows where the two are close
-                    axes.plot(places, noise, color=darker, linewidth=1.2, linestyle="--", zorder=3)
+                    axes.plot(places, values, color=darker, linewidth=1.2, linestyle="--", zorder=3)
         axes.set_title(PANELS[name], fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -111,8 +114,8 @@ def draw(runs: dict[str, list[dict]], deltas: set[float | None], against: str) -
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter(NullFormatter())
-            if any(line.get_linestyle() == "--" for line in axes.lines):
-                axes.legend([Line2D([], [], color="0.3", linestyle="--")], ["noise alone"], fontsize=8, frameon=False)
+        if any(line.get_linestyle() == "--" for line in axes.lines):
+            axes.legend([Line2D([], [], color="0.3", linestyle="--")], [BESIDE[name][1]], fontsize=8, frameon=False)
     for axes in grid[-1]:
         axes.set_xlabel("seconds of training" if against == "seconds" else against)
     handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours]

@@ -158,7 +158,11 @@ def open_vocabulary(folder: str, config: Shape) -> Tokenizer:
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--init_checkpoint", required=True, help="a file or folder: a training's, Hugging Face's or PEFT's")
+    add(
+        "--init_checkpoint",
+        required=True,
+        help="a file (an average.{step}.pt, too) or folder: a training's, Hugging Face's or PEFT's",
+    )
     add("--model_card", help="needed where the checkpoint does not say its shape")
     add("--base_checkpoint", help="the frozen weights under an adapter-only checkpoint, if not where it says")
     add("--lora_dim", type=int, help="rank of the adapters, where a checkpoint of the published code does not say it")
@@ -189,6 +193,11 @@ def main() -> None:
     adapter = (args.lora_dim, args.lora_alpha, args.lora_target)
     loaded = load_trained(args.init_checkpoint, args.model_card, args.base_checkpoint, *adapter)
     model = loaded.model
+    if model.lora_config.bottleneck:
+        fail(
+            f"--init_checkpoint {loaded.path}: holds bottleneck adapters (--adapter_dim), which cannot be merged into "
+            "the weights nor written for peft; use the checkpoint itself, or train with --lora_dim"
+        )
     base = None if loaded.base is None else loaded.base["absolute"]
     vocab = args.vocab or foreign_vocabulary(args.init_checkpoint, args.base_checkpoint, base)
     tokenizer = open_vocabulary(vocab, model.config) if vocab else None

@@ -11,7 +11,8 @@ Flags of Hugging Face's TrainingArguments keep their meaning and default: AdamW 
 do not decay. As in the published example, GPT-2's texts get no special token, and a text's first token is not scored.
 Of a prompt and a completion the completion alone is scored, with <|endoftext|> behind it (corpus/records.py).
 
-Leaves in --output_dir: model.{step}.pt, args.json, metrics.jsonl, privacy_ledger.jsonl, privacy.json.
+Leaves in --output_dir: model.{step}.pt, args.json, metrics.jsonl, privacy_ledger.jsonl, privacy.json; with
+--average also average.{step}.pt.
 """
 
 import base.early  # noqa: F401  # isort: skip  # before torch, which takes seconds
@@ -101,7 +102,7 @@ CHANGES = {
         "model_name",
         default="gpt2",
         help=f"{', '.join(MODEL_NAMES)} (under pretrained_checkpoints/), a checkpoint file, or a folder of a run, of "
-        "Hugging Face's or PEFT's (default gpt2)",
+        "Hugging Face's or PEFT's (default gpt2); of an average its file, average.{step}.pt",
     ),
     "base_checkpoint": spelled(
         help="the frozen weights of an adapter-only --model_name (default: those that it names)"
@@ -272,7 +273,7 @@ def table(settings: Settings, trainer: Trainer, report: dict) -> str:
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     cells = [
         os.path.basename(os.path.normpath(str(settings.model.init_checkpoint))),
-        "LoRA" if settings.extra.enable_lora else "Full",
+        "LoRA" if settings.extra.enable_lora else "Adapter" if settings.model.adapter_dim else "Full",
         "Yes" if trainer.plan.settings.private else "No",
         f"{world.size}x{device}",
         f"{trainer.epochs:.3g}",

@@ -62,7 +62,9 @@ class Flags:
         help="gpt2.sm, gpt2.md, gpt2.lg, gpt2.xl, or a folder or file with config.json; default: the checkpoint's shape"
     )
     init_checkpoint: str = flag(
-        REQUIRED, "weight file, or a folder: its newest model.{step}.pt, PEFT's or Hugging Face's file"
+        REQUIRED,
+        "weight file (of an average: average.{step}.pt), or a folder: its newest model.{step}.pt, PEFT's or Hugging "
+        "Face's file",
     )
     base_checkpoint: str | None = flag(help="the frozen weights under an adapter-only checkpoint, if not where it says")
     platform: str = flag("local", "local or k8s")

@@ -8,7 +8,8 @@ One process, on a GPU where there is one, else on the CPU:
 Many: the same after `torchrun --nproc_per_node=16`, with --train_batch_size 8: the logical batch is
 train_batch_size x grad_acc x processes.
 
-Leaves in --work_dir: model.{step}.pt, args.json, metrics.jsonl, privacy_ledger.jsonl, privacy.json.
+Leaves in --work_dir: model.{step}.pt, args.json, metrics.jsonl, privacy_ledger.jsonl, privacy.json; with
+--average also average.{step}.pt.
 """
 
 import base.early  # noqa: F401  # isort: skip  # before torch, which takes seconds

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loralib as lora
-from base.products import linear, repeat_heads
+from base.products import gelu, linear, repeat_heads
 
 # The same part under the names of either family, so that one --lora_target fits both.
 SYNONYMS = {"query": "q", "key": "k", "value": "v", "attn_out": "o"}
@@ -33,6 +33,7 @@ EVERY_PART = "all"
 class LoRAConfig:
     """The adapters: a product of rank `dim` for each of the `targets`, parts of a block; dim 0 means none.
 
+    bottleneck: the inner width of adapters of the other kind (Bottleneck), 0 means none; a model has one kind at most.
     rslora: scaled by alpha/sqrt(dim) (Kalajdzievski, 2023, arXiv:2312.03732), not alpha/dim.
     """
 
@@ -41,6 +42,12 @@ class LoRAConfig:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("query", "value")
     rslora: bool = False
+    bottleneck: int = 0
+
+    @property
+    def adapts(self) -> bool:
+        """Whether there are adapters, of either kind."""
+        return self.dim > 0 or self.bottleneck > 0
 
     def of(self, parts: Sequence[str]) -> "LoRAConfig":
         """The same with `targets` as a family names them, in the order of its `parts`; ValueError for another's."""
@@ -139,6 +146,46 @@ class TiedHead(Head):
     def __init__(self, embedding: nn.Embedding):
         nn.Module.__init__(self)
         self.weight = embedding.weight
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name is one of an adapter, of either kind."""
+    return "lora_" in name or ".adapter_" in name
+
+
+class Bottleneck(nn.Module):
+    """An adapter behind a sublayer, before its residual sum: x + up(gelu(down(x))) (Houlsby et al., 2019,
+    arXiv:1902.00751, section 2.1). `up` begins at zero, so the model begins as it was. The norms stay frozen."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.down, self.up = lora.MergedLinear(width, inner), lora.MergedLinear(inner, width)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        self.up.weight.zero_()
+        for layer in (self.down, self.up):
+            if layer.bias is not None:
+                layer.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        return x + self.up(gelu(self.down(x)))
+
+
+def bottleneck(width: int, config: LoRAConfig) -> nn.Module:
+    """The Bottleneck that `config` asks for; nn.Identity, which has no parameter, where it asks for none."""
+    return Bottleneck(width, config.bottleneck) if config.bottleneck else nn.Identity()
+
+
+def reset_adapters(model: nn.Module) -> None:
+    """Draw every adapter of the model anew."""
+    for layer in lora.adapted_layers(model):
+        layer.reset_lora_parameters()
+    for module in model.modules():
+        if isinstance(module, Bottleneck):
+            module.reset_parameters()
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -250,6 +297,9 @@ class LanguageModel(nn.Module, abc.ABC):
         """Leave trainable what training changes: the adapters where there are any, else every parameter."""
         if self.lora_config.dim > 0:
             lora.mark_only_lora_as_trainable(self)
+        elif self.lora_config.bottleneck > 0:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(is_adapter(name))
 
     def keep_vocabulary(self, size: int) -> None:
         """Drop the rows of the embedding and the head behind the first `size`."""

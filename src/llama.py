@@ -14,9 +14,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-import loralib as lora
 from base.products import gated_silu, rms_norm
-from language_model import Block, Body, Head, LanguageModel, LoRAConfig, TiedHead, adapted
+from language_model import (
+    Block,
+    Body,
+    Head,
+    LanguageModel,
+    LoRAConfig,
+    TiedHead,
+    adapted,
+    bottleneck,
+    is_adapter,
+    reset_adapters,
+)
 from llama_config import ARCHITECTURES, LlamaConfig, check_config, read_config, rotary_frequencies
 
 
@@ -83,13 +93,14 @@ class LlamaBlock(Block):
         self.self_attn = Attention(config, lora_config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, lora_config)
+        self.adapter_attn, self.adapter_mlp = (bottleneck(config.hidden_size, lora_config) for _ in range(2))
 
     def project(self, x: Tensor, places: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn.split(self.input_layernorm(x), places)
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x + self.self_attn.o_proj(y)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.adapter_attn(self.self_attn.o_proj(y))
+        return x + self.adapter_mlp(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Transformer(Body):
@@ -130,6 +141,7 @@ class LlamaLMModel(LanguageModel):
     WEIGHTS = re.compile(
         r"embed_tokens\.weight|norm\.weight|"
         r"layers\.\d+\.((input|post_attention)_layernorm|self_attn\.[qk]_norm)\.weight|"
+        r"layers\.\d+\.adapter_(attn|mlp)\.(down|up)\.(weight|bias)|"
         r"layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.(weight|bias|lora_[AB])"
     )
     BUFFERS = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -146,14 +158,13 @@ class LlamaLMModel(LanguageModel):
     def init_weights(self) -> None:
         """N(0, 0.02) for matrices, ones for norms, zero for biases, as transformers draws a new model."""
         for name, parameter in self.named_parameters():
-            if "lora_" in name:
+            if is_adapter(name):
                 continue
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.02)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        for layer in lora.adapted_layers(self):
-            layer.reset_lora_parameters()
+        reset_adapters(self)
 
     @classmethod
     def read_config(cls, content: Mapping[str, Any]) -> LlamaConfig:

@@ -16,9 +16,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-import loralib as lora
 from base.products import gelu, linear
-from language_model import Block, Body, LanguageModel, LoRAConfig, TiedHead, adapted, checked_shape
+from language_model import (
+    Block,
+    Body,
+    LanguageModel,
+    LoRAConfig,
+    TiedHead,
+    adapted,
+    bottleneck,
+    checked_shape,
+    is_adapter,
+    reset_adapters,
+)
 
 END_OF_TEXT_ID = 50256  # the last of GPT-2's own vocabulary
 
@@ -164,13 +174,14 @@ class GPT2Block(Block):
         self.attn = Attention(config, lora_config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config, lora_config)
+        self.adapter_attn, self.adapter_mlp = (bottleneck(config.n_embd, lora_config) for _ in range(2))
 
     def project(self, x: Tensor, places: None) -> tuple[Tensor, Tensor, Tensor]:
         return self.attn.split(self.ln_1(x))
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x + self.attn.c_proj(y)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.adapter_attn(self.attn.c_proj(y))
+        return x + self.adapter_mlp(self.mlp(self.ln_2(x)))
 
 
 class Transformer(Body):
@@ -209,6 +220,7 @@ class GPT2LMModel(LanguageModel):
     TRANSPOSED = True
     WEIGHTS = re.compile(
         r"(wte|wpe)\.weight|ln_f\.(weight|bias)|h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.lora_[AB]|"
+        r"h\.\d+\.adapter_(attn|mlp)\.(down|up)\.(weight|bias)|"
         r"h\.\d+\.(ln_1|ln_2|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(weight|bias)"
     )
     BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask of Hugging Face's older files
@@ -226,7 +238,7 @@ class GPT2LMModel(LanguageModel):
     def init_weights(self) -> None:
         """GPT-2's initialisation: N(0, 0.02), the residual projections divided by sqrt(2 n_layer); biases zero."""
         for name, parameter in self.named_parameters():
-            if "lora_" in name:
+            if is_adapter(name):
                 continue
             if name.endswith("bias"):
                 parameter.zero_()
@@ -235,8 +247,7 @@ class GPT2LMModel(LanguageModel):
             else:
                 residual = name.endswith("c_proj.weight")
                 parameter.normal_(0.0, 0.02 / (math.sqrt(2 * self.config.n_layer) if residual else 1.0))
-        for layer in lora.adapted_layers(self):
-            layer.reset_lora_parameters()
+        reset_adapters(self)
 
     @classmethod
     def read_config(cls, content: Mapping[str, Any]) -> GPT2Config:

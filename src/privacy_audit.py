@@ -71,7 +71,9 @@ CHANGES = {
 }
 # No validation, and a checkpoint at the end alone.
 PRESET = {"valid_data": "", "scheduler": "constant", "eval_interval": None, "save_interval": MOST_STEPS}
-LEFT_OUT = ("obj", "no_decay_bias", "warmup_step", "i_steps", "i_lrs", "clip", "mechanism", "budget", "plan_only")
+LEFT_OUT = (
+    *("obj", "no_decay_bias", "warmup_step", "i_steps", "i_lrs", "clip", "average", "mechanism", "budget", "plan_only"),
+)
 
 
 def parse(words: list[str]) -> Settings:

@@ -9,6 +9,7 @@
 
     python src/privacy_report.py --plan 42061 128 20 --sigma 0.6 --delta 1e-5
     python src/privacy_report.py --plan 42061 128 20 --epsilon 8 --delta 1e-5 --plot plan.png
+    python src/privacy_report.py --plan 42061 128 20 --epsilon 8 --delta 1e-5 --batches      which batch is the best?
 
 Epsilon, and what an attacker can do at the most, are recomputed from the ledger alone, whose checksums are checked
 first. A privacy.json beside it adds what the ledger does not know (what else was disclosed) and is compared with it.
@@ -29,7 +30,7 @@ from typing import Any
 from tqdm import tqdm
 
 from base.errors import UserError, fail, run_main
-from base.files import atomic_write, read_object
+from base.files import read_object
 from base.flags import Parser
 from privacy import accounting
 from privacy.allocation import AnyPhase
@@ -38,8 +39,9 @@ from privacy.composition import compose
 from privacy.ledger import FILE_NAME, NAMES, LedgerState, check_none_was_kept, noise_sources, read_ledger
 from privacy.plan import Course, choose_sigma, participations, relation, spent, warnings
 from privacy.sampled_gaussian import Phase
-from run import card, risk_words
+from run import batch_plan, card, risk_words
 from run.composed import describe_composition, read_accounts
+from run.plan_plots import draw, draw_batches
 from run.provenance import REPORT_NAME, disagreements
 
 SETTINGS = ("unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta")  # what runs can differ in
@@ -150,6 +152,8 @@ def report_ledger(path: str, deltas: list[float], prior: float, plot: str | None
     disclosed = report.get("disclosed")
     for item in (disclosed if isinstance(disclosed, list) else [disclosed]) or ["nothing beside the model"]:
         print(f"disclosed     {item}")
+    if isinstance(average := report.get("average"), str):
+        print(f"average       {average}, in average.{{step}}.pt: post-processing, covered by the same epsilon")
     different = disagreements(report, state)
     for line in different:
         print(f"DISAGREES     {line}")
@@ -303,6 +307,31 @@ def plan(
     return 0
 
 
+def plan_batches(
+    courses: list[Course],
+    epochs: float,
+    sigma: float | None,
+    target: float | None,
+    advantage: float | None,
+    delta: float,
+    plot: str | None,
+) -> int:
+    """Print the noise of an update for each course, at equal privacy and compute; draw it where `plot` says."""
+    N, sampling = courses[0].N, courses[0].sampling
+    with tqdm(total=len(courses), desc="accounting", leave=False, disable=not sys.stderr.isatty()) as bar:
+        rows = batch_plan.compare(courses, delta, sigma, target, advantage, bar.update)
+    if advantage is not None:
+        limit = f"membership advantage {advantage:g}"
+    else:
+        limit = f"epsilon {target or accounting.epsilon_prv(courses[0].phases(rows[0].sigma), delta):.6g} at {delta:g}"
+    title = f"N = {N}, {epochs:g} epochs, {sampling} sampling, {limit}"
+    print(f"plan          {title}: in each row\n" + "\n".join(batch_plan.lines(rows)))
+    if plot:
+        draw_batches(plot, rows, title)
+        print(f"plot          {plot}")
+    return 0
+
+
 def sigma_or_none(target: float, delta: float, N: int, batch: int, steps: int, sampling: str) -> float | None:
     """choose_sigma, or None where it refuses."""
     try:
@@ -319,54 +348,6 @@ def table_values(values: list[float]) -> str:
     return "{:10.4f} {:10.4f} {:12.4f} {:10.4f}".format(*values)
 
 
-def draw(
-    path: str,
-    by_steps: list,
-    by_sigma: list,
-    stairs: list,
-    sigma: float,
-    delta: float,
-    strict: float,
-    title: str,
-    phases: Sequence[AnyPhase],
-) -> None:
-    """Write the PNG: epsilon against steps, sigma against epsilon, and the attack risk of `phases`, the whole run. The
-    rows are those of the printed tables.
-
-    stairs: (step, epsilon from there on) of the shuffled run.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right, risk) = pyplot.subplots(1, 3, figsize=(18, 4.8), layout="constrained")
-    names = [
-        f"PRV, delta {delta:g}",
-        f"RDP, delta {delta:g}",
-        f"PRV, delta {strict:.3g} = 1/(10 N)",
-        f"shuffled, delta {delta:g}",
-    ]
-    styles = [("tab:blue", "-"), ("tab:orange", "--"), ("tab:green", "-."), ("tab:red", ":")]
-    for column, (name, (colour, line)) in enumerate(zip(names, styles, strict=True), start=1):
-        if column < 4:
-            left.plot([row[0] for row in by_steps], [row[column] for row in by_steps], line, color=colour, label=name)
-        else:
-            left.plot(*zip(*stairs, strict=True), line, color=colour, label=name, drawstyle="steps-post")
-        right.plot([row[column] for row in by_sigma], [row[0] for row in by_sigma], line, color=colour, label=name)
-    left.set(xlabel="steps", ylabel="epsilon", yscale="log", title=f"epsilon spent at sigma = {sigma:.4g}")
-    right.set(xlabel="epsilon", ylabel="sigma", xscale="log", title="noise that the whole run needs")
-    right.axhline(sigma, color="grey", linewidth=0.8)
-    for axes in (left, right):
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
-    risk_words.draw_curve(risk, phases, accounting.epsilon_prv(phases, delta), delta)
-    figure.suptitle(title)
-    with atomic_write(path, "wb") as handle:
-        figure.savefig(handle, format="png", dpi=120)
-    pyplot.close(figure)
-
-
 def main() -> int:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -376,6 +357,9 @@ def main() -> int:
     add("--sigma", type=float, help="plan with this noise multiplier")
     add("--epsilon", type=float, help="plan with the smallest noise multiplier that meets this")
     add("--advantage", type=float, help="plan with the smallest one that keeps the membership advantage within this")
+    words = "plan: compare BATCH with these, or larger ones, at equal privacy and EPOCHS, by the noise of an update"
+    add("--batches", type=int, nargs="*", metavar="B", help=words)
+    add("--sampling", choices=NAMES["sampling"], help="of --batches (default poisson)")
     add("--prior", type=float, default=PRIOR, help="share of members before the attack, for a guess (default 0.5)")
     add("--plot", metavar="FILE.png", help="write the curves there: of an attacker, and of a plan's epsilon")
     add("--card", metavar="FILE.md|FILE.html", help="ledger: write a page on what is promised, for others to read")
@@ -400,7 +384,7 @@ def main() -> int:
     if bool(args.path) == (args.plan is not None):
         fail("wanted either a ledger, training folder or privacy.json, or --plan N BATCH EPOCHS; see --help")
     if args.plan is None:
-        for flag in ("sigma", "epsilon", "advantage"):
+        for flag in ("sigma", "epsilon", "advantage", "batches", "sampling"):
             if getattr(args, flag) is not None:
                 fail(f"--{flag}: goes with --plan N BATCH EPOCHS alone; a ledger has its own noise")
         if len(args.path) == 1:
@@ -435,6 +419,11 @@ def main() -> int:
     if len(args.delta) != 1:
         fail(f"--delta: a plan wants exactly one, got {len(args.delta)}; 1/(10 N) is added by itself")
     noise = (args.sigma, args.epsilon, args.advantage)
+    if args.batches is not None:
+        courses = batch_plan.courses(int(N), int(batch), args.batches, epochs, args.sampling or "poisson")
+        return plan_batches(courses, epochs, *noise, args.delta[0], args.plot)
+    if args.sampling is not None:
+        fail(f"--sampling {args.sampling}: goes with --batches alone; a plan of one batch prices every sampling")
     return plan(int(N), int(batch), epochs, *noise, args.delta[0], args.prior, args.plot)
 
 

@@ -16,6 +16,8 @@ SCRIPTS = {"gpt2_ft.py": "work_dir", "fine-tune-dp.py": "output_dir"}  # the fla
 SCORES = {  # column of metrics.jsonl -> what it reads beside the released model
     "valid_loss": "validation",
     "valid_ppl": "validation",
+    "average_valid_loss": "validation",  # of --average: as private as the last iterate
+    "average_valid_ppl": "validation",
     "grad_norm": "noise",  # of the released gradient: its trial's own price covers it
     "loss": "training",
     "train_loss": "training",
@@ -24,7 +26,7 @@ SCORES = {  # column of metrics.jsonl -> what it reads beside the released model
 FREE = set(
     "lr learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon adam_epislon correct_bias no_decay_bias "
     "warmup_step warmup_steps scheduler lr_scheduler_type label_smooth lora_dim lora_alpha lora_dropout lora_target "
-    "clip max_grad_norm per_sample_max_grad_norm clipping".split()
+    "adapter_dim clip max_grad_norm per_sample_max_grad_norm clipping average".split()
 )
 OURS = ("work_dir", "output_dir", "resume", "plan_only", "budget", "dry_run", "resume_from_checkpoint")
 

@@ -212,6 +212,14 @@ def beside(report: dict | None) -> list[tuple[str, str]]:
         for account in (before if isinstance(before, list) else [])
         if isinstance(account, dict)
     ]
+    if isinstance(average := report.get("average"), str):
+        rows.append(
+            (
+                "Average of iterates",
+                f"{average}, in average.{{step}}.pt: computed from the released gradients alone (post-processing), and "
+                "covered by the same epsilon",
+            )
+        )
     disclosed = report.get("disclosed")
     return rows + [
         ("Disclosed beside the model", str(item))

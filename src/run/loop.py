@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from averages import Average
 from base import signals
 from base.distributed import World
 from base.errors import UserError, fail
 from corpus.batching import Cut, TightCut
 from language_model import LanguageModel
 from losses import token_losses
-from optimizer import AdamW, norm
+from optimizer import norm
 from privacy.plan import PrivacyPlan, finite_or_text
 from run import provenance, spending
 from run.log import Display, Meter, WorkDir
 from run.risk_words import up
 from run.settings import Settings
-from run.task import Data, Learner, Position, Task
-from weights import checkpoint
-from weights.checkpoint import Loaded
+from run.task import Data, Learner, Position, Task, ValidationData
+from weights import average_file, checkpoint
 
 # What a step sums over the ranks beside the gradient: sum of losses, units, real tokens, texts, ranks asked to stop.
 EXTRA = 5
@@ -116,6 +116,7 @@ class Trainer:
         self.peak_memory = before.get("peak_memory_bytes", 0)
         self.meter, self.started = Meter(), time.monotonic() - before["seconds"]
         self.valid_loss: float | None = None
+        self.average_loss: float | None = None  # validation loss of the average of iterates
         # Entries of privacy.json beside the plan's: summary(), and what the script adds. Entries without noise are in
         # the table of PRIVACY.md. The training loss is one: only the script that has to report it adds it.
         self.facts: dict = {}
@@ -199,6 +200,8 @@ class Trainer:
                 "the last checkpoint",
                 on_every_rank=True,
             )
+        if self.learner.average is not None:
+            self.learner.average.add(self.done)
         self.whole = True
         return asked > 0
 
@@ -262,33 +265,43 @@ class Trainer:
         )
 
     def evaluate(self) -> bool:
-        """The validation loss into the log. Returns whether any rank was asked to stop, which ends it at once."""
+        """The validation loss of the last iterate, and of the average beside it, into the log. Returns whether any rank
+        was asked to stop, which ends it at once."""
         if self.task.valid is None:
             return False
-        start = time.monotonic()
-        cut = TightCut(self.learner.cut.token_budget)
-        losses = evaluate(
-            self.model,
-            self.task.valid,
-            self.world,
-            cut,
-            self.settings.loop.bf16,
-            show_bar=self.display.bar is not None,
-            stop=self.stop,
-        )
-        if losses is None:
+        start, average, averaged = time.monotonic(), self.current_average, None
+        losses = self.validate(self.task.valid)
+        if losses is not None and average is not None:
+            with average.in_place():
+                averaged = self.validate(self.task.valid)
+        if losses is None or (average is not None and averaged is None):
             return True
         self.valid_loss, ppl = losses
+        record = {"valid_loss": finite_or_text(self.valid_loss), "valid_ppl": finite_or_text(ppl)}
+        words = f"valid loss {self.valid_loss:.4f} | valid ppl {ppl:.3f}"
+        if average is not None and averaged is not None:
+            self.average_loss, ppl = averaged
+            record |= {
+                "average_valid_loss": finite_or_text(self.average_loss),
+                "average_valid_ppl": finite_or_text(ppl),
+            }
+            words += f" | of the average {average.rule}: valid loss {self.average_loss:.4f} | valid ppl {ppl:.3f}"
         if self.world.is_main:
-            self.work.append_metrics(
-                {**self.head(), "valid_loss": finite_or_text(self.valid_loss), "valid_ppl": finite_or_text(ppl)}
-            )
-            self.display.say(
-                f"| evaluation at step {self.done} | {time.monotonic() - start:.1f} s | "
-                f"valid loss {self.valid_loss:.4f} | valid ppl {ppl:.3f}"
-            )
+            self.work.append_metrics({**self.head(), **record})
+            self.display.say(f"| evaluation at step {self.done} | {time.monotonic() - start:.1f} s | {words}")
         self.meter.start += time.monotonic() - start  # rates are of training alone
         return False
+
+    def validate(self, valid: ValidationData) -> tuple[float, float] | None:
+        """evaluate() of what the parameters hold."""
+        cut, bar = TightCut(self.learner.cut.token_budget), self.display.bar is not None
+        return evaluate(self.model, valid, self.world, cut, self.settings.loop.bf16, show_bar=bar, stop=self.stop)
+
+    @property
+    def current_average(self) -> Average | None:
+        """The average of the iterates, where there is one by now."""
+        average = self.learner.average
+        return average if average is not None and average.begun(self.done) else None
 
     def save(self) -> None:
         """Write the checkpoint and privacy.json. All ranks call it; where rank 0 cannot, every rank stops."""
@@ -297,7 +310,8 @@ class Trainer:
             if self.world.is_main:
                 self.save_files()
         self.saved = self.done
-        self.display.say(f"saved {checkpoint.model_path(self.work.path, self.done)}")
+        also = "" if self.current_average is None else f", and average.{self.done}.pt beside it"
+        self.display.say(f"saved {checkpoint.model_path(self.work.path, self.done)}{also}")
 
     def save_files(self) -> None:
         # Another run's records there would mean that its checkpoints are there, too.
@@ -305,7 +319,10 @@ class Trainer:
         state = {**self.learner.optimizer.state_dict(), "progress": self.progress()}
         spent = provenance.excerpt(self.report())
         try:
-            checkpoint.save_checkpoint(self.work.path, self.done, self.model, self.learner.loaded.base, state, spent)
+            base, average = self.learner.loaded.base, self.current_average
+            if average is not None:
+                average_file.save_average(self.work.path, self.done, self.model, base, spent, average)
+            checkpoint.save_checkpoint(self.work.path, self.done, self.model, base, state, spent)
             self.write_report()
         except OSError as error:
             fail(
@@ -326,6 +343,12 @@ class Trainer:
         asked to stop, which leaves the evaluation to --resume."""
         if self.meter.steps:
             self.log()
+        if (average := self.learner.average) is not None and self.current_average is None:
+            self.display.say(
+                f"--average {average.rule}: would begin with step {average.first}, and the run ends after step "
+                f"{self.done}: there is no average",
+                important=True,
+            )
         return self.evaluate()
 
     def progress(self) -> dict:
@@ -344,11 +367,14 @@ class Trainer:
         return self.total_loss / self.total_units if self.total_units else None
 
     def summary(self) -> dict:
-        """The run in five numbers, on rank 0: last evaluation, epsilons, seconds, the most memory that a rank used
-        (World.peak_memory, bytes)."""
+        """The run in five numbers, on rank 0: last evaluation (with an average, of both), epsilons, seconds, the most
+        memory that a rank used (World.peak_memory, bytes)."""
         prv, rdp = self.plan.epsilon()
+        losses = {"eval_loss": self.valid_loss}
+        if self.learner.average is not None:
+            losses["average_eval_loss"] = self.average_loss
         return {
-            "eval_loss": None if self.valid_loss is None else finite_or_text(self.valid_loss),
+            **{name: None if loss is None else finite_or_text(loss) for name, loss in losses.items()},
             "final_epsilon_prv": finite_or_text(prv),
             "final_epsilon_rdp": finite_or_text(rdp),
             "train_runtime": round(time.monotonic() - self.started, 3),
@@ -392,31 +418,3 @@ class Trainer:
                 f"{self.plan.settings.target_advantage:g}",
                 important=True,
             )
-
-
-def resume(work_dir: str, loaded: Loaded, optimizer: AdamW) -> Position:
-    """Load parameters and optimizer from the newest checkpoint of `work_dir`; returns the position of the run.
-    UserError where the frozen weights of `loaded` are not those that the checkpoint's adapters were trained on.
-
-    A run that was killed before its first checkpoint starts again from its initial weights; its ledger keeps what it
-    spent.
-    """
-    step = checkpoint.latest_resumable(work_dir)
-    if step is None:
-        return Position()
-    # the parameters are views: this fills the flat buffer
-    state = checkpoint.load_resumable(work_dir, step, loaded.model)
-    before, now = ((base or {}).get("fingerprint") for base in (state["base"], loaded.base))
-    if before not in (None, now):
-        fail(
-            f"--resume {checkpoint.model_path(work_dir, step)}: its adapters were trained on other frozen weights than "
-            f"{loaded.path} holds now; restore that file, or start in a new folder"
-        )
-    try:
-        optimizer.load_state_dict(state)
-    except (ValueError, KeyError) as error:
-        fail(f"--resume {checkpoint.optimizer_path(work_dir, step)}: {error}")
-    report = state["privacy"]
-    if report is not None:
-        report = provenance.checked(report, f"--resume {checkpoint.model_path(work_dir, step)}: its entry 'privacy'")
-    return Position(step, state.get("progress"), report)

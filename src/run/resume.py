@@ -1,17 +1,22 @@
-"""The checks of a run's folder, new or continued: equal settings, a whole ledger, equal flags on all ranks."""
+"""The checks of a run's folder, new or continued: equal settings, a whole ledger, equal flags on all ranks; and the
+load of the checkpoint that a run continues from."""
 
 import json
 import os
 
+from averages import Average
 from base import distributed
 from base.errors import UserError, fail
 from base.files import check_format
+from optimizer import AdamW
 from privacy.ledger import Ledger
 from privacy.plan import PlanSettings
+from run import provenance
 from run.log import ARGS, WorkDir
 from run.settings import Settings
 from run.task import Position
-from weights import checkpoint
+from weights import average_file, checkpoint
+from weights.checkpoint import Loaded
 
 # Of args.json. Format 1 has no entry "format", and has "without_effect". A flag that a file lacks did not exist when
 # the run began: it had its default.
@@ -114,3 +119,34 @@ def check_ranks_agree(world: distributed.World, recorded: dict) -> None:
             ]
             if differing:
                 raise UserError(f"the processes differ: {'; '.join(differing[:4])}; give all the same flags and files")
+
+
+def load_position(work_dir: str, loaded: Loaded, optimizer: AdamW, average: Average | None = None) -> Position:
+    """Load parameters, optimizer and average from the newest checkpoint of `work_dir`; returns the run's position.
+    UserError where the frozen weights of `loaded` are not those that the checkpoint's adapters were trained on, or
+    where the average that the checkpoint holds is another one.
+
+    A run that was killed before its first checkpoint starts again from its initial weights; its ledger keeps what it
+    spent.
+    """
+    step = checkpoint.latest_resumable(work_dir)
+    if step is None:
+        return Position()
+    # the parameters are views: this fills the flat buffer
+    state = checkpoint.load_resumable(work_dir, step, loaded.model)
+    before, now = ((base or {}).get("fingerprint") for base in (state["base"], loaded.base))
+    if before not in (None, now):
+        fail(
+            f"--resume {checkpoint.model_path(work_dir, step)}: its adapters were trained on other frozen weights than "
+            f"{loaded.path} holds now; restore that file, or start in a new folder"
+        )
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        fail(f"--resume {checkpoint.optimizer_path(work_dir, step)}: {error}")
+    if average is not None and average.begun(step):
+        average_file.load_average(work_dir, step, loaded.model, average)
+    report = state["privacy"]
+    if report is not None:
+        report = provenance.checked(report, f"--resume {checkpoint.model_path(work_dir, step)}: its entry 'privacy'")
+    return Position(step, state.get("progress"), report)

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from averages import read_rule
 from base.errors import fail
 from base.flags import REQUIRED, Given, flag
 from families import PARTS
@@ -55,7 +56,8 @@ class Model:
     """The initial weights of a run, and the adapter that it trains."""
 
     init_checkpoint: str | None = flag(
-        help="weights to start from: a file, or a folder (its newest model.{step}.pt, PEFT's or Hugging Face's file)"
+        help="weights to start from: a file, such as an average.{step}.pt, or a folder (its newest model.{step}.pt, "
+        "PEFT's or Hugging Face's file)"
     )
     base_checkpoint: str | None = flag(
         help="the frozen weights of an adapter-only --init_checkpoint (default: those that it names)"
@@ -77,13 +79,22 @@ class Model:
     )
     use_rslora: bool = flag(False, "scale adapters by alpha/sqrt(rank) in place of alpha/rank")
 
+    adapter_dim: int = flag(
+        0,
+        "inner width of bottleneck adapters after each attention and MLP (Houlsby et al., 2019), in place of low-rank "
+        "ones; they cannot be merged into the weights",
+        least=0,
+    )
+
     def lora_config(self) -> LoRAConfig:
-        return LoRAConfig(self.lora_dim, self.lora_alpha, self.lora_dropout, self.lora_target, self.use_rslora)
+        return LoRAConfig(
+            self.lora_dim, self.lora_alpha, self.lora_dropout, self.lora_target, self.use_rslora, self.adapter_dim
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """The loss, AdamW, its learning rate, and the bound on a released gradient."""
+    """The loss, AdamW, its learning rate, the bound on a released gradient, and the average of iterates."""
 
     lr: float = flag(1e-5, within=ANY)
     weight_decay: float = flag(0.01, within=ANY)
@@ -98,6 +109,12 @@ class Optimizer:
     i_lrs: str = flag("0.00025", "cycle: learning rates at those steps")
     clip: float = flag(0.0, "bound on the norm of the released gradient; 0 = none", within=ANY)
     label_smooth: float = flag(0.0, within=(0, 1))
+    average: str | None = flag(
+        help="also keep an average of the iterates, which costs no privacy: ema:0.99 (exponential, debiased) or "
+        "tail:0.3 (of the last 0.3 of the planned steps); it is evaluated beside the last iterate, and saved as "
+        "average.{step}.pt beside model.{step}.pt, to be used by naming that file",
+        metavar="RULE",
+    )
     torch_eps: bool = False  # no flag: whether AdamW places eps as torch does
 
 
@@ -223,6 +240,11 @@ class Settings:
         """Raise UserError for flags that are out of range, contradict each other or mean nothing."""
         self.given.check_ranges()
         privacy, loop = self.privacy, self.loop
+        if self.model.adapter_dim and self.model.lora_dim:
+            fail(
+                f"--adapter_dim {self.model.adapter_dim}: refused with --lora_dim {self.model.lora_dim}, a run trains "
+                "adapters of one kind; leave one of the flags out"
+            )
         if privacy.target_delta is not None and not 0 < privacy.target_delta < 1:
             fail(f"--target_delta {privacy.target_delta:g}: expected a number between 0 and 1")
         if privacy.noise_source == "seeded" and privacy.noise_seed is None:
@@ -244,6 +266,11 @@ class Settings:
                 "reserve; give --sampling poisson, or leave --budget out and compose with src/privacy_report.py"
             )
         check_noise(privacy, self.flag_of("max_grad_norm"))
+        if self.optimizer.average is not None:
+            try:
+                read_rule(self.optimizer.average)
+            except ValueError as error:
+                fail(f"--average {error}")
         if loop.tensorboard and importlib.util.find_spec("tensorboard") is None:
             fail(
                 "--tensorboard: the package tensorboard is not installed; pip install tensorboard, or leave the flag "
@@ -251,6 +278,11 @@ class Settings:
             )
         if loop.resume_changed and not loop.resume:
             fail("--resume_changed: means nothing without --resume")
+        if "average" in loop.resume_changed:
+            fail(
+                "--resume_changed average: refused, an average goes on from the run's first steps; give the run's own "
+                "--average, or start in a new folder"
+            )
 
 
 def noise_flags(privacy: Privacy) -> list[str]:

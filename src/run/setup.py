@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from averages import Average
 from base import distributed
 from base.distributed import World
 from base.errors import UserError, fail
@@ -21,7 +22,14 @@ from privacy.ledger import Ledger, NoLedger
 from privacy.plan import Course, PlanSettings, PrivacyPlan, choose_sigma
 from run import loop, provenance, spending
 from run.log import NoWorkDir, WorkDir
-from run.resume import check_ledger_is_whole, check_ranks_agree, is_restarted, open_ledger, steps_without_noise
+from run.resume import (
+    check_ledger_is_whole,
+    check_ranks_agree,
+    is_restarted,
+    load_position,
+    open_ledger,
+    steps_without_noise,
+)
 from run.settings import DEFAULT_TOKENS, MOST_STEPS, Settings
 from run.task import Engine, Learner, Position, Task
 from weights.checkpoint import Loaded, load_model
@@ -174,6 +182,8 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
     if settings.loop.plan_only:
         print_plan(planned, task, world)
     flat, optimizer = prepare_parameters(settings, world, loaded, planned.private)
+    rule = settings.optimizer.average
+    average = None if rule is None else Average(rule, flat, planned.steps)
     cut = lengths if planned.private else TightCut(lengths.token_budget)
     resumes = settings.loop.resume
 
@@ -204,7 +214,7 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
             }
             ledger = open_ledger(work, settings, planned, recorded, world.size)
         if resumes:
-            position = loop.resume(folder, loaded, optimizer)
+            position = load_position(folder, loaded, optimizer, average)
         if world.is_main:
             if resumes:
                 check_ledger_is_whole(work, ledger, position)
@@ -229,11 +239,11 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
         engine = task.wrap_engine(engine, flat, plan, cut)
 
     disclosed = [*DISCLOSED, *task.disclosed, *map(provenance.describe, origin["initial_weights"])]
-    learner = Learner(loaded, flat, engine, optimizer, cut)
+    learner = Learner(loaded, flat, engine, optimizer, cut, average)
     trainer = loop.Trainer(
         world, settings, dataclasses.replace(task, disclosed=disclosed), learner, plan, work, position
     )
-    trainer.facts.update(origin)
+    trainer.facts.update(origin if rule is None else {**origin, "average": rule})
     with world.raise_if_any_failed():
         if world.is_main and reservation is not None:  # last of all, so that whatever fails before reserves nothing
             reserve(trainer, reservation)

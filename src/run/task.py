@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from averages import Average
 from corpus.batching import Cut
 from losses import MicroBatch
 from optimizer import AdamW, FlatParameters
@@ -66,6 +67,7 @@ class Learner:
     engine: Engine
     optimizer: AdamW
     cut: Cut  # of a draw into micro-batches
+    average: Average | None = None  # of the iterates; None without --average
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 from base.errors import fail
 from base.files import atomic_write, check_format, folder_below
 from families import family_of, name_of
-from language_model import LanguageModel, LoRAConfig, Shape
+from language_model import LanguageModel, LoRAConfig, Shape, is_adapter
 from weights import peft_format
 from weights.foreign import (
     SHARD,
@@ -136,7 +136,7 @@ def load_model(
         if config is not None and not config.same(stored_config):
             fail(f"--model_card {model_card}: {path} is of another shape ({stored_config.describe()})")
         config = stored_config
-        if stored_lora.dim:
+        if stored_lora.adapts:
             lora_config = agreed(lora_config and fitted(lora_config, config), stored_lora, path)
     elif weights and all("lora_" in name for name in weights):
         return load_factors(path, weights, files, config, lora_config, base_checkpoint, flag)
@@ -153,10 +153,10 @@ def load_model(
         weights = {**base_weights, **weights}
     elif base_checkpoint is not None:
         fail(f"--base_checkpoint {base_checkpoint}: {path} holds whole weights; leave the flag out")
-    elif not any("lora_" in name for name in weights):
+    elif not any(map(is_adapter, weights)):
         base = describe_base(path, weights)
     # A drawn adapter follows the caller's seed; where nothing that is drawn stays, the generator does not move.
-    with torch.random.fork_rng(devices=[], enabled=lora_config.dim == 0 or any("lora_" in name for name in weights)):
+    with torch.random.fork_rng(devices=[], enabled=not lora_config.adapts or any(map(is_adapter, weights))):
         model = build(config, lora_config, f"{flag} {path}")
     load_strictly(model, weights, path, flag)
     return Loaded(model, base, path, step, files)
@@ -193,6 +193,12 @@ def agreed(given: LoRAConfig | None, stored: LoRAConfig, path: str) -> LoRAConfi
     """The adapter of a file, with `given`'s dropout; UserError where the flags speak of another."""
     if given is None:
         return stored
+    if given.bottleneck != stored.bottleneck:
+        fail(
+            f"--adapter_dim {given.bottleneck}: {path} holds "
+            + (f"bottleneck adapters of width {stored.bottleneck}" if stored.bottleneck else "low-rank adapters")
+            + "; give the flags that it was trained with"
+        )
     if given.dim != stored.dim:
         fail(f"--lora_dim {given.dim}: {path} holds adapters of rank {stored.dim}; give --lora_dim {stored.dim}")
     if (given.alpha, given.targets) != (stored.alpha, stored.targets):
@@ -255,7 +261,7 @@ def read_base(
     flag = "--base_checkpoint"
     path = find_checkpoint(place, flag)
     content, weights = ({}, {}) if peft_format.is_adapter(path) else read_weights(path, flag)
-    if not weights or any("lora_" in name for name in weights):
+    if not weights or any(map(is_adapter, weights)):
         fail(f"{flag} {path}: holds adapters, and {adapters} would come on top; merge them with src/export.py first")
     if config is None:
         if "config" in content and "model_state_dict" in content:
@@ -294,7 +300,7 @@ def build(config: Shape, lora_config: LoRAConfig, where: str) -> LanguageModel:
 def says_shape(place: str, flag: str = "--init_checkpoint") -> bool:
     """Whether the weights at `place` come with their shape: in a file of ours, beside Hugging Face's, in a base's."""
     path = find_checkpoint(place, flag)
-    ours = STEP_FILE.fullmatch(os.path.basename(path)) is not None
+    ours = re.fullmatch(r"(model|average)\.\d+\.pt", os.path.basename(path)) is not None
     return ours or peft_format.is_adapter(path) or os.path.isfile(config_file(path))
 
 
@@ -342,14 +348,28 @@ def save_checkpoint(
     work_dir: str, step: int, model: LanguageModel, base: dict | None, optimizer: dict, privacy: dict | None = None
 ) -> None:
     """Write the pair of step `step`. model.{step}.pt is renamed into place last, so it never stands without its
-    partner; the partner of an older step goes only after that. Adapters are saved alone when `base` names their frozen
-    weights. Raises OSError naming the file when the disk is full."""
-    if model.lora_config.dim == 0:
+    partner; the partner of an older step goes only after that. Raises OSError naming the file when the disk is full."""
+    content = model_content(work_dir, step, model, base, privacy)  # refuses a merged model before anything is written
+    write(optimizer_path(work_dir, step), {"format": FORMAT, **optimizer})
+    write(model_path(work_dir, step), content)
+    for name in os.listdir(work_dir):
+        match = re.fullmatch(r"optimizer\.(\d+)\.pt", name)
+        left_by_a_kill = re.fullmatch(r"(model|optimizer|average)\.\d+\.pt\.\d+\.partial", name)
+        if left_by_a_kill or (match and int(match[1]) != step):
+            os.unlink(os.path.join(work_dir, name))
+
+
+def model_content(work_dir: str, step: int, model: LanguageModel, base: dict | None, privacy: dict | None) -> dict:
+    """What model.{step}.pt holds. Adapters are saved alone when `base` names their frozen weights."""
+    if not model.lora_config.adapts:
         base = None
     if base is not None:
         base = {**base, "path": os.path.relpath(base["absolute"], os.path.abspath(work_dir))}
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad or base is None}
-    content = {
+    adapter = {**dataclasses.asdict(model.lora_config), "targets": list(model.lora_config.targets)}
+    if not adapter["bottleneck"]:
+        del adapter["bottleneck"]  # earlier versions, which do not know it, read the file
+    return {
         "format": FORMAT,
         # copied: a view saved as it stands would carry the whole flat buffer it looks into
         "model_state_dict": {
@@ -358,17 +378,10 @@ def save_checkpoint(
         "step": step,
         "family": name_of(model.config),
         "config": dataclasses.asdict(model.config),
-        "lora": {**dataclasses.asdict(model.lora_config), "targets": list(model.lora_config.targets)},
+        "lora": adapter,
         "base": base,
         "privacy": privacy,
     }
-    write(optimizer_path(work_dir, step), {"format": FORMAT, **optimizer})
-    write(model_path(work_dir, step), content)
-    for name in os.listdir(work_dir):
-        match = re.fullmatch(r"optimizer\.(\d+)\.pt", name)
-        left_by_a_kill = re.fullmatch(r"(model|optimizer)\.\d+\.pt\.\d+\.partial", name)
-        if left_by_a_kill or (match and int(match[1]) != step):
-            os.unlink(os.path.join(work_dir, name))
 
 
 def write(path: str, content: dict) -> None:
@@ -393,7 +406,15 @@ def latest_resumable(work_dir: str) -> int | None:
 def load_resumable(work_dir: str, step: int, model: LanguageModel) -> dict:
     """Copy the trained parameters of step `step` into `model`. Returns the optimizer's state, with the model file's
     `privacy` and `base` beside it. UserError where the step is of another model."""
-    path = model_path(work_dir, step)
+    content = load_parameters(model_path(work_dir, step), model)
+    path = optimizer_path(work_dir, step)
+    state = read_file(path, "--resume")
+    check_format(state.pop("format", None), FORMAT, f"--resume {path}")
+    return {**state, "privacy": content.get("privacy"), "base": content.get("base")}
+
+
+def load_parameters(path: str, model: LanguageModel) -> dict:
+    """Copy the trained parameters of a file of ours into `model`; returns the file's content."""
     content, weights = read_weights(path, "--resume")
     wanted = {name: parameter for name, parameter in model.named_parameters() if name in weights}
     absent = set(trainable_weights(model)) - set(wanted)
@@ -407,7 +428,4 @@ def load_resumable(work_dir: str, step: int, model: LanguageModel) -> dict:
             if parameter.shape != weights[name].shape:
                 fail(f"--resume {path}: {name} is {tuple(weights[name].shape)}, this run has {tuple(parameter.shape)}")
             parameter.copy_(weights[name])
-    path = optimizer_path(work_dir, step)
-    state = read_file(path, "--resume")
-    check_format(state.pop("format", None), FORMAT, f"--resume {path}")
-    return {**state, "privacy": content.get("privacy"), "base": content.get("base")}
+    return content

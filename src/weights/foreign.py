@@ -20,7 +20,7 @@ from torch import Tensor
 from base.errors import fail
 from base.files import check_pointer, folder_below, read_object
 from families import DEFAULT, family_of, of_model_type, of_names
-from language_model import LanguageModel, Shape
+from language_model import LanguageModel, Shape, is_adapter
 from model import MODEL_CARDS
 
 PREFIX = "transformer."  # of this project's names; Hugging Face's files of the bare model lack it, or have another
@@ -216,8 +216,8 @@ def load_strictly(model: LanguageModel, weights: dict[str, Tensor], path: str, f
     Raises UserError naming up to three weights that found no place, no value or another shape.
     """
     wanted = dict(model.named_parameters())
-    lora_absent = not any("lora_" in name for name in weights)
-    missing = [name for name in wanted if name not in weights and not (lora_absent and "lora_" in name)]
+    absent = not any(map(is_adapter, weights))
+    missing = [name for name in wanted if name not in weights and not (absent and is_adapter(name))]
     unknown = [name for name in weights if name not in wanted]
     shaped = [
         f"{name} {tuple(weights[name].shape)} for {tuple(wanted[name].shape)}"

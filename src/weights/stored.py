@@ -30,6 +30,9 @@ def stored_entries(content: dict, path: str, flag: str) -> tuple[Shape, LoRAConf
             and 0 <= lora_config.dropout < 1
             and math.isfinite(lora_config.alpha)
             and type(lora_config.rslora) is bool
+            and type(lora_config.bottleneck) is int
+            and 0 <= lora_config.bottleneck
+            and 0 in (lora_config.dim, lora_config.bottleneck)
             and type(step) is int
             and step >= 0
             and (base is None or all(isinstance(base[key], str) for key in ("path", "absolute", "fingerprint")))

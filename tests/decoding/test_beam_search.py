@@ -166,11 +166,11 @@ SHAPES = {
                                    num_key_value_heads=1, tie_word_embeddings=True)}
 
 
-def small_model(seed: int, V: int, lora_dim: int = 0, family: str = "gpt2") -> LanguageModel:
+def small_model(seed: int, V: int, lora_dim: int = 0, family: str = "gpt2", width: int = 0) -> LanguageModel:
     torch.manual_seed(seed)
     config = SHAPES[family](V)
     targets = ("query", "value") if family == "gpt2" else ("all",)
-    model = family_of(config)(config, LoRAConfig(lora_dim, 8.0, targets=targets)).eval()
+    model = family_of(config)(config, LoRAConfig(lora_dim, 8.0, targets=targets, bottleneck=width)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:  # far from the tiny initial weights, so that contexts matter and EOS comes
@@ -198,11 +198,12 @@ def test_equals_the_transcription_on_random_models(seed, family):
 
 
 @pytest.mark.parametrize("family", SHAPES)
-def test_cache_gives_the_states_of_whole_forward_passes(family, monkeypatch):
+@pytest.mark.parametrize("adapter", [(2, 0), (0, 3)], ids=["lora", "bottleneck"])
+def test_cache_gives_the_states_of_whole_forward_passes(family, adapter, monkeypatch):
     """Hypotheses are grafted at random over many sweeps; every state equals the model's on the whole sequence."""
     monkeypatch.setattr(tree_decoder, "SPARE_STEPS", 2)
-    model, draw = small_model(3, 31, 2, family), np.random.default_rng(0)
-    exact = small_model(3, 31, 2, family).double()
+    model, draw = small_model(3, 31, adapter[0], family, adapter[1]), np.random.default_rng(0)
+    exact = small_model(3, 31, adapter[0], family, adapter[1]).double()
     slots, K = np.array([0, 2]), 4
     contexts = [[1, 2, 3, 4, 5], [7]]
     decoder = TreeDecoder(model, 3, K)

@@ -44,7 +44,8 @@ LORA = LoRAConfig(3, 8.0)
 ENABLE = [parts for count in (1, 2, 3) for parts in itertools.combinations(SLOTS, count)]
 MODES = {"full": FULL, "rank 1": LoRAConfig(1, 8.0), "rank above the width": LoRAConfig(20, 32.0),
          **{"lora " + "".join(part[0] for part in on): LoRAConfig(3, 8.0, 0.0, on) for on in ENABLE},
-         "all parts": LoRAConfig(3, 8.0, 0.0, ("all",)), "mlp": LoRAConfig(2, 8.0, 0.0, ("attn_out", "mlp_out"), True)}
+         "all parts": LoRAConfig(3, 8.0, 0.0, ("all",)), "mlp": LoRAConfig(2, 8.0, 0.0, ("attn_out", "mlp_out"), True),
+         "bottleneck": LoRAConfig(bottleneck=3), "bottleneck above the width": LoRAConfig(bottleneck=20)}
 
 
 # ------------------------------------------------------------------ against the loop

@@ -42,7 +42,8 @@ MODES = {
     "qwen3, own head": (QWEN3, FULL), "llama, tied, every bias": (BIASED, FULL), "one head of keys":
     (ONE_HEAD_OF_KEYS, FULL), "qwen2": (tiny_config(model_type="qwen2", tie_word_embeddings=True), FULL),
     "all parts": (QWEN3, ALL), "all parts by rslora": (BIASED, LoRAConfig(2, 8.0, targets=("all",), rslora=True)),
-    "q v": (QWEN3, LoRAConfig(3, 8.0)), "rank above the width": (QWEN3, LoRAConfig(20, 32.0, targets=("k", "down")))}
+    "q v": (QWEN3, LoRAConfig(3, 8.0)), "rank above the width": (QWEN3, LoRAConfig(20, 32.0, targets=("k", "down"))),
+    "bottleneck": (QWEN3, LoRAConfig(bottleneck=3))}
 TWO = {"full": (QWEN3, FULL), "tied": (BIASED, FULL), "lora": (QWEN3, ALL)}
 
 

@@ -38,7 +38,8 @@ LLAMA = tiny_config(vocab_size=515, hidden_size=64, intermediate_size=96, head_d
 BIASED = replace(LLAMA, model_type="llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
 MODELS = {"gpt2 full": (SMALL, LoRAConfig()), "gpt2 lora": (SMALL, LoRAConfig(4, 32.0)),
           "llama full": (LLAMA, LoRAConfig()), "llama lora": (LLAMA, LoRAConfig(4, 32.0, targets=("all",))),
-          "biased full": (BIASED, LoRAConfig())}
+          "biased full": (BIASED, LoRAConfig()), "gpt2 bottleneck": (SMALL, LoRAConfig(bottleneck=4)),
+          "llama bottleneck": (LLAMA, LoRAConfig(bottleneck=4))}
 
 
 def model_of(name: str):

@@ -111,6 +111,8 @@ CHANGES = [
     ({"noise_source": "os"}, ["--noise_seed 1"]), ({"noise_source": "dice"}, ["--noise_source", "dice"]),
     ({"micro_batch_tokens": 0}, ["--micro_batch_tokens 0"]), ({"save_interval": 0}, ["--save_interval 0"]),
     ({"collective_timeout": 0}, ["--collective_timeout 0"]), ({"resume_changed": "lr"}, ["--resume_changed"]),
+    ({"average": "ema:1"}, ["--average ema:1", "above 0 and below 1"]),
+    ({"average": "tail"}, ["--average tail: expected ema:B"]),
     ({"no_such_flag": 1}, ["--no_such_flag"]), ({"train_batch": 8}, ["--train_batch"]),
     ({"valid_data": "@cut.jsonl"}, ["cut.jsonl:2"]),
     ({"valid_data": "@unscored.jsonl"}, ["--valid_data", "all 3 contexts fill --seq_len", "larger --seq_len"]),

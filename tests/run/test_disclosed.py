@@ -44,7 +44,7 @@ def e2e(folder: pathlib.Path, changed_unit: bool = False, resumed: bool = False,
     arguments = small_runs.flags("run", **{"train_data": "train.jsonl", "valid_data": "valid.jsonl",
                                            "train_batch_size": small_runs.N, **changed})
     if resumed:
-        torn = ["tear", {"point": "torch:save", "nth": 4}]  # the model of step 4
+        torn = ["tear", {"point": "torch:save", "nth": 5}]  # the model of step 4, whose average is there
         assert start_ranks(arguments, 1, {0: [torn]}, cwd=folder)[0].wait() == -signal.SIGKILL
         assert list((folder / "run").glob("model.4.pt.*.partial"))
         assert not Left(folder, e2e_flags()).unnamed()
@@ -69,8 +69,10 @@ def authors(folder: pathlib.Path, changed_unit: bool = False, **changed: object)
 
 
 RUNS = {
-    "LoRA": (e2e, {}), "whole model, resumed, events": (e2e, {"lora_dim": 0, "tensorboard": True, "resumed": True}),
-    "authors, LoRA, events": (authors, {"tensorboard": True, "eval_strategy": "steps", "eval_steps": 3}),
+    "LoRA": (e2e, {}), "whole model, resumed, events": (
+        e2e, {"lora_dim": 0, "tensorboard": True, "resumed": True, "average": "tail:0.5"}),
+    "authors, LoRA, events": (authors, {
+        "tensorboard": True, "eval_strategy": "steps", "eval_steps": 3, "average": "ema:0.9"}),
     "authors, whole model": (authors, {"enable_lora": None, "lora_dim": None})}
 
 
