@@ -1,6 +1,6 @@
 """Parameters, gradients and AdamW over flat buffers: a handful of large calls a step, whatever the number of tensors.
 
-Shapes: P trainable coordinates.
+Shapes: P trainable coordinates; n = P, or with the optimizer in shares P/ranks rounded up, this rank's share.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from base.distributed import World
 
 # On a CPU the update walks the buffers in pieces that stay in the cache, so that memory is read once and not six times.
 CACHE_CHUNK = 1 << 17
@@ -21,10 +23,19 @@ class FlatParameters:
     float32 (or float64, where a test compares with an oracle); other types are refused. `sums` is float64: what
     rounding does to the sum over units is then negligible for any data (privacy.clipping.rounding_share). Non-private
     training takes float32, as autograd adds.
+
+    sharers: the ranks among which the optimizer's work and moments are shared out, each its own n coordinates (the
+    ZeRO-1 of Rajbhandari et al., 2020, arXiv:1910.02054); alone, every rank does and holds all of it. Both buffers are
+    then padded with zeros to a multiple of the number of ranks.
     """
 
     def __init__(
-        self, model: nn.Module, extra: int = 0, no_decay_bias: bool = False, sums: torch.dtype = torch.float64
+        self,
+        model: nn.Module,
+        extra: int = 0,
+        no_decay_bias: bool = False,
+        sums: torch.dtype = torch.float64,
+        sharers: World | None = None,
     ):
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not named:
@@ -36,8 +47,12 @@ class FlatParameters:
         self.named = sorted(named, key=lambda item: item[0] in undecayed)
         self.decayed = sum(parameter.numel() for name, parameter in self.named if name not in undecayed)
         self.size = sum(parameter.numel() for _, parameter in self.named)
-        self.data = torch.empty(self.size, device=named[0][1].device, dtype=named[0][1].dtype)
-        self.sums = torch.zeros(self.size + extra, device=self.data.device, dtype=sums)
+        self.sharers = sharers or World()
+        n = -(-self.size // self.sharers.size)
+        self.own = slice(n * self.sharers.rank, n * (self.sharers.rank + 1))
+        self.padded = torch.zeros(n * self.sharers.size, device=named[0][1].device, dtype=named[0][1].dtype)
+        self.data = self.padded[: self.size]
+        self.sums = torch.zeros(len(self.padded) + extra, device=self.data.device, dtype=sums)
         self.grad = self.sums[: self.size]
         self.slices: dict[int, slice] = {}
         start = 0
@@ -51,7 +66,11 @@ class FlatParameters:
     @property
     def extra(self) -> Tensor:
         """The tail of `sums`: what else a step sums over the ranks."""
-        return self.sums[self.size :]
+        return self.sums[len(self.padded) :]
+
+    @property
+    def sharded(self) -> bool:
+        return self.sharers.size > 1
 
     def grad_of(self, parameter: nn.Parameter | None) -> Tensor | None:
         """The view of `grad` that belongs to a parameter, in its shape; None for one that is not trained."""
@@ -70,13 +89,14 @@ class FlatParameters:
                 parameter.requires_grad_(True)
 
 
-def norm(values: Tensor) -> Tensor:
-    """Euclidean norm of values (P,), a float64 scalar.
+def norm(values: Tensor, sharers: World | None = None) -> Tensor:
+    """Euclidean norm of values (n,), a float64 scalar; of all ranks' shares where there are sharers.
 
     In pieces, since on a CPU torch's norm of 124 M float32 at once came out 1.3 % wrong.
     """
     chunks = values.split(CACHE_CHUNK if values.device.type == "cpu" else len(values))
-    return torch.stack([torch.linalg.vector_norm(chunk) for chunk in chunks]).double().norm()
+    whole = torch.stack([torch.linalg.vector_norm(chunk) for chunk in chunks]).double().norm()
+    return whole if sharers is None or sharers.size == 1 else sharers.all_reduce(whole.square()).sqrt()
 
 
 class AdamW:
@@ -101,11 +121,11 @@ class AdamW:
         self.flat, self.betas, self.eps = flat, betas, eps
         self.weight_decay, self.correct_bias, self.torch_eps = weight_decay, correct_bias, torch_eps
         self.steps = 0
-        self.m, self.v = torch.zeros_like(flat.data), torch.zeros_like(flat.data)
+        self.m, self.v = torch.zeros_like(flat.padded[flat.own]), torch.zeros_like(flat.padded[flat.own])
 
     @torch.no_grad()
     def step(self, grad: Tensor, lr: float) -> None:
-        """Update the parameters with gradient (P,)."""
+        """Update the parameters with the gradient (n,) of this rank's share. Collective where there are sharers."""
         self.steps += 1
         b1, b2 = self.betas
         size, eps = lr, self.eps
@@ -113,26 +133,36 @@ class AdamW:
             size *= math.sqrt(1 - b2**self.steps) / (1 - b1**self.steps)
         if self.torch_eps:
             eps *= math.sqrt(1 - b2**self.steps)
+        own, decayed = self.flat.padded[self.flat.own], self.flat.decayed - self.flat.own.start
         chunk = CACHE_CHUNK if grad.device.type == "cpu" else len(grad)
         for start in range(0, len(grad), chunk):
             span = slice(start, min(start + chunk, len(grad)))
-            p, g, m, v = self.flat.data[span], grad[span], self.m[span], self.v[span]
+            p, g, m, v = own[span], grad[span], self.m[span], self.v[span]
             m.lerp_(g, 1 - b1)
             v.mul_(b2).addcmul_(g, g, value=1 - b2)
             p.addcdiv_(m, v.sqrt().add_(eps), value=-size)
-            if self.weight_decay and start < self.flat.decayed:
-                p[: self.flat.decayed - start].mul_(1 - lr * self.weight_decay)
+            if self.weight_decay and start < decayed:
+                p[: decayed - start].mul_(1 - lr * self.weight_decay)
+        self.flat.sharers.all_gather(self.flat.padded)
 
     def state_dict(self) -> dict:
-        return {"steps": self.steps, "m": self.m.cpu(), "v": self.v.cpu()}
+        """The state of all coordinates, m and v (P,), on the CPU. Collective where there are sharers; ranks beside
+        rank 0 then have None for them."""
+        state: dict = {"steps": self.steps}
+        for name in ("m", "v"):
+            whole = self.flat.sharers.gather_tensor(getattr(self, name))
+            state[name] = None if whole is None else whole[: self.flat.size].cpu()
+        return state
 
     def load_state_dict(self, state: dict) -> None:
+        """Take this rank's share of a state_dict(), whatever the shares were that it was gathered from."""
         for name in ("m", "v"):
-            if state[name].shape != getattr(self, name).shape:
+            if state[name].shape != self.flat.data.shape:
                 raise ValueError(
                     f"optimizer state {name} has {state[name].numel()} coordinates, the run has {self.flat.size}"
                 )
-            getattr(self, name).copy_(state[name])
+            own = state[name][self.flat.own]
+            getattr(self, name)[: len(own)] = own
         self.steps = int(state["steps"])
 
 

@@ -21,6 +21,9 @@ A step on n GPUs, g of them in each of m machines; P trained coordinates of W pa
     update    (28 P + 8 P/n) 4 bytes / M   every rank: zero, divide and round the sum, AdamW's seven operations, the
               check for NaN, each a pass over memory; its share of the noise
 
+With --shard optimizer, a reduce-scatter of 8 bytes and an all-gather of 4 a coordinate take the place of the sum: b =
+(8 P + 4 P)/2, and update is (3 P + 33 P/n) 4 bytes / M: what is left to every rank is zeroing and the check for NaN.
+
 No overlap is assumed: the sum starts when the last micro-batch is done, as in src/run/loop.py. Steps are epochs N / B.
 """
 
@@ -36,6 +39,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from scipy.stats import poisson
 
+from base.distributed import World
 from base.errors import fail
 from base.flags import Parser, check_positive
 from base.markdown import markdown
@@ -80,13 +84,14 @@ def project(args, config: GPT2Config, n: int) -> dict:
     micro_batches = math.ceil(mean * args.tokens / args.micro_batch_tokens)
     traffic = (10 if args.lora_dim else 26) * trained_coordinates(config, 0) * micro_batches / args.memory_bandwidth
     compute = max(arithmetic, traffic)
-    size = 8 * (P + EXTRA)
+    size = (6 if args.shard == "optimizer" else 8) * (P + EXTRA)
+    whole, shared = (3, 33) if args.shard == "optimizer" else (28, 8)  # passes of 4 bytes a coordinate
     ring = 2 * (inside - 1) / inside / args.link_bandwidth + 2 * (machines - 1) / machines / args.node_bandwidth
     parts = {
         "compute": compute,
         "load": compute * (largest_draw(mean, n) / mean - 1),
         "sum": size * ring,
-        "update": (28 + 8 / n) * 4 * P / args.memory_bandwidth,
+        "update": (whole + shared / n) * 4 * P / args.memory_bandwidth,
     }
     step = sum(parts.values())
     return {**parts, "step": step, "hours": step * round(args.epochs * args.N / args.batch) / 3600}
@@ -190,21 +195,29 @@ def measure_compute(device: torch.device, config: GPT2Config, bf16: bool) -> dic
 
 
 def reduce_worker(rank: int, size: int, port: int, count: int, pipe) -> None:
-    """One of `size` ranks that sum `count` float32; rank 0 sends the seconds of the fastest of five."""
+    """One of `size` ranks; rank 0 sends the seconds of the fastest of five all-reduces of `count` float64, and of a
+    reduce-scatter of them with an all-gather of `count` float32."""
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
     )
-    buffer = torch.ones(count, device=device)
-    seconds = best(lambda: dist.all_reduce(buffer), 5, device)
+    sums, data = torch.ones(count, device=device, dtype=torch.float64), torch.ones(count, device=device)
+    world = World(rank, size, rank, device)
+
+    def shares() -> None:
+        world.reduce_scatter(sums)
+        world.all_gather(data)
+
+    whole, shared = best(lambda: dist.all_reduce(sums), 5, device), best(shares, 5, device)
     if rank == 0:
-        pipe.put(seconds)
+        pipe.put((whole, shared))
     dist.destroy_process_group()
 
 
 def measure_sum(count: int) -> dict:
-    """Bytes/s of an all-reduce of `count` float32: 2 (n-1)/n of them pass through each rank's link."""
+    """Bytes/s of an all-reduce of `count` float64, of which 2 (n-1)/n pass through each rank's link, and the time of
+    the sharded step's two collectives over its."""
     size = torch.cuda.device_count() if torch.cuda.is_available() else 2
     if size < 2:
         return {"ranks": size, "link_bytes_per_s": None}
@@ -214,8 +227,14 @@ def measure_sum(count: int) -> dict:
     context = torch.multiprocessing.get_context("spawn")
     pipe = context.SimpleQueue()
     torch.multiprocessing.spawn(reduce_worker, (size, port, count, pipe), nprocs=size)
-    passing = 2 * (size - 1) / size * 4 * count
-    return {"ranks": size, "summed_bytes": 4 * count, "link_bytes_per_s": passing / pipe.get()}
+    passing = 2 * (size - 1) / size * 8 * count
+    whole, shared = pipe.get()
+    return {
+        "ranks": size,
+        "summed_bytes": 8 * count,
+        "link_bytes_per_s": passing / whole,
+        "sharded_over_whole": shared / whole,
+    }
 
 
 def measure(args, config: GPT2Config) -> dict:
@@ -227,7 +246,7 @@ def measure(args, config: GPT2Config) -> dict:
         "model_card": args.model_card,
         "load": round(os.getloadavg()[0], 2),
     }
-    return {**found, **measure_compute(device, config, device.type == "cuda"), **measure_sum(25_000_000)}
+    return {**found, **measure_compute(device, config, device.type == "cuda"), **measure_sum(25_200_000)}
 
 
 def main() -> None:
@@ -259,6 +278,7 @@ def main() -> None:
         default=0.4,
         help="share of the rate that a private step reaches (default 0.4, an assumption)",
     )
+    add("--shard", choices=("none", "optimizer"), default="none", help="as the training scripts' flag")
     add("--measure", action="store_true", help="measure on this machine what can be, and print it as JSON")
     args = parser.parse_args()
     rates = ("rate", "memory_bandwidth", "link_bandwidth", "node_bandwidth")

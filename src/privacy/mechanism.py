@@ -27,24 +27,31 @@ class GaussianMechanism:
         """source: this rank's, for buffers on the world's device. sigma 0 adds no noise."""
         self.std, self.batch, self.world, self.source = sigma * sensitivity, batch, world, source
 
-    def release(self, step: int, sums: Tensor, coordinates: int) -> Tensor:
+    def release(self, step: int, sums: Tensor, coordinates: int, sharded: bool = False) -> Tensor:
         """The released gradient of `step`, from the ranks' clipped sums. Collective.
 
         sums (P + extra,) float64 (float32 without noise), changed in place. Its first `coordinates` = P entries are the
         gradient. The rest is summed over the ranks, without noise. Returns the gradient, sum/B, in float32.
 
-        One rank alone adds the noise of a coordinate, before the one all-reduce: every coordinate of the sum has
-        N(0, sigma^2 S^2) once, whatever the world size, and every rank holds the same bits. Nothing is rounded to
-        float32 before the noise is added.
+        sharded: sums is (ranks x n + extra,), n = P/ranks rounded up, with zeros after the gradient, and each rank
+        gets its own n entries of the gradient alone.
+
+        One rank alone adds the noise of a coordinate, before the one reduction: every coordinate of the sum has
+        N(0, sigma^2 S^2) once, whatever the world size, and every rank that gets it holds the same bits. Nothing is
+        rounded to float32 before the noise is added.
         """
         if self.std > 0:
             assert sums.dtype == torch.float64
             self.source.begin_step(step)
-            size, rank = self.world.size, self.world.rank
-            own = sums[coordinates * rank // size : coordinates * (rank + 1) // size]
+            own = sums[self.world.share(coordinates)]
             self.source.add_normal_(own, self.std)
-        self.world.all_reduce(sums)
-        return sums[:coordinates].div_(self.batch).float()
+        if sharded:
+            padded = -(-coordinates // self.world.size) * self.world.size
+            self.world.all_reduce(sums[padded:])
+            summed = self.world.reduce_scatter(sums[:padded])
+        else:
+            summed = self.world.all_reduce(sums)[:coordinates]
+        return summed.div_(self.batch).float()
 
     def noise_norm(self, coordinates: int) -> float:
         """Root mean square norm of the noise alone in a released gradient: sigma S sqrt(P)/B; 0 without noise."""

@@ -290,10 +290,11 @@ class PrivacyPlan:
         self.dropout.begin_step(self.open)
         self.dropout.seed_torch()
 
-    def release(self, sums: Tensor, coordinates: int) -> Tensor:
-        """The released gradient of the open step, from the ranks' clipped sums (see the mechanism's release())."""
+    def release(self, sums: Tensor, coordinates: int, sharded: bool = False) -> Tensor:
+        """The released gradient of the open step, or this rank's share of it, from the ranks' clipped sums (see the
+        mechanism's release())."""
         assert self.open is not None, "release() without open_step()"
-        grad = self.mechanism.release(self.open, sums, coordinates)
+        grad = self.mechanism.release(self.open, sums, coordinates, sharded)
         self.open = None
         return grad
 

@@ -180,10 +180,10 @@ class Trainer:
         asked = float(self.stop.signal is not None)
         flat.extra.copy_(torch.tensor([0.0, len(drawn), tokens, texts, asked]))
         flat.extra[0] = loss
-        grad = self.plan.release(flat.sums, flat.size)
+        grad = self.plan.release(flat.sums, flat.size, flat.sharded)
         if self.task.observe is not None:
             self.task.observe(grad)
-        lr, grad_norm, most = self.task.lr(self.done), norm(grad), settings.optimizer.clip
+        lr, grad_norm, most = self.task.lr(self.done), norm(grad, flat.sharers), settings.optimizer.clip
         if most > 0:
             grad.mul_((most / grad_norm).clamp(max=1.0))
         self.whole = False
@@ -306,17 +306,19 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint and privacy.json. All ranks call it; where rank 0 cannot, every rank stops."""
         self.peak_memory = max(self.peak_memory, self.world.peak_memory())
+        optimizer, sharded = self.learner.optimizer, self.learner.flat.sharded
+        state = optimizer.state_dict() if sharded or self.world.is_main else {}
         with self.world.raise_if_any_failed():
             if self.world.is_main:
-                self.save_files()
+                self.save_files(state)
         self.saved = self.done
         also = "" if self.current_average is None else f", and average.{self.done}.pt beside it"
         self.display.say(f"saved {checkpoint.model_path(self.work.path, self.done)}{also}")
 
-    def save_files(self) -> None:
+    def save_files(self, optimizer: dict) -> None:
         # Another run's records there would mean that its checkpoints are there, too.
         self.plan.ledger.check(f"the checkpoint of step {self.done} was not written")
-        state = {**self.learner.optimizer.state_dict(), "progress": self.progress()}
+        state = {**optimizer, "progress": self.progress()}
         spent = provenance.excerpt(self.report())
         try:
             base, average = self.learner.loaded.base, self.current_average
@@ -332,10 +334,12 @@ class Trainer:
 
     def rescue(self) -> None:
         """Save what is charged and done, where an error ends the run: another rank died, a file cannot be written.
-        Rank 0 alone, without a collective. The error itself is what is told, also where this fails too."""
-        if self.whole and self.world.is_main and 0 < self.done != self.saved:
+        Rank 0 alone, without a collective, which cannot be where ranks share the optimizer's moments out. The error
+        itself is what is told, also where this fails too."""
+        sharded = self.learner.flat.sharded
+        if self.whole and not sharded and self.world.is_main and 0 < self.done != self.saved:
             with contextlib.suppress(UserError, OSError):
-                self.save_files()
+                self.save_files(self.learner.optimizer.state_dict())
                 self.display.say(f"saved {checkpoint.model_path(self.work.path, self.done)}")
 
     def finish(self) -> bool:

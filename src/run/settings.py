@@ -183,6 +183,14 @@ class Loop:
         least=1,
         may_change=True,
     )
+    shard: str = flag(
+        "none",
+        "what the ranks share out among them, with the same result: optimizer = noise, AdamW's work and its moments, "
+        "which saves each of them 8 bytes a trained parameter times (1 - 1/ranks) and is slower over gloo (default "
+        "none)",
+        choices=("none", "optimizer"),
+        may_change=True,
+    )
     log_interval: int = flag(100, least=1, may_change=True)
     eval_interval: int | None = flag(2000, least=1, may_change=True)
     save_interval: int = flag(500, least=1, may_change=True)

@@ -296,7 +296,8 @@ def prepare_parameters(settings: Settings, world: World, loaded: Loaded, private
     model, chosen = loaded.model.to(world.device), settings.optimizer
     model.freeze_for_training()
     sums = torch.float64 if private else torch.float32
-    flat = FlatParameters(model, extra=loop.EXTRA, no_decay_bias=chosen.no_decay_bias, sums=sums)
+    sharers = world if settings.loop.shard == "optimizer" else None
+    flat = FlatParameters(model, loop.EXTRA, chosen.no_decay_bias, sums, sharers)
     for parameter in model.parameters():  # every rank starts from rank 0's
         parameter.data.copy_(world.broadcast(parameter.data))
     betas = (chosen.adam_beta1, chosen.adam_beta2)

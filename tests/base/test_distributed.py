@@ -163,10 +163,10 @@ def test_launchers(tmp_path):
 
 def test_collectives(tmp_path):
     script = write_script(tmp_path / "script.py", """
-        import hashlib, time, torch
+        import dataclasses, hashlib, time, torch
         world = distributed.start(join_seconds=60, timeout_seconds=60)
         torch.manual_seed(world.rank)
-        mine = torch.randn(100_003)
+        mine = torch.randn(105_003)
         parts = world.gather(mine)
         total = world.all_reduce(mine.clone())
         exact = sum(part.double() for part in parts)
@@ -175,7 +175,22 @@ def test_collectives(tmp_path):
         assert ((total - exact).abs() <= bound).all()
         digests = world.gather(hashlib.sha256(total.numpy()).hexdigest())
         assert len(set(digests)) == 1, "the ranks disagree on the bits of a sum"
+        # Shares: as on CPUs, and by the calls that GPUs make, here over gloo.
+        n = 35_001
+        for place in (world, dataclasses.replace(world, device=torch.device("cuda"))):
+            own = place.reduce_scatter(mine[:3 * n].clone())
+            span = slice(n * world.rank, n * (world.rank + 1))
+            assert ((own - exact[span]).abs() <= bound[span]).all()
+            buffer = torch.zeros(3 * n)
+            buffer[span] = own
+            place.all_gather(buffer)
+            assert torch.equal(buffer, torch.cat(world.gather(own)))
+        gathered = world.gather_tensor(own)
+        assert gathered is None if world.rank else torch.equal(gathered, buffer)
         assert torch.equal(world.broadcast(mine), parts[0])
+        for coordinates in (0, 1, 3, 7, 9):
+            shares = world.gather(world.share(coordinates))
+            assert [k for share in shares for k in range(coordinates)[share]] == list(range(coordinates))
         assert world.gather({"rank": world.rank}) == [{"rank": rank} for rank in range(world.size)]
         if world.is_main:
             time.sleep(0.5)
@@ -218,7 +233,9 @@ def test_alone_every_collective_is_the_identity():
     from base.distributed import World
     world, values = World(), torch.randn(5)
     assert torch.equal(world.all_reduce(values.clone()), values) and torch.equal(world.broadcast(values), values)
-    assert world.gather("x") == ["x"] and world.is_main
+    assert torch.equal(world.reduce_scatter(values), values) and world.gather_tensor(values) is values
+    world.all_gather(values)
+    assert world.gather("x") == ["x"] and world.is_main and world.share(5) == slice(0, 5)
     world.barrier()
     with world.raise_if_any_failed():
         pass

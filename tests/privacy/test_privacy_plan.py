@@ -51,18 +51,20 @@ DRIVER = """
             ledger = Ledger(place, given.ledger_entries(size), False)
         plan = PrivacyPlan(given, world, ledger)
         counted = {"n": 0}
-        for call in ("all_reduce", "broadcast"):
+        for call in ("all_reduce", "broadcast", "reduce_scatter_single"):
             def counting(*a, real=getattr(dist, call), **k):
                 counted["n"] += 1
                 return real(*a, **k)
             setattr(dist, call, counting)
+        sharded = name.startswith("shares")
+        padded = -(-P // size) * size if sharded else P
         grads, extras, draws = [], [], []
         for step in range(1, given.steps + 1):
             drawn = plan.open_step(step)
-            sums = torch.zeros(P + 2, dtype=torch.float64)
-            sums[P:] = torch.tensor([len(drawn), 10.0 ** rank])
-            grads.append(plan.release(sums, P).clone().numpy())
-            extras.append(sums[P:].tolist())
+            sums = torch.zeros(padded + 2, dtype=torch.float64)
+            sums[padded:] = torch.tensor([len(drawn), 10.0 ** rank])
+            grads.append(plan.release(sums, P, sharded).clone().numpy())
+            extras.append(sums[padded:].tolist())
             draws.append(drawn.tolist())
         np.save(f"{place}.{rank}.npy", np.stack(grads))
         with open(f"{place}.{rank}.json", "w") as handle:
@@ -101,6 +103,8 @@ def ranks(tmp_path_factory):
     cases.append(("again", 1, {}, COORDINATES))
     cases.append(("seeded", 2, SEEDED, 1000))
     cases.append(("seeded again", 2, SEEDED, 1000))
+    cases.append(("shares4", 4, {}, COORDINATES))
+    cases += [(name, 4, SEEDED, 1001) for name in ("shares seeded", "whole seeded")]  # n = 251: the last share is short
     script = folder / "driver.py"
     script.write_text(textwrap.dedent(DRIVER))
     complete = [(name, size, vars(settings(**changes)), P) for name, size, changes, P in cases]
@@ -148,6 +152,15 @@ def test_noise_has_its_scale_after_the_all_reduce(ranks, size):
     assert noise_defects(results[0][0], STD, size) == []
     for grads, _ in results[1:]:
         assert grads.tobytes() == results[0][0].tobytes(), "ranks differ"
+
+
+def test_shares_are_those_of_the_whole(ranks):
+    """Each rank gets its own share: noise once a coordinate, none after the last; the bits of what all ranks get."""
+    assert noise_defects(np.hstack([grads for grads, _ in ranks["shares4"]]), STD, 4) == []
+    shares = np.hstack([grads for grads, _ in ranks["shares seeded"]])
+    assert shares[:, :1001].tobytes() == ranks["whole seeded"][0][0].tobytes() and not shares[:, 1001:].any()
+    for (_, shared), (_, whole) in zip(ranks["shares seeded"], ranks["whole seeded"], strict=True):
+        assert shared["extras"] == whole["extras"] and shared["collectives"] == whole["collectives"] + STEPS
 
 
 def test_the_noise_checks_catch_what_is_wrong(ranks):

@@ -124,8 +124,9 @@ def test_the_validation_losses_of_the_results():
     assert said == {key: f"{statistics.mean(found):.2f}" for key, found in losses.items()}
 
 
-def test_the_projection(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["project_scaling.py"])
+@pytest.mark.parametrize("flags", [[], ["--shard", "optimizer"]])
+def test_the_projection(monkeypatch, capsys, flags):
+    monkeypatch.setattr(sys, "argv", ["project_scaling.py", *flags])
     project_scaling.main()
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert "\n".join(printed) in PAGES["docs/clusters.md"] and len(printed) == 9

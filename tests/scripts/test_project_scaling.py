@@ -64,6 +64,11 @@ def test_the_columns_by_hand(project):
     inside, between = 2 * 7 / 8 * 8 * (P + 5) / 1e10, 2 * 1 / 2 * 8 * (P + 5) / 5e9
     assert float(many["sum [ms]"]) == round((inside + between) * 1e3)
     assert float(many["compute [ms]"]) == round(8 * example / 0.5e12 * 1e3)
+    # with shares: 8 bytes are scattered and 4 gathered in place of 16; two passes zero, one looks for NaN
+    shared = lines_of(project("--model_card", "gpt2.sm", "--gpus", 8, "--memory_bandwidth", 1e11, "--link_bandwidth",
+                              1e10, "--shard", "optimizer"))[0]
+    assert float(shared["sum [ms]"]) == round(12 * 7 / 8 * (P + 5) / 1e10 * 1e3)
+    assert float(shared["update [ms]"]) == round((3 + 33 / 8) * 4 * P / 1e11 * 1e3)
     # with a fast processor the weights' way through the memory is what takes time
     out = project("--model_card", "gpt2.sm", "--gpus", 64, "--rate", 1e18, "--memory_bandwidth", 1e11)
     assert float(lines_of(out)[0]["compute [ms]"]) == round(26 * P / 1e11 * 1e3)
