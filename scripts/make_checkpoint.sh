@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A small GPT-2 (4 layers) to start private trainings from: trained from nothing, without privacy, on public text alone.
+# A small model (4 layers) to start private trainings from: trained from nothing, without privacy, on public text alone.
 # On 2 processes; the same command goes on where it was stopped.
 #
 #   bash scripts/make_checkpoint.sh demo [OUTPUT]                 # default: pretrained_checkpoints/demo_new
+#   bash scripts/make_checkpoint.sh demo-llama [OUTPUT]           # default: pretrained_checkpoints/demo-llama_new
 #   bash scripts/make_checkpoint.sh webnlg WEBNLG_DIR [OUTPUT]    # default: pretrained_checkpoints/webnlg
 #   bash scripts/make_checkpoint.sh english [--text DIR] [--mirror DIR] [--finish] [OUTPUT]
 #                                                                 # default: pretrained_checkpoints/english
@@ -10,6 +11,8 @@
 # demo    How pretrained_checkpoints/demo was made: 1.0 M parameters, vocab/demo, the generated *public* domain
 #         (hostels, coaches, concerts ...), so that it has seen none of the restaurant text that the quickstart
 #         protects. About a quarter of an hour on 2 cores.
+# demo-llama  How pretrained_checkpoints/demo-llama was made: a Llama of 1.0 M parameters in float16 (4 heads of queries
+#         and 2 of keys, tied), by the same text, ids and flags, with vocab/demo as tokenizer.json beside it.
 # webnlg  7.3 M parameters, GPT-2's vocabulary (fetched where it is missing; a mirror of it: scripts/download_vocab.sh),
 #         WebNLG 2017 (Gardent et al., 2017; CC BY-NC-SA 4.0), whose facts and sentences are about airports, astronauts,
 #         food ... and hold nothing of E2E's. WEBNLG_DIR holds the challenge's train.json and dev.json, as LoRA's NLG
@@ -53,7 +56,7 @@ while [ $# -gt 0 ]; do
 done
 checkpoints="$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../pretrained_checkpoints"
 case "$kind:${#names[@]}" in
-    demo:[01]) output="${names[0]:-$checkpoints/demo_new}" ;;
+    demo:[01] | demo-llama:[01]) output="${names[0]:-$checkpoints/${kind}_new}" ;;
     english:[01]) output="${names[0]:-$checkpoints/english}" ;;
     webnlg:[12]) corpus="$(realpath -m -- "${names[0]/#~\//$HOME/}")" output="${names[1]:-$checkpoints/webnlg}"
         [ -f "$corpus/train.json" ] && [ -f "$corpus/dev.json" ] ||
@@ -93,6 +96,19 @@ pretrain() {
 # ended RUN: whether the training in $work/RUN has done its last step.
 ended() {
     [ -f "$work/$1/privacy.json" ] && grep -q '"train_runtime"' "$work/$1/privacy.json"
+}
+
+# for_the_repository FOLDER: without the account of the run, whose data were generated and protect nobody: it names a
+# folder of this machine, and a training from here would repeat it.
+for_the_repository() {
+    "$PYTHON" - "$1/model.safetensors" << 'PROGRAM'
+import pathlib
+import sys
+import safetensors.torch
+path = pathlib.Path(sys.argv[1])
+path.write_bytes(safetensors.torch.save(safetensors.torch.load(path.read_bytes()), metadata={"format": "pt"}))
+PROGRAM
+    rm -f "$1/privacy.json" "$1/README.md"
 }
 
 make_english() {
@@ -136,10 +152,10 @@ make_english() {
 if [ "$kind" = english ]; then
     make_english
     exit
-elif [ "$kind" = demo ]; then
+elif [ "$kind" != webnlg ]; then
     "$PYTHON" scripts/start.py make_demo_data --domain public --out "$work"
     texts=("$work"/public_{train,valid}.txt) converter=e2e vocab=vocab/demo
-    model=pretrained_checkpoints/demo/config.json
+    model="pretrained_checkpoints/$kind/config.json"
     flags=(--max_epoch 6 --log_interval 100 --eval_interval 500 --save_interval 1000 --micro_batch_tokens 4096)
 else
     bash scripts/download_vocab.sh
@@ -156,4 +172,11 @@ for part in train valid; do
 done
 pretrain run --train_data "$work/train.jsonl" --valid_data "$work/valid.jsonl" --obj jlm --train_batch_size 16 \
     --scheduler cosine --warmup_step 100 --weight_decay 0.01 "${flags[@]}"
-"$PYTHON" src/export.py --init_checkpoint "$work/run" --output "$output"
+flags=()
+if [ "$kind" = demo-llama ]; then
+    mkdir -p "$work/vocab"
+    "$PYTHON" scripts/start.py make_demo_vocab --vocab "$vocab" --out "$work/vocab"
+    flags=(--vocab "$work/vocab" --float16)
+fi
+"$PYTHON" src/export.py --init_checkpoint "$work/run" --output "$output" "${flags[@]}"
+[ "$kind" = webnlg ] || for_the_repository "$output"

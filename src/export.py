@@ -29,7 +29,14 @@ from base.errors import fail, run_main
 from base.files import atomic_write, check_link, open_text, read_object
 from base.flags import Parser, check_least, check_positive
 from corpus.gpt2_tokenizer import END_OF_TEXT
-from corpus.tokenizer import FORMS, Tokenizer, companion_files, foreign_vocabulary, has_gpt2_form, load_tokenizer
+from corpus.tokenizer import (
+    FORMS,
+    check_vocabulary_fits,
+    companion_files,
+    foreign_vocabulary,
+    has_gpt2_form,
+    load_tokenizer,
+)
 from families import PARTS
 from language_model import EVERY_PART, LanguageModel, Shape
 from privacy.ledger import FILE_NAME
@@ -148,13 +155,6 @@ def spent_beside(ledger: str, spent: dict | None) -> dict | None:
     return {**report, "initial_weights": (spent or {}).get("initial_weights", [])}
 
 
-def open_vocabulary(folder: str, config: Shape) -> Tokenizer:
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        fail(f"--vocab {folder}: has {tokenizer.vocab_size} ids, the model {config.vocab_size}; give the model's own")
-    return tokenizer
-
-
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -198,9 +198,12 @@ def main() -> None:
             f"--init_checkpoint {loaded.path}: holds bottleneck adapters (--adapter_dim), which cannot be merged into "
             "the weights nor written for peft; use the checkpoint itself, or train with --lora_dim"
         )
-    base = None if loaded.base is None else loaded.base["absolute"]
-    vocab = args.vocab or foreign_vocabulary(args.init_checkpoint, args.base_checkpoint, base)
-    tokenizer = open_vocabulary(vocab, model.config) if vocab else None
+    places = (args.init_checkpoint, args.base_checkpoint, loaded.base_path)
+    vocab = args.vocab or foreign_vocabulary(*places)
+    tokenizer = load_tokenizer(vocab) if vocab else None
+    if vocab and tokenizer:
+        named = f"--init_checkpoint {args.init_checkpoint}"
+        check_vocabulary_fits(vocab, tokenizer.vocab_size, model.config.vocab_size, named, *places)
     spent = provenance.spent_report(loaded)
     metadata = {"format": "pt", **({"privacy": json.dumps(spent)} if spent else {})}
     if args.format == "peft":

@@ -31,13 +31,13 @@ from base.distributed import World, start
 from base.errors import fail, run_main
 from base.files import atomic_write, check_link, read_lines
 from base.flags import REQUIRED, Given, SettingsParser, flag, spelled
-from corpus.tokenizer import foreign_vocabulary, load_tokenizer
+from corpus.tokenizer import check_vocabulary_fits, foreign_vocabulary, load_tokenizer
 from decoding.beam_search import SearchSettings, beam_search
 from decoding.journal import Journal
 from decoding.tree_decoder import TreeDecoder
 from families import PARTS
 from language_model import EVERY_PART, LanguageModel, Shape
-from weights.checkpoint import load_trained
+from weights.checkpoint import Loaded, load_trained
 from weights.foreign import fingerprint
 
 WAIT_SECONDS = 24 * 3600  # how long a rank that is done waits for the others
@@ -81,7 +81,7 @@ class Flags:
     )
     vocab: str | None = flag(
         help="folder of the tokenizer: says --vocab_size, and which ids end a text (default: a tokenizer.json beside "
-        "the weights, unless GPT-2's)"
+        "the weights or the frozen ones, unless GPT-2's)"
     )
     vocab_size: int | None = flag(
         help="ids of the vocabulary, where the model has more rows than that: the others are padding, and are never "
@@ -192,25 +192,25 @@ def read_contexts(flags: Flags, vocab_size: int) -> tuple[list[list[int]], list[
     return [list(context) for context in index_of], of_line, cut
 
 
-def load(flags: Flags) -> LanguageModel:
+def load(flags: Flags) -> Loaded:
     """The model, on the CPU in float32. UserError where it is not as the flags say."""
     adapter = (flags.lora_dim, flags.lora_alpha, flags.lora_target)
     loaded = load_trained(flags.init_checkpoint, flags.model_card, flags.base_checkpoint, *adapter)
     config = loaded.model.config
     if flags.seq_len > config.n_positions:
         fail(f"--seq_len {flags.seq_len}: {config.limit}; choose at most {config.n_positions}")
-    return loaded.model
+    return loaded
 
 
-def vocabulary(flags: Flags, rows: int) -> tuple[int | None, frozenset[int]]:
-    """(--vocab_size, or the size of the tokenizer in --vocab or beside the weights; the ids that end a text there);
-    (None, none) where no flag and no file says them. rows: ids of the model."""
-    folder = flags.vocab or foreign_vocabulary(flags.init_checkpoint, flags.base_checkpoint)
+def vocabulary(flags: Flags, loaded: Loaded) -> tuple[int | None, frozenset[int]]:
+    """(--vocab_size, or the size of the tokenizer in --vocab, beside the weights or the frozen ones; the ids that end a
+    text there); (None, none) where no flag and no file says them."""
+    places = (flags.init_checkpoint, flags.base_checkpoint, loaded.base_path)
+    folder = flags.vocab or foreign_vocabulary(*places)
     if folder is None:
         return flags.vocab_size, frozenset()
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > rows:
-        fail(f"--vocab {folder}: has {tokenizer.vocab_size} ids, the model {rows}; give the model's own")
+    tokenizer, model = load_tokenizer(folder), f"--init_checkpoint {flags.init_checkpoint}"
+    check_vocabulary_fits(folder, tokenizer.vocab_size, loaded.model.config.vocab_size, model, *places)
     return flags.vocab_size or tokenizer.vocab_size, tokenizer.ends
 
 
@@ -250,10 +250,10 @@ def prepare(flags: Flags, world: World, journal: Journal) -> tuple[LanguageModel
 
     UserError for the mistakes.
     """
-    model = load(flags)
-    rows = model.config.vocab_size
-    vocab_size, ends = vocabulary(flags, rows)
-    model = without_padding(model, vocab_size)
+    loaded = load(flags)
+    rows = loaded.model.config.vocab_size
+    vocab_size, ends = vocabulary(flags, loaded)
+    model = without_padding(loaded.model, vocab_size)
     settings = flags.settings(model.config, ends)
     contexts, of_line, cut = read_contexts(flags, model.config.vocab_size)
     if not world.is_main:

@@ -196,6 +196,9 @@ def read_config(content: Mapping[str, Any]) -> LlamaConfig:
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if content.get(key):
             raise ValueError(f"{key} is {content[key]!r}: mixtures of experts are not supported")
+    named, only = content.get("architectures") or [ARCHITECTURES[kind]], (f"{kind}forcausallm", f"{kind}model")
+    if not isinstance(named, list) or not any(str(name).lower() in only for name in named):
+        raise ValueError(f"architectures is {named!r:.60}; of model_type {kind!r}, supported is {ARCHITECTURES[kind]}")
     known = {field.name for field in dataclasses.fields(LlamaConfig)}
     values = {key: value for key, value in content.items() if key in known and value is not None}
     if kind == "mistral" and (values.get("attention_bias") or values.get("mlp_bias")):

@@ -141,11 +141,23 @@ def test_a_model_with_a_tokenizer_of_its_own_goes_through_every_script(form, tmp
     again = transformers.AutoTokenizer.from_pretrained(exported)
     assert again(TEXTS).input_ids == theirs(TEXTS).input_ids
 
-    search = run("gpt2_beam", "--data", tmp_path / "tokens.jsonl", "--init_checkpoint", exported, "--seq_len", 40,
-                 "--eval_len", 6, "--no_repeat_ngram_size", 0, "--work_dir", tmp_path, "--output_file", "p.jsonl")
-    assert f"rows {len(theirs)} to 447 are padding" in search.stdout
-    (prediction,) = map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines())
-    assert prediction["predict"] == [theirs.eos_token_id]
+    adapted = load_model(str(folder), lora_config=LoRAConfig(2, 4.0))  # a training's folder, which has no tokenizer
+    adapted.model.freeze_for_training()
+    (tmp_path / "run").mkdir()
+    save_checkpoint(str(tmp_path / "run"), 1, adapted.model, adapted.base, {})
+    for place in (exported, tmp_path / "run"):
+        search = run("gpt2_beam", "--data", tmp_path / "tokens.jsonl", "--init_checkpoint", place, "--seq_len", 40,
+                     "--eval_len", 6, "--no_repeat_ngram_size", 0, "--work_dir", tmp_path, "--output_file", "p.jsonl")
+        assert f"rows {len(theirs)} to 447 are padding" in search.stdout
+        (prediction,) = map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines())
+        assert prediction["predict"] == [theirs.eos_token_id]
+
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [440]}))  # of another tokenizer
+    for name, arguments in (("gpt2_beam", ["--data", tmp_path / "tokens.jsonl", "--seq_len", 40, "--eval_len", 6]),
+                            ("export", ["--output", tmp_path / "none"])):
+        done = server().start(f"src/{name}.py", ["--init_checkpoint", folder, *arguments])
+        assert done.wait() == 2 and "ends a text by 440; give the vocabulary of the model" in done.error, done.stderr
+    assert not (tmp_path / "none").exists()
 
     words = json.dumps({"id": 0, "predict": [*tokens["completion"], *tokens["context"]]})
     (tmp_path / "p.jsonl").write_text(words + "\n")

@@ -146,6 +146,9 @@ CONTENT = {"model_type": "llama", **SHAPE, "hidden_act": "silu"}
     ({"model_type": "qwen3", "layer_types": ["chunked"] * 2, "head_dim": 4}, "layer_types is or holds 'chunked'"),
     ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": 3, "head_dim": 4}, "layer_types"),
     ({"model_type": "qwen3"}, "head_dim is missing"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "architectures is ['LlamaForSequenceClassification']"),
+    ({"architectures": ["MistralForCausalLM"]}, "of model_type 'llama', supported is LlamaForCausalLM"),
+    ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'"),
 ])
 def test_what_is_not_covered_is_refused_by_name(change, words):
     with pytest.raises(ValueError) as caught:

@@ -107,6 +107,16 @@ def test_a_missing_shard_and_another_architecture(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}))
     refused(lambda: load_model(None, str(tmp_path)), "config.json: model_type is 'gemma'; supported are gpt2, llama")
+    del config["model_type"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(lambda: load_model(None, str(tmp_path)), "names no model_type, so it is read as a gpt2's, and ")
+
+
+def test_the_shape_of_another_family(tmp_path):
+    """As where config.json is missing and gpt2_ft.py takes its default."""
+    write_folder("llama", tmp_path)
+    refused(lambda: load_model(str(tmp_path / "model.safetensors"), "gpt2.sm"),
+            "model.safetensors: holds weights of a Llama, and the shape is a GPT-2's; leave --model_card")
 
 
 # ------------------------------------------------------------------ adapters of peft
@@ -199,7 +209,7 @@ def test_trained_searched_and_exported_by_the_scripts(tmp_path):
     assert found == theirs[0, 8:].tolist()
     for changed, words in (({"lora_target": ["mlp_in"]}, "--lora_target mlp_in: no part of this model; it has q k v o"),
                            ({"seq_len": 65}, "--seq_len 65: the model has 64 positions"),
-                           ({"model_card": "gpt2.sm", "lora_target": None}, "does --model_card")):
+                           ({"model_card": "gpt2.sm", "lora_target": None}, "leave --model_card out")):
         run = start_ranks(flags(tmp_path / "new", **{**data, **changed}))[0]
         assert run.wait() == 2 and words in run.error, run.stderr
 

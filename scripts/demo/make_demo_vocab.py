@@ -1,6 +1,7 @@
 """Train the demonstration's byte-level BPE and write it in GPT-2's file format: encoder.json and vocab.bpe.
 
     python scripts/start.py make_demo_vocab --train data/demo/public_train.txt --out vocab/demo
+    python scripts/start.py make_demo_vocab --vocab vocab/demo --out DIR    # the same vocabulary as tokenizer.json
 
 It reads only the *public* domain's text. A vocabulary is published with the model, and no noise protects it: if it came
 from the private text, a merge could reveal a word of a single record, which the reported epsilon does not cover. The
@@ -18,7 +19,8 @@ import tokenizers
 from base.errors import fail
 from base.files import atomic_write, read_lines
 from base.flags import Parser
-from corpus.gpt2_tokenizer import ALPHABET, END_OF_TEXT
+from corpus.gpt2_tokenizer import ALPHABET, END_OF_TEXT, read_pair
+from corpus.tokenizer import vocabulary_files
 
 
 def training_texts(path: str) -> list[str]:
@@ -59,10 +61,28 @@ def write_vocabulary(
     return vocab, merges
 
 
+def write_whole(source: str, folder: str) -> int:
+    """Write the two files in `source` as tokenizer.json into `folder`, <|endoftext|> as a special token; the number of
+    ids."""
+    files = vocabulary_files(source)
+    if len(files) != 2:
+        fail(f"--vocab {source}: holds a {os.path.basename(files[0])} already; wanted encoder.json and vocab.bpe")
+    read_pair(*files)  # a UserError for what is wrong with them
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*files))
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    whole.decoder = tokenizers.decoders.ByteLevel()
+    whole.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    with atomic_write(os.path.join(folder, "tokenizer.json")) as out:
+        out.write(f"{whole.to_str()}\n")
+    return whole.get_vocab_size()
+
+
 def main() -> None:
     parser = Parser(description="train the demonstration's vocabulary")
-    parser.add_argument("--train", required=True, help="public text, context||completion a line")
-    parser.add_argument("--out", default="vocab/demo", help="folder of the two files (default: vocab/demo)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--train", help="public text, context||completion a line")
+    source.add_argument("--vocab", help="folder of encoder.json and vocab.bpe, to be written as tokenizer.json")
+    parser.add_argument("--out", default="vocab/demo", help="folder of the files (default: vocab/demo)")
     parser.add_argument("--size", type=int, default=1500, help="ids in all, <|endoftext|> included (default: 1500)")
     args = parser.parse_args()
     if args.size <= len(ALPHABET) + 1:
@@ -70,5 +90,8 @@ def main() -> None:
     if not os.path.isdir(args.out):
         fail(f"--out {args.out}: no such folder; make it first")
 
+    if args.vocab is not None:
+        print(f"{args.out}/tokenizer.json: {write_whole(args.vocab, args.out)} ids")
+        return
     vocab, merges = write_vocabulary(args.out, *train(training_texts(args.train), args.size))
     print(f"{args.out}: {len(vocab)} ids, {len(merges)} merges")

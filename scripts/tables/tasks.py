@@ -175,7 +175,8 @@ class TextTask(Task):
                 if not os.path.exists(tokens):
                     formatted = f"{args.tokens}/{part}_formatted.jsonl"
                     table.start("python", f"src/format_converting_{self.name}.py", source, formatted)
-                    encode = ["src/gpt2_encode.py", "--vocab", args.vocab, "--add_bos", "--add_eos"]
+                    bos = ["--add_bos"] * (load_tokenizer(args.vocab).begin_of_text is not None)  # a Qwen has none
+                    encode = ["src/gpt2_encode.py", "--vocab", args.vocab, *bos, "--add_eos"]
                     table.start("python", *encode, "--input", formatted, "--output", tokens)
         self.fetch_checkpoints(table)
         end: object = 628  # GPT-2's token of two line feeds, which ends a text in the published command

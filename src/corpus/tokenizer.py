@@ -7,6 +7,7 @@ tokenizer.json of that form. Any other tokenizer.json is read by corpus/json_tok
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from base.errors import fail
@@ -143,13 +144,18 @@ def companion_files(folder: str) -> list[str]:
 
 def own_vocabulary(*places: str | None) -> str | None:
     """The first of a model's folders that holds a vocabulary; None where none does. A file counts as its folder."""
+    return next((folder for folder in folders(places) if holds(folder, (*FORMS, (SENTENCEPIECE,)))), None)
+
+
+def folders(places: Iterable[str | None]) -> Iterator[str]:
     for place in places:
-        folder = place if place is None or os.path.isdir(place) else os.path.dirname(place) or "."
-        if folder is not None and any(
-            all(os.path.isfile(os.path.join(folder, name)) for name in form) for form in (*FORMS, (SENTENCEPIECE,))
-        ):
-            return folder
-    return None
+        if place is not None:
+            yield place if os.path.isdir(place) else os.path.dirname(place) or "."
+
+
+def holds(folder: str, forms: Iterable[tuple[str, ...]]) -> bool:
+    """Whether all files of one of the forms are there."""
+    return any(all(os.path.isfile(os.path.join(folder, name)) for name in form) for form in forms)
 
 
 def foreign_vocabulary(*places: str | None) -> str | None:
@@ -160,16 +166,17 @@ def foreign_vocabulary(*places: str | None) -> str | None:
     return folder
 
 
-def check_vocabulary_fits(folder: str, vocab_size: int, rows: int, model: str, place: str, own: str | None) -> str:
+def check_vocabulary_fits(folder: str, vocab_size: int, rows: int, model: str, *places: str | None) -> str:
     """A sentence on the model's rows beyond the vocabulary in `folder`; "" where there is none. UserError where that
     vocabulary is not the model's.
 
-    vocab_size: of `folder`. rows: ids of the model. model: the flag and value that name it. place: its folder or file.
-    own: own_vocabulary() of it.
+    vocab_size: of `folder`. rows: ids of the model. model: the flag and value that name it. places: its folders or
+    files, as for own_vocabulary().
     """
+    own = own_vocabulary(*places)
     if vocab_size > rows:
         fail(f"--vocab {folder}: has {vocab_size} ids, {model} only {rows}; give the vocabulary of the model")
-    if own is not None and not os.path.samefile(own, folder):
+    if own is not None and holds(own, FORMS) and not os.path.samefile(own, folder):
         mine, given = ({n: token for token, n in load_tokenizer(where).tokens().items()} for where in (own, folder))
         differing = sorted(n for n in mine.keys() & given.keys() if mine[n] != given[n])
         if differing:
@@ -178,7 +185,8 @@ def check_vocabulary_fits(folder: str, vocab_size: int, rows: int, model: str, p
                 f"--vocab {folder}: id {n} is {given[n]!r}, in the vocabulary beside {model} it is {mine[n]!r}; leave "
                 "--vocab out to take the model's"
             )
-    beyond = [n for n in json_tokenizer.end_ids(place) if vocab_size <= n < rows] if os.path.isdir(place) else []
+    ends = next(filter(None, map(json_tokenizer.end_ids, folders(places))), [])
+    beyond = [n for n in ends if vocab_size <= n < rows]
     if beyond:
         fail(
             f"--vocab {folder}: has {vocab_size} ids, and the configuration of {model} ends a text by {beyond[0]}; "

@@ -17,9 +17,11 @@ from corpus.authors import AuthorTexts, Corpus, split_authors
 from corpus.examples import count_shared
 from corpus.records import PAIR, Source
 from corpus.tokenizer import CHAT_TEMPLATE_HELP, VOCAB_HELP, check_vocabulary_fits, digest_vocab, own_vocabulary
+from families import DEFAULT, name_of
 from run import setup
 from run.loop import Trainer
 from run.settings import Settings
+from weights.checkpoint import Loaded
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 QUANTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
@@ -129,16 +131,20 @@ def open_corpus(path: str, flag: str, vocab: str, settings: Settings, world: Wor
     return opened
 
 
-def open_texts(settings: Settings, rows: int, place: str, world: World) -> Texts:
-    """The texts of a run on a model of `rows` ids, which lies at `place`. Collective."""
-    data, name = settings.data, settings.flag_of("init_checkpoint")
-    own = own_vocabulary(place, settings.model.base_checkpoint)
-    vocab = data.vocab or own or os.path.join(ROOT, "vocab")
+def open_texts(settings: Settings, loaded: Loaded, place: str, world: World) -> Texts:
+    """The texts of a run on a model that was loaded from `place`. Collective."""
+    data, config = settings.data, loaded.model.config
+    model = f"{settings.flag_of('init_checkpoint')} {settings.model.init_checkpoint}"
+    places = (place, settings.model.base_checkpoint, loaded.base_path)
+    vocab = data.vocab or own_vocabulary(*places)
+    with world.raise_if_any_failed():
+        if vocab is None and name_of(config) != DEFAULT:
+            fail(f"--vocab: {model} holds no tokenizer.json, and GPT-2's vocabulary is not its own; give the model's")
+    vocab = vocab or os.path.join(ROOT, "vocab")
     corpus = open_corpus(data.train_file, "--train_file", vocab, settings, world)
     evaluation = None if data.eval_file is None else open_corpus(data.eval_file, "--eval_file", vocab, settings, world)
     with world.raise_if_any_failed():
-        model = f"{name} {settings.model.init_checkpoint}"
-        padding = check_vocabulary_fits(vocab, corpus.facts["vocab_size"], rows, model, place, own)
+        padding = check_vocabulary_fits(vocab, corpus.facts["vocab_size"], config.vocab_size, model, *places)
         train, valid, held_out = split(settings, corpus, evaluation)
         digests = {
             "train_sha256": corpus.facts["sha256"],

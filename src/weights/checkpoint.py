@@ -102,6 +102,11 @@ class Loaded:
     # every weight file that was read, the frozen weights' first, with its privacy_entry()
     files: list[tuple[str, object]] = dataclasses.field(default_factory=list)
 
+    @property
+    def base_path(self) -> str | None:
+        """The file of the frozen weights."""
+        return None if self.base is None else self.base["absolute"]
+
 
 def load_model(
     init_checkpoint: str | None,

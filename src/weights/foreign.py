@@ -224,6 +224,12 @@ def load_strictly(model: LanguageModel, weights: dict[str, Tensor], path: str, f
         for name in wanted
         if name in weights and weights[name].shape != wanted[name].shape
     ]
+    family = of_names([name.removeprefix(PREFIX) for name in weights])
+    if weights and missing and family is not type(model):
+        fail(
+            f"{flag} {path}: holds weights of a {family.TITLE}, and the shape is a {model.TITLE}'s; leave "
+            "--model_card out, and put the model's config.json beside them"
+        )
     rows = "; for another vocabulary, a padded one too, name a folder whose config.json has its vocab_size"
     rows = rows if any(text.startswith(PREFIX + model.EMBEDDING) for text in shaped) else ""
     held = f"; it holds {some(list(weights)) or 'nothing'}"
@@ -277,4 +283,5 @@ def read_config(path: str, flag: str = "--model_card") -> Shape:
     try:
         return of_model_type(content.get("model_type", DEFAULT)).read_config(content)
     except ValueError as error:
-        fail(f"{flag} {file}: {error}")
+        unnamed = "" if "model_type" in content else f"names no model_type, so it is read as a {DEFAULT}'s, and "
+        fail(f"{flag} {file}: {unnamed}{error}")

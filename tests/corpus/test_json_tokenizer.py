@@ -212,14 +212,19 @@ def test_whether_a_vocabulary_is_the_models(tmp_path):
     assert own_vocabulary(str(bare), None) is None
 
     def check(folder, rows: int, place=own) -> str:
-        size, beside = load_tokenizer(str(folder)).vocab_size, own_vocabulary(str(place))
-        return check_vocabulary_fits(str(folder), size, rows, "--model_name M", str(place), beside)
+        size = load_tokenizer(str(folder)).vocab_size
+        return check_vocabulary_fits(str(folder), size, rows, "--model_name M", None, str(place))
 
+    pieces = tmp_path / "pieces"
+    pieces.mkdir()
+    (pieces / "tokenizer.model").write_bytes(b"is not read: nothing is compared with it")
+    assert check(own, size, pieces) == "" and own_vocabulary(str(pieces)) == str(pieces)
     assert check(own, size) == check(copy, size) == ""
     assert f"from {size} on are padding" in check(own, 512) and "WARNING" not in check(own, 512)
     assert "is it the model's?" in check(own, 512, tmp_path / "weights.bin")
     for words, arguments in (("only 300", (own, 300)), ("leave --vocab out", (other, 512)),
                              ("ends a text by 410", (own, 512, bare)),
+                             ("ends a text by 410", (own, 512, bare / "model.safetensors")),
                              ("in the vocabulary beside", (ROOT / "vocab/demo", 1500))):
         with pytest.raises(UserError, match=words):
             check(*arguments)

@@ -10,8 +10,9 @@ from base.distributed import World
 from base.errors import UserError
 from helpers.author_runs import flags, material, script, train, write_corpus
 from helpers.foreign_tokenizers import edit, write_tokenizer
+from helpers.llamas import write_folder
 from helpers.small_runs import ledger, metrics, read, write_model
-from run import texts
+from run import setup, texts
 
 WORDS = "the place serves cheap food near a river and it is rated high by families who like tea".split()
 LINES = 40
@@ -93,8 +94,8 @@ def test_the_tokenizer_of_the_model_s_folder(tmp_path):
 def opened(tmp_path: pathlib.Path, **changed: object) -> texts.Texts:
     settings = script().parse(flags(tmp_path / "run", **changed))
     script().check(settings)
-    place, _ = script().resolve_model(settings.model.init_checkpoint)
-    return texts.open_texts(settings, 1500, place, World())
+    place, card = script().resolve_model(settings.model.init_checkpoint)
+    return texts.open_texts(settings, setup.load_weights(settings, place, card), place, World())
 
 
 def long_prompts(path: pathlib.Path) -> pathlib.Path:
@@ -123,6 +124,8 @@ REFUSED = {
     "a chat template": (dict(chat_template="x"), ["--chat_template: refused for now"]),
     "another's tokenizer": (dict(vocab=lambda path: write_tokenizer(path, "Llama 3"),
                                  model_name=lambda path: foreign_model(path, "Qwen2", 1500)), ["leave --vocab out"]),
+    "a Llama without a tokenizer": (dict(vocab=None, model_name=lambda path: write_folder("qwen2", path) and path), [
+        "--vocab: --model_name", "holds no tokenizer.json, and GPT-2's vocabulary is not its own"]),
     "a Unigram model": (dict(vocab=None, model_name=lambda path: edit(
         foreign_model(path, "Llama 2", 1500) / "tokenizer.json", lambda c: c["model"].update(type="Unigram")) or path),
         ["a Unigram model", "is no BPE"]),

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import transformers
 
 from corpus.tokenizer import load_tokenizer
 from helpers.processes import ROOT, assert_user_error, run_script
@@ -85,6 +86,18 @@ def test_the_vocabulary_has_gpt2_s_form():
     assert list(vocab)[-1] == "<|endoftext|>" and all(len(symbol) == 1 for symbol in list(vocab)[:256])
     # The ids after the bytes are the merges in their order, as in GPT-2.
     assert list(vocab)[256:-1] == [line.replace(" ", "") for line in merges[1:-1]]
+
+
+def test_the_llama_s_tokenizer_is_the_same_vocabulary(tmp_path, private):
+    """Written again, the same bytes; the same ids, so the same token files serve both models."""
+    assert make_vocab("--vocab", ROOT / "vocab/demo", "--out", tmp_path).returncode == 0
+    whole = ROOT / "pretrained_checkpoints/demo-llama/tokenizer.json"
+    assert (tmp_path / "tokenizer.json").read_bytes() == whole.read_bytes()
+    pair, ours = (load_tokenizer(str(folder)) for folder in (ROOT / "vocab/demo", whole.parent))
+    theirs = transformers.AutoTokenizer.from_pretrained(whole.parent)
+    texts = [text for line in private[:300] for text in line] + ["caf\u00e9 \U0001f642 it's", "  two\n\n"]
+    assert ours.encode_batch(texts) == pair.encode_batch(texts) == theirs(texts).input_ids
+    assert ours.end_of_text == pair.end_of_text == theirs.eos_token_id == 1499
 
 
 @pytest.mark.parametrize("domain, part", [("restaurants", "train"), ("public", "public_valid")])
@@ -224,4 +237,8 @@ def test_mistakes_are_one_line(tmp_path):
     assert_user_error(make_vocab("--train", tmp_path / "empty.txt", *out), "--train", "is empty")
     assert_user_error(make_vocab("--train", tmp_path / "text.txt", *out, "--size", 257), "--size 257", "more than 257")
     assert_user_error(make_vocab("--train", tmp_path / "text.txt", *out, "--size", 5000), "--size 5000", "only gives")
+    assert_user_error(make_vocab("--vocab", tmp_path, *out), "--vocab", "encoder.json does not exist")
+    whole = ROOT / "pretrained_checkpoints/demo-llama"
+    assert_user_error(make_vocab("--vocab", whole, *out), "--vocab", "holds a tokenizer.json already")
+    assert_user_error(make_vocab("--vocab", whole, "--train", tmp_path / "text.txt"), "--train", "not allowed")
     assert list((tmp_path / "vocab").iterdir()) == []

@@ -32,6 +32,12 @@ def test_a_checkpoint_is_made_where_the_user_is_and_never_over_another(tmp_path)
     assert_user_error(make("demo", "taken"), "taken: is there already")
     assert make("wiki").returncode == make("demo", "new", "more").returncode == 2
 
+    llama = make("demo-llama", "new")
+    assert llama.returncode == 0, llama.stderr
+    for word in ("make_demo_data --domain public", "--model_card pretrained_checkpoints/demo-llama/config.json",
+                 f"--output {user}/new --vocab {copy}/trained_models/demo-llama_pretraining/vocab --float16"):
+        assert word in llama.stdout
+
     first = make("webnlg", "corpus", "new")
     assert first.returncode == 0, first.stderr
     for word in (f"format_converting_webnlg.py {user}/corpus/dev.json", f"--output {user}/new"):

@@ -16,6 +16,7 @@ import runner
 from base.errors import UserError
 from helpers.author_runs import material as author_material
 from helpers.disclosed import Left, e2e_flags
+from helpers.foreign_tokenizers import write_tokenizer
 from helpers.processes import ROOT, assert_user_error, environment, until
 from helpers.published_command import COMMAND
 from helpers.result_rows import lines_of
@@ -279,6 +280,19 @@ def test_webnlg_from_data_to_table(tmp_path):
     (line,) = lines_of(done.stdout)
     assert [line[f"{name} {part}"] for part, found in row["scores"].items() for name in found] == [
         f"{value:.4f}" for found in row["scores"].values() for value in found.values()]
+
+
+def test_a_vocabulary_without_a_bos_token(tmp_path, small):
+    """Qwen's: the contexts get none, where --add_bos would be refused."""
+    encoded = {}
+    for vocabulary in (write_tokenizer(tmp_path / "qwen", "Qwen2"), "vocab/demo"):
+        planned = run(E2E, "--dry-run", "--epsilon", 0, *places(tmp_path), *small[:2], "--vocab", vocabulary, small[-1])
+        assert planned.returncode == 0, planned.stderr
+        encoded[vocabulary] = [line for line in planned.stdout.splitlines() if "gpt2_encode.py" in line]
+    without, plain = encoded.values()
+    assert len(without) == len(plain) == 3
+    assert all("--add_eos" in line for line in without + plain) and all("--add_bos" in line for line in plain)
+    assert not any("--add_bos" in line for line in without)
 
 
 def test_tokens_are_of_the_data_and_the_vocabulary_that_are_named(tmp_path, small):
