@@ -11,6 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from base.device import read_back
+
 # On a CPU the update walks the buffers in pieces that stay in the cache, so that memory is read once and not six times.
 CACHE_CHUNK = 1 << 17
 
@@ -124,7 +126,7 @@ class AdamW:
                 p[: self.flat.decayed - start].mul_(1 - lr * self.weight_decay)
 
     def state_dict(self) -> dict:
-        return {"steps": self.steps, "m": self.m.cpu(), "v": self.v.cpu()}
+        return {"steps": self.steps, "m": read_back("checkpoint", self.m), "v": read_back("checkpoint", self.v)}
 
     def load_state_dict(self, state: dict) -> None:
         for name in ("m", "v"):
