@@ -122,15 +122,16 @@ class OtherDevice(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         ours = any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        wanted = kwargs.get("device")
+        wanted = kwargs.get("device", next((leaf for leaf in args if isinstance(leaf, torch.device)), None))
         if not ours and (wanted is None or torch.device(wanted).type != TYPE):
             return func(*args, **kwargs)
         packet = func.overloadpacket
-        if packet is aten._to_copy and ours and wanted is not None and wanted.type == "cpu":
+        copies = packet in (aten._to_copy, aten.to)  # the second in inference mode
+        if copies and ours and wanted is not None and wanted.type == "cpu":
             return self.read(args[0]).to(kwargs.get("dtype") or args[0].dtype)
         if packet is aten.copy_ and not isinstance(args[0], FakeTensor):
             return args[0].copy_(self.read(args[1]))
-        if packet in (aten._to_copy, aten.copy_):
+        if copies or packet is aten.copy_:
             self.note_upload(args, packet)
         elif strangers := [tensor for tensor in tensors if not isinstance(tensor, FakeTensor) and tensor.dim()]:
             raise AssertionError(f"{func}: a tensor {tuple(strangers[0].shape)} of the CPU among the device's")
