@@ -115,7 +115,7 @@ TRAININGS = {  # name -> flags of gpt2_ft.py
 }
 
 
-SHORT = ("lora", "full automatic bf16", "opacus full per_layer", "ordinary full bf16", "llama lora bf16")
+SHORT = ("lora", "full automatic bf16", "llama lora bf16")
 
 
 @pytest.mark.parametrize("name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow)
@@ -177,7 +177,8 @@ def test_an_audit(device, monkeypatch, tmp_path, changed):
 
 
 @pytest.mark.parametrize("family, more", [
-    ("gpt2", ["--repetition_penalty", 1.2, "--min_length", 2, "--bf16"]), ("gpt2", ["--no_repeat_ngram_size", 2]),
+    ("gpt2", ["--repetition_penalty", 1.2, "--min_length", 2, "--bf16"]),
+    pytest.param("gpt2", ["--no_repeat_ngram_size", 2], marks=pytest.mark.slow),
     pytest.param("llama", ["--length_penalty", 0.8], marks=pytest.mark.slow)],
     ids=lambda value: str(value).replace("--", ""))
 def test_beam_search(device, monkeypatch, tmp_path, llama, family, more):
