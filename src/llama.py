@@ -113,6 +113,13 @@ class Transformer(Body):
         with torch.device("cpu"):
             self.frequencies, self.attention_scaling = rotary_frequencies(config)
 
+    def _apply(self, *arguments: Any) -> "Transformer":
+        """The frequencies go where the weights go, once and not in each forward pass; never to "meta"."""
+        super()._apply(*arguments)
+        if self.embed_tokens.weight.device.type != "meta":
+            self.frequencies = self.frequencies.to(self.embed_tokens.weight.device)
+        return self
+
     @property
     def blocks(self) -> nn.ModuleList:
         return self.layers
@@ -126,7 +133,7 @@ class Transformer(Body):
 
     def places(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions (T,) -> (cosine, sine), each (T, 1, W/2) float32."""
-        angles = positions[:, None, None].float() * self.frequencies.to(positions.device)
+        angles = positions[:, None, None].float() * self.frequencies
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from base import products
+from base.device import upload
 from base.products import fill_up, product
 from language_model import LanguageModel
 
@@ -47,6 +48,11 @@ class MicroBatch:
         return len(self.counts)
 
     @property
+    def unit(self) -> Tensor:
+        """(n,) int64: the unit of each scored position."""
+        return self.positions // (self.ids.shape[1] * self.rows_per_unit)
+
+    @property
     def texts(self) -> int:
         """Rows in which something is scored."""
         return len(torch.unique_consecutive(self.positions // self.ids.shape[1]))
@@ -72,11 +78,8 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
             return self
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("ids", "positions", "targets", "weights")
-        }
-        return replace(self, **moved)
+        names = ("ids", "positions", "targets", "weights")
+        return replace(self, **{name: upload(getattr(self, name), device) for name in names})
 
 
 class LogitsLoss(torch.autograd.Function):
@@ -207,6 +210,4 @@ def unit_losses(
 ) -> Tensor:
     """The loss of each unit, (U,)."""
     weighted = token_losses(model, batch, smoothing, head_trains, all_positions) * batch.weights
-    counts = torch.tensor(batch.counts, device=weighted.device)
-    unit = torch.repeat_interleave(torch.arange(batch.units, device=weighted.device), counts)
-    return torch.zeros(batch.units, device=weighted.device, dtype=weighted.dtype).index_add(0, unit, weighted)
+    return torch.zeros(batch.units, device=weighted.device, dtype=weighted.dtype).index_add(0, batch.unit, weighted)

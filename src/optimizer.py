@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from base.device import read_back
 from base.distributed import World
 
 # On a CPU the update walks the buffers in pieces that stay in the cache, so that memory is read once and not six times.
@@ -151,7 +152,7 @@ class AdamW:
         state: dict = {"steps": self.steps}
         for name in ("m", "v"):
             whole = self.flat.sharers.gather_tensor(getattr(self, name))
-            state[name] = None if whole is None else whole[: self.flat.size].cpu()
+            state[name] = None if whole is None else read_back("checkpoint", whole[: self.flat.size])
         return state
 
     def load_state_dict(self, state: dict) -> None:

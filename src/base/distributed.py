@@ -1,8 +1,8 @@
 """The processes of a job, and their collectives.
 
 The launcher describes the job in the environment (`torchrun`, `torch.distributed.launch`, or Open MPI's variables under
-`--platform k8s`). A process that plain `python` starts is alone and makes no process group. GPUs communicate over NCCL,
-CPUs over gloo.
+`--platform k8s`). A process that plain `python` starts is alone and makes no process group. What is on
+GPUs goes over NCCL, what is on CPUs over gloo.
 """
 
 import atexit
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from base.device import read_back
 from base.errors import UserError, fail
 from base.memory import keep_memory
 
@@ -86,13 +87,12 @@ class World:
         return None if parts is None else torch.cat(parts)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's values, on every rank, on the tensor's own device."""
+        """Rank 0's values, on every rank, in place."""
         if self.size == 1:
             return tensor
-        moved = tensor.to(self.device)
         with self.collective_errors():
-            dist.broadcast(moved, src=0)
-        return moved.to(tensor.device)
+            dist.broadcast(tensor, src=0)
+        return tensor
 
     def gather(self, value: object) -> list:
         """Every rank's value, by rank, on every rank."""
@@ -118,7 +118,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait until every rank is here: reading the sum makes the process wait, not the GPU's stream alone."""
-        self.all_reduce(torch.zeros(1, device=self.device)).item()
+        read_back("barrier", self.all_reduce(torch.zeros(1, device=self.device)))
 
     @contextlib.contextmanager
     def raise_if_any_failed(self) -> Iterator[None]:
@@ -308,7 +308,7 @@ def start(
     try:
         name = meeting_name(store, rank, size, join_seconds)
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             rank=rank,
             world_size=size,
             store=dist.PrefixStore(name, store),

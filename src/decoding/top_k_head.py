@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from base.device import read_back, upload
 from base.products import PackedLinear
 
 GROUP = 64
@@ -66,8 +67,8 @@ class TopKHead:
         x = (states.float() * math.log2(math.e)).to(states.dtype)  # logits in bits: exp2 costs a quarter of exp
         group_max, log_sum = self.scan(x, edits)  # (R, G), (R, 1)
 
-        score = torch.from_numpy(score).to(device)[:, None]
-        flat = torch.from_numpy(context * beam + place).to(device)  # (R,) the row's cell among all contexts' beams
+        score = upload(torch.from_numpy(score), device)[:, None]
+        flat = upload(torch.from_numpy(context * beam + place), device)  # (R,) the row's cell among all contexts' beams
         row_of = torch.zeros(contexts * beam, dtype=torch.long, device=device)
         row_of[flat] = torch.arange(rows, device=device)
         G = len(self.groups)
@@ -89,7 +90,11 @@ class TopKHead:
         total, cell = totals.topk(beam)
         parent = (parent % beam).gather(1, cell // GROUP)
         token = tokens.view(contexts, -1).gather(1, cell)
-        return total.cpu().numpy(), parent.cpu().numpy(), token.cpu().numpy()
+        # In one array, exact in float64, for one read.
+        total, parent, token = read_back(
+            "beams", torch.stack([total.double(), parent.double(), token.double()])
+        ).numpy()
+        return total.astype(np.float32), parent.astype(np.int64), token.astype(np.int64)
 
     def scan(self, x: Tensor, edits: Edits) -> tuple[Tensor, Tensor]:
         """x (R, D) -> the maximum logit of every group (R, G), log2 of the sum of exp2 over the vocabulary (R, 1)."""
@@ -119,7 +124,7 @@ class TopKHead:
             return [None] * len(self.starts)
         row, token = pairs[:, np.argsort(pairs[1])]
         bounds = np.searchsorted(token, [*self.starts, self.size])
-        row, token = torch.from_numpy(row).to(device), torch.from_numpy(token).to(device)
+        row, token = upload(torch.from_numpy(row), device), upload(torch.from_numpy(token), device)
         return [
             (row[a:b], token[a:b] - start) if a < b else None
             for start, a, b in zip(self.starts, bounds[:-1], bounds[1:], strict=True)
@@ -130,19 +135,22 @@ class TopKHead:
         if not edits.penalised.shape[1] and not edits.banned.shape[1]:
             return
         device = logits.device
-        where = torch.full((rows, len(self.groups)), -1, device=device)  # (R, G) the group's place in `logits`, or -1
-        where[row[there], group[there]] = torch.arange(len(row), device=device)[there]
+        # (R + 1, G) the group's place in `logits`, or -1; groups that are not there write into the last row, which
+        # nobody reads: no index depends on how many there are, which the device would have to be asked for
+        where = torch.full((rows + 1, len(self.groups)), -1, device=device)
+        where[torch.where(there, row, rows), group] = torch.arange(len(row), device=device)
         for pairs, is_ban in ((edits.penalised, False), (edits.banned, True)):
-            pair_row, token = torch.from_numpy(pairs).to(device)
-            index, column = where[pair_row, token // GROUP], token % GROUP
-            index, column = index[index >= 0], column[index >= 0]
-            if is_ban:
-                logits[index, column] = -math.inf
-            else:
-                penalise(logits, index, column, edits.penalty)
+            pair_row, token = upload(torch.from_numpy(pairs), device)
+            named = torch.zeros(len(logits) + 1, GROUP, dtype=torch.bool, device=device)
+            named[where[pair_row, token // GROUP], token % GROUP] = True  # place -1 is the last row
+            changed = -math.inf if is_ban else penalised(logits, edits.penalty)
+            logits.copy_(torch.where(named[:-1], changed, logits))
 
 
 def penalise(logits: Tensor, row: Tensor, column: Tensor, penalty: float) -> None:
     """The repetition penalty of Keskar et al. (2019, CTRL, section 4.1), in place. A pair named twice counts once."""
-    value = logits[row, column]
-    logits[row, column] = torch.where(value < 0, value * penalty, value / penalty)
+    logits[row, column] = penalised(logits[row, column], penalty)
+
+
+def penalised(logits: Tensor, penalty: float) -> Tensor:
+    return torch.where(logits < 0, logits * penalty, logits / penalty)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import loralib as lora
+from base.device import read_back, upload
 from base.products import PackedLinear
 from decoding.top_k_head import TopKHead
 from language_model import Block, LanguageModel, causal_attention
@@ -142,7 +143,7 @@ class TreeDecoder:
         if (self.used[slots] + wanted).max() <= self.room:
             return
         live = self.visible.any(1)  # (S, L)
-        self.used = live.sum(1).cpu().numpy()
+        self.used = read_back("beam room", live.sum(1)).numpy()
         needed = self.used.copy()
         needed[slots] += wanted
         room = int(needed.max()) + SPARE_STEPS * self.beam
@@ -156,4 +157,4 @@ class TreeDecoder:
         self.kv, self.visible, self.room = kv, visible, room
 
     def indices(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return upload(torch.from_numpy(np.ascontiguousarray(array)), self.device)

@@ -19,7 +19,16 @@ from base.products import BLOCK_ROWS, row_blocks
 from language_model import Head, LanguageModel, TiedHead
 from losses import MicroBatch, unit_losses
 from optimizer import FlatParameters
-from privacy.unit_gradients import CANCELLATION, RULES, TIED_CANCELLATION, Contributions, Lookup, Ragged, by_units
+from privacy.unit_gradients import (
+    CANCELLATION,
+    RULES,
+    TIED_CANCELLATION,
+    Contributions,
+    Lookup,
+    Ragged,
+    by_units,
+    unless_all,
+)
 
 HEADS = (Head, TiedHead)
 CLIPPING_RULES = ("flat", "per_layer", "automatic")
@@ -160,7 +169,7 @@ class BookKeeping:
         with torch.autocast(g.device.type, enabled=False):
             if isinstance(module, Head):
                 contributions: Contributions = [
-                    (module.weight, Ragged(self.flat.grad_of(module.weight), g, x, self.batch.counts))
+                    (module.weight, Ragged(self.flat.grad_of(module.weight), g, x, self.batch.counts, self.batch.unit))
                 ]
             else:
                 U = self.batch.units
@@ -202,7 +211,7 @@ class BookKeeping:
                 if self.tied_trains:
                     self.add_cross_term()
                 factors, finite = self.rule.factors(self.norms_sq)
-                mask = None if bool(finite.all()) else finite
+                mask = unless_all(finite)
                 for parameter, contribution in self.noted:
                     contribution.add(factors[:, self.column[id(parameter)]], mask)
         finally:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from base.device import read_back
 from base.distributed import World
 from base.errors import fail
 from corpus.batching import PublicLengths, collate
@@ -56,7 +57,7 @@ def contribution(
 
 def change(one: Tensor, other: Tensor) -> float:
     """Of `one`, relative to its norm."""
-    moved, norm = (other - one).double().norm().item(), one.double().norm().item()
+    moved, norm = read_back("company", torch.stack([(other - one).double().norm(), one.double().norm()])).tolist()
     return moved / norm if norm else moved
 
 

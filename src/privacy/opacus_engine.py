@@ -18,7 +18,7 @@ from language_model import LanguageModel
 from losses import MicroBatch, unit_losses
 from optimizer import FlatParameters
 from privacy.clipping import ClippingRule
-from privacy.unit_gradients import UNITS, add_units, sum_of_squares
+from privacy.unit_gradients import UNITS, add_units, sum_of_squares, unless_all, zero_rows
 
 
 class UnitLosses(nn.Module):
@@ -88,10 +88,9 @@ class OpacusEngine:
                 sample = sample.to(self.flat.data.dtype)
                 grads.append(sample.view(batch.units, batch.rows_per_unit, -1).sum(1))  # (U, size)
             factors, finite = self.rule.factors(torch.stack([sum_of_squares(grad) for grad in grads], dim=1))
+            mask = unless_all(finite)
             for (_, parameter), grad, factor in zip(self.flat.named, grads, factors.T, strict=True):
-                if not bool(finite.all()):
-                    grad = grad.masked_fill(~finite[:, None], 0)
                 target = self.flat.grad_of(parameter)
                 assert target is not None  # all of flat.named train
-                add_units(target, factor, grad)
+                add_units(target, factor, zero_rows(grad, mask))
         return losses.detach()

@@ -258,7 +258,7 @@ class PrivacyPlan:
         """
         assert self.open is None, "open_step() before the step before was released"
         error: UserError | None = None
-        verdict = torch.zeros(1, device=self.world.device)  # of rank 0: 0 charged, 1 no budget left, 2 not written
+        verdict = torch.zeros(1)  # of rank 0: 0 charged, 1 no budget left, 2 not written; the device is not waited for
         if self.world.is_main:
             try:
                 if self.permitted < 1:

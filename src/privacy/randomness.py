@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from base.device import upload
 from base.errors import fail
 
 KINDS = ("os", "secure", "seeded")
@@ -188,7 +189,7 @@ class NoiseSource:
         radius *= -2 * std**2
         np.sqrt(radius, out=radius)
         polar[pairs:] *= 2 * math.pi
-        drawn = torch.from_numpy(polar).to(self.device)
+        drawn = upload(torch.from_numpy(polar), self.device)
         radius, angle = drawn[:pairs], drawn[pairs:]
         chunk[:pairs].add_(torch.cos(angle).mul_(radius))
         chunk[pairs:].add_(torch.sin(angle).mul_(radius)[: len(chunk) - pairs])

@@ -103,10 +103,11 @@ class Lookup:
 
 
 class Ragged:
-    """sum_s b_s h_s' over the scored positions of each unit: b (n, V) and h (n, D), `counts` positions a unit."""
+    """sum_s b_s h_s' over the scored positions of each unit: b (n, V) and h (n, D), `counts` positions a unit, `unit`
+    (n,) int64 the unit of each."""
 
-    def __init__(self, target: Tensor, b: Tensor, h: Tensor, counts: list[int]):
-        self.target, self.b, self.h, self.counts = target, b, wide(h), counts
+    def __init__(self, target: Tensor, b: Tensor, h: Tensor, counts: list[int], unit: Tensor):
+        self.target, self.b, self.h, self.counts, self.unit = target, b, wide(h), counts, unit
 
     def by_unit(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(b (n_u, V), h (n_u, D)) of each unit, one unit a product: its shape is the unit's own."""
@@ -121,10 +122,9 @@ class Ragged:
         return torch.stack([(b[:, ids].double() * (h.double() @ rows.double().T)).sum() for (b, h), ids, rows in units])
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
-        counts = torch.tensor(self.counts, device=self.h.device)
-        b, h = self.b, self.h * factor.repeat_interleave(counts)[:, None]
+        b, h = self.b, self.h * factor[self.unit][:, None]
         if finite is not None:
-            bad = ~finite.repeat_interleave(counts)[:, None]
+            bad = ~finite[self.unit][:, None]
             b, h = b.masked_fill(bad, 0), h.masked_fill(bad, 0)
         add_product(self.target, b, h)
 
@@ -176,6 +176,12 @@ def by_units(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
 def sum_of_squares(grads: Tensor) -> Tensor:
     """(U, ...) -> (U,) float64."""
     return grads.flatten(1).square().sum(1, dtype=torch.float64)
+
+
+def unless_all(finite: Tensor) -> Tensor | None:
+    """finite (U,) bool; None on a CPU where all are, so that nothing is masked. Another device is not asked: that would
+    have to wait for it, and masking nothing is cheaper."""
+    return None if finite.device.type == "cpu" and bool(finite.all()) else finite
 
 
 def zero_rows(tensor: Tensor, finite: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from base.device import read_back, upload
 from base.distributed import World
 from corpus.batching import Cut
 from corpus.examples import Examples
@@ -31,7 +32,7 @@ from optimizer import FlatParameters
 from privacy.auditing import Evidence
 from privacy.clipping import BookKeeping, ClippingRule
 from privacy.plan import PlanSettings, PrivacyPlan
-from privacy.unit_gradients import Lookup
+from privacy.unit_gradients import Lookup, unless_all
 
 RAW = 10.0  # norm of a gradient canary before clipping, in units of C
 CHUNK = 2**16  # gradient canaries of a micro-batch
@@ -67,7 +68,7 @@ def text_canaries(m: int, train: Examples, model: LanguageModel, rule: ClippingR
         found = beginnings(train, max(CONTEXTS, rounds), draw)
         for _ in range(rounds - len(found)):  # a small data set
             found.append(torch.from_numpy(draw.choice(rare, OWN_CONTEXT)))
-        found.sort(key=lambda context: -own_sizes(model, rule, context, tokens[:TOKENS]).mean().item())
+        found.sort(key=lambda context: -own_size(model, rule, context, tokens[:TOKENS]))
         for rows, context in zip(contexts.split(len(rare)), found, strict=False):
             rows[:, 0], rows[:, 1 : len(context) + 1] = len(context), context
     elif world.is_main:
@@ -95,14 +96,19 @@ def own_sizes(model: LanguageModel, rule: ClippingRule, context: Tensor, tokens:
     gradient of the loss of each of `tokens` (k,) behind `context` (T,)."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     column = next(k for k, parameter in enumerate(trained) if parameter is model.lm_head.weight)
-    losses = -torch.log_softmax(model(context[None].to(trained[0].device))[0, -1], 0)
+    losses = -torch.log_softmax(model(upload(context[None], trained[0].device))[0, -1], 0)
     norms_sq, own = [], []
     for token in tokens.tolist():
         grads = torch.autograd.grad(losses[token], trained, retain_graph=True)
         norms_sq.append(torch.stack([grad.double().square().sum() for grad in grads]))
         own.append(grads[column][token].double().norm())
     factors, finite = rule.factors(torch.stack(norms_sq))
-    return torch.where(finite, factors[:, column] * torch.stack(own) / rule.C, 0.0)
+    return read_back("canaries", torch.where(finite, factors[:, column] * torch.stack(own) / rule.C, 0.0))
+
+
+def own_size(model: LanguageModel, rule: ClippingRule, context: Tensor, tokens: Tensor) -> float:
+    """The mean of own_sizes()."""
+    return own_sizes(model, rule, context, tokens).mean().item()
 
 
 @dataclass
@@ -114,7 +120,7 @@ class CanaryBatch:
     texts: int = 0
 
     def to(self, device: torch.device) -> "CanaryBatch":
-        return CanaryBatch(self.canaries.to(device))
+        return CanaryBatch(upload(self.canaries, device))
 
 
 class CanaryData:
@@ -157,9 +163,10 @@ class CanaryEngine:
     def __init__(self, engine: BookKeeping, flat: FlatParameters, rule: ClippingRule, coordinates: Tensor):
         """coordinates (m,) int64, distinct: the direction of each canary."""
         self.engine, self.flat, self.rule, self.coordinates = engine, flat, rule, coordinates
-        ends = torch.tensor([parameter.numel() for _, parameter in flat.named], device=flat.grad.device).cumsum(0)
-        self.columns = torch.searchsorted(ends, self.coordinates, right=True)  # the tensor of each
-        row = torch.zeros(1, len(flat.named), device=flat.grad.device)
+        ends = torch.tensor([parameter.numel() for _, parameter in flat.named]).cumsum(0)
+        # the tensor of each
+        self.columns = torch.searchsorted(upload(ends, flat.grad.device), self.coordinates, right=True)
+        row = torch.zeros(1, len(flat.named))
         row[0, 0] = (RAW * rule.C) ** 2
         # Of a clipped canary, in units of C: per_layer leaves 1/sqrt n.
         self.size = RAW * rule.factors(row)[0][0, 0].item()
@@ -175,7 +182,7 @@ class CanaryEngine:
         gradient = Lookup(self.flat.grad[:, None], where[:, None], rows)
         norms_sq = rows.new_zeros(len(where), len(self.flat.named)).scatter_(1, columns, gradient.norm_sq()[:, None])
         factors, finite = self.rule.factors(norms_sq)
-        gradient.add(factors.gather(1, columns).squeeze(1), None if bool(finite.all()) else finite)
+        gradient.add(factors.gather(1, columns).squeeze(1), unless_all(finite))
         return rows.new_zeros(len(where))
 
 
@@ -205,7 +212,7 @@ class GradientAdversary:
     def observe(self, grad: Tensor) -> None:
         """Score by a released gradient (P,)."""
         settings = self.settings
-        x = grad[self.engine.coordinates].double().cpu().numpy() * (settings.batch / settings.clip)
+        x = read_back("canaries", grad[self.engine.coordinates]).double().numpy() * (settings.batch / settings.clip)
         self.evidence.add(np.arange(self.m), x, self.engine.size)
 
     @property
@@ -231,11 +238,7 @@ class TextAdversary:
         for k, (start, end) in enumerate(zip(texts.starts, ends, strict=False)):
             groups.setdefault(texts.tokens[start:end].tobytes(), []).append(k)
         self.groups = [  # context (T,), canaries behind it, norm of what each adds to its own row, in units of C
-            (
-                context,
-                torch.tensor(members),
-                own_sizes(model, rule, context, self.tokens[members[:TOKENS]]).mean().item(),
-            )
+            (context, torch.tensor(members), own_size(model, rule, context, self.tokens[members[:TOKENS]]))
             for members in groups.values()
             for context in [
                 torch.from_numpy(texts.tokens[texts.starts[members[0]] : ends[members[0]]].astype(np.int64))
@@ -253,10 +256,12 @@ class TextAdversary:
         """Score by a released gradient (P,), before the model is changed by it."""
         settings, rows = self.settings, grad[self.span].view_as(self.model.lm_head.weight)
         for context, members, size in self.groups:
-            state = self.model.transformer(context[None].to(grad.device))[0, -1]
-            chances = torch.softmax(self.model.lm_head(state), 0)[self.tokens[members]].double().cpu().numpy()
-            x = -(rows[self.tokens[members]].double() @ state.double()) / state.double().norm()
-            x = x.cpu().numpy() * (settings.batch / settings.clip)
+            state = self.model.transformer(upload(context[None], grad.device))[0, -1]
+            tokens = upload(self.tokens[members], grad.device)
+            chances = torch.softmax(self.model.lm_head(state), 0)[tokens].double()
+            x = -(rows[tokens].double() @ state.double()) / state.double().norm()
+            x, chances = read_back("canaries", torch.stack([x, chances])).numpy()
+            x = x * (settings.batch / settings.clip)
             # Other units move the row of token v by about p_v. Without labels: what a line in p_v explains of x goes.
             line = np.stack([np.ones_like(x), chances], 1)
             x = x - line @ np.linalg.lstsq(line, x, rcond=None)[0] + settings.q * size / 2
@@ -272,7 +277,7 @@ def text_losses(model: LanguageModel, texts: Examples, device: torch.device, cut
     """(m,) float64: the loss of each text canary, nats a token, without label smoothing."""
     model.eval()
     losses = [
-        unit_losses(model, batch.to(device)).double().cpu()
+        read_back("canaries", unit_losses(model, batch.to(device))).double()
         for batch in texts.micro_batches(torch.arange(len(texts)), cut)
     ]
     model.train()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from averages import Average
 from base import signals
+from base.device import read_back, upload
 from base.distributed import World
 from base.errors import UserError, fail
 from corpus.batching import Cut, TightCut
@@ -84,7 +85,7 @@ def evaluate(
             total[1] += len(losses)
             bar.update(batch.units)
     model.train()
-    nll, count, asked = world.all_reduce(total).tolist()
+    nll, count, asked = read_back("evaluation", world.all_reduce(total)).tolist()
     if asked:
         return None
     if count == 0:
@@ -178,7 +179,8 @@ class Trainer:
                 tokens += batch.tokens
                 texts += batch.texts
         asked = float(self.stop.signal is not None)
-        flat.extra.copy_(torch.tensor([0.0, len(drawn), tokens, texts, asked]))
+        sent = torch.tensor([0.0, len(drawn), tokens, texts, asked], dtype=flat.extra.dtype)
+        flat.extra.copy_(upload(sent, self.world.device))
         flat.extra[0] = loss
         grad = self.plan.release(flat.sums, flat.size, flat.sharded)
         if self.task.observe is not None:
@@ -189,11 +191,12 @@ class Trainer:
         self.whole = False
         self.learner.optimizer.step(grad, lr)
         self.done += 1
-        total, units, tokens, texts, asked = flat.extra.tolist()
-        self.meter.add(total, units, tokens, texts, grad_norm.item())
+        figures = torch.cat([flat.extra.double(), torch.stack([grad_norm, flat.data.sum().double()])])
+        total, units, tokens, texts, asked, length, parameters = read_back("step", figures).tolist()
+        self.meter.add(total, units, tokens, texts, length)
         self.total_loss += total
         self.total_units += units
-        if not math.isfinite(flat.data.sum().item()):  # the same bits on every rank: all of them stop
+        if not math.isfinite(parameters):  # the same bits on every rank: all of them stop
             spent = f"epsilon {self.plan.epsilon()[0]:.4f} is spent" if self.world.is_main else "see rank 0"
             fail(
                 f"step {self.done}: a parameter is NaN or infinite; {spent}; lower the learning rate and start from "

@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from base.distributed import World
 from base.errors import fail
@@ -220,13 +219,13 @@ def contributions(texts: Texts, trainer: Trainer, resumed: bool, world: World) -
     list is kept in memory only. A resumed run lacks it for the steps before, and reports the expected number alone.
     """
     train, unit = texts.train, plural(texts.unit).removesuffix("s")
-    used = world.all_reduce(torch.tensor([float(train.used.sum())], dtype=torch.float64, device=world.device)).item()
+    used = sum(world.gather(int(train.used.sum())))
     settings = trainer.plan.settings
     expected = train.never_used(settings.q, trainer.done, settings.sampling == "poisson")
     return {
         "texts": len(train.starts),
         f"samples_per_{unit}": train.samples,
         f"texts_per_{unit}": {name: float(np.quantile(train.sizes, share)) for name, share in QUANTILES.items()},
-        "texts_never_used": None if resumed else len(train.starts) - int(used),
+        "texts_never_used": None if resumed else len(train.starts) - used,
         "texts_never_used_expected": round(expected, 1),
     }

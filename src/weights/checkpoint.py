@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from base.device import read_back
 from base.errors import fail
 from base.files import atomic_write, check_format, folder_below
 from families import family_of, name_of
@@ -378,7 +379,9 @@ def model_content(work_dir: str, step: int, model: LanguageModel, base: dict | N
         "format": FORMAT,
         # copied: a view saved as it stands would carry the whole flat buffer it looks into
         "model_state_dict": {
-            name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items() if name in names
+            name: read_back("checkpoint", value.detach(), copy=True)
+            for name, value in model.state_dict().items()
+            if name in names
         },
         "step": step,
         "family": name_of(model.config),

@@ -122,7 +122,7 @@ def as_lookup(values):
 
 def as_ragged(values):
     return lambda target: Ragged(target, torch.tensor(values).view(-1, 1), torch.ones(len(values), 1),
-                                 [1] * len(values))
+                                 [1] * len(values), torch.arange(len(values)))
 
 
 def summed(values: list[float], kind, together: int, dtype: torch.dtype = torch.float64) -> float:

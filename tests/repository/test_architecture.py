@@ -112,7 +112,7 @@ def test_what_the_parts_of_privacy_may_know():
         assert {module for module in ours(name) if not module.startswith("base")} <= {
             "privacy", "privacy.accounting", "privacy.sampled_gaussian", "privacy.allocation", "privacy.loss_grid"}
     assert not {module for module in ours("privacy.ledger") if module.startswith("privacy.")}
-    assert ours("privacy.randomness") <= {"base", "base.errors"}
+    assert ours("privacy.randomness") <= {"base", "base.device", "base.errors"}
     assert {module for module in ours("privacy.sampling") if module.startswith("privacy.")} == {
         "privacy.randomness", "privacy.allocation", "privacy.sampled_gaussian"}
     for name in MODULES:  # one object owns the sampler, the mechanism and its noise
