@@ -7,8 +7,8 @@
     python scripts/start.py benchmark_training --show results/2026-11-25_benchmark_training/*.json
 
 Every variant runs in its own process, so that its peak memory can be measured. A variant and our code take turns, one
-logical step each (A B A B ...). The printed ratios are medians of the pairwise ratios. A step has all parts: gradients,
-clipping, noise and AdamW. Slow variants compute the gradients of a part of the logical batch; that time is scaled up to
+logical step each (A B A B ...). Printed are medians of the pairwise ratios. A step has all parts: gradients, clipping,
+noise and AdamW. Slow variants compute the gradients of a part of the logical batch; that time is scaled up to
 the whole batch, and noise and AdamW are counted once. The arithmetic floor is the time of the multiply-adds that the
 real tokens need (forward, gradients of the states, gradients of the trained weights) at the measured rate of matrix
 products.
@@ -135,7 +135,7 @@ class Step:
 def build(variant: str, task: str, options: argparse.Namespace, device: torch.device) -> Step:
     lora, _, logical = TASKS[task]
     logical = options.units or logical
-    units = min(SLOW_UNITS.get(variant, logical), logical)
+    units = min(options.part or SLOW_UNITS.get(variant, logical), logical)
     tokens = options.micro_batch_tokens or DEFAULT_TOKENS[device.type]
     torch.manual_seed(0)
     rule, smoothing = ClippingRule("flat", 1.0), 0.1 if lora else 0.0
@@ -342,8 +342,7 @@ def comparisons(options: argparse.Namespace, rate: float) -> list[dict]:
 
 def scaling(options: argparse.Namespace) -> list[dict]:
     """Ours over logical batches (E2E's lengths, LoRA) and over lengths (4,096 tokens a step, whole model)."""
-    rows = []
-    cells = [("e2e_lora", units, options.length) for units in (32, 64, 128, 256, 512, 1024)]
+    rows, cells = [], [("e2e_lora", units, options.length) for units in (32, 64, 128, 256, 512, 1024)]
     cells += [("author_full", 4096 // length, length) for length in (32, 64, 128, 256, 512, 1024)]
     print(markdown(("task", "logical batch", "tokens of a text", "real tokens", "seconds a step", "tokens/s")), end="")
     for task, units, length in cells:
@@ -407,6 +406,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of an author's text")
     parser.add_argument("--micro_batch_tokens", type=int, help="padded tokens of a micro-batch (default: the scripts')")
     parser.add_argument("--units", type=int, help="logical batch, in place of the task's own")
+    parser.add_argument("--part", type=int, help="units of it whose gradients are timed (default: all; 8 of the slow)")
     parser.add_argument("--scaling", action="store_true", help="time ours alone over batches and lengths")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--show", nargs="+", metavar="JSON", help="time nothing; print what earlier calls wrote")
@@ -414,7 +414,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.show:
         return show(options.show)
-    for flag in ("repeats", "threads", "units", "micro_batch_tokens"):
+    for flag in ("repeats", "threads", "units", "part", "micro_batch_tokens"):
         if (value := getattr(options, flag)) is not None and value < 1:
             fail(f"--{flag} {value}: expected at least 1")
     for flag in ("seq_len", "length"):

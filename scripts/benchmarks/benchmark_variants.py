@@ -220,7 +220,10 @@ class PlainLoop:
             self.model = get_peft_model(
                 self.model,
                 LoraConfig(
-                    r=config.dim, lora_alpha=config.alpha, target_modules=targets, fan_in_fan_out=card not in LLAMAS
+                    r=config.dim,
+                    lora_alpha=int(config.alpha),
+                    target_modules=targets,
+                    fan_in_fan_out=card not in LLAMAS,
                 ),
             )
 

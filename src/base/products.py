@@ -125,7 +125,7 @@ def by_rows(function: Callable[..., Tensor], *operands: Tensor, rows: int | None
 
 
 def product_by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """product(x, weight, bias) in blocks of `rows` (0: all at once), each written where it belongs: what by_rows() does,
+    """product(x, weight, bias) in blocks of `rows` (0: all at once), each written where it belongs: by_rows()
     without its copy of every block. x (n, I), weight (O, I), bias (O,) -> (n, O)."""
     n = len(x)
     whole = n - n % rows if rows else 0

@@ -70,7 +70,7 @@ def test_every_way_of_a_llama_gives_the_same_sum(lora):
 def test_a_llama_has_every_variant(task, variant):
     """Steps are made, of as many parameters and tokens as ours has."""
     options = argparse.Namespace(model_card="small", units=4, length=12, micro_batch_tokens=None, bf16=False,
-                                 seq_len=16, clock="cpu")
+                                 seq_len=16, clock="cpu", part=None)
     step = benchmark_training.build(variant, task, options, torch.device("cpu"))
     assert step.seconds(torch.device("cpu"), step.batches) > 0
     assert step.tokens == 4 * 13 and sum(batch.units for batch in step.batches) == step.units == 4
