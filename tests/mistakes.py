@@ -53,6 +53,9 @@ SUMS = ("test_allocation.py::test_grids_far_apart_are_summed_at_once",)
 LENGTHS = ("test_allocation.py::test_epochs_of_many_lengths_cost_a_little_more",)
 SHUFFLE = ("test_sampling.py::test_shuffle_uses_each_unit_once_an_epoch",)
 UNLIKE = ("test_neighbours.py::test_ranks_that_compute_in_different_ways_are_refused",)
+SINGLE = ("test_rounding.py::test_float32_products_that_cancel_stay_below_C",)
+OVERFLOW = ("test_rounding.py::test_a_float32_product_that_would_overflow_adds_nothing",)
+FORMED = ("test_clipping_llama.py::test_products_formed_alone",)
 COMPANY = ("test_company.py::test_the_same_bits_in_any_company",)
 NEIGHBOURS = ("test_neighbours.py::test_one_more_unit_through_the_script",)
 PAID = ("test_neighbours.py::test_what_rounding_may_move_is_paid_for",)
@@ -339,4 +342,12 @@ MUTANTS = (
            (("beta = guesses + 1, m - guesses", "beta = guesses + 2, m - guesses"),), INTEGRAL),
     Mutant("an unproven bound decides", "privacy_audit.py",
            (("return gaussian and own, GAUSSIAN", "return gaussian, GAUSSIAN"),), DECIDES),
+    Mutant("float32's rounding of a unit's product not in its norm", LAYERS,
+           (("norm = gram_norm_sq(pp, qq).sqrt() + rounding_alone(pp, qq, positions)",
+             "norm = gram_norm_sq(pp, qq).sqrt()"),), SINGLE),
+    Mutant("a float32 product that overflows", LAYERS,
+           (("torch.where(sizes_of(pp, qq) < ALONE_MOST, norm.square(), math.inf)", "norm.square()"),), OVERFLOW),
+    Mutant("another input's Gram matrices", LAYERS,
+           (("return (other.data_ptr(), other.shape, other.dtype) == (rows.data_ptr(), rows.shape, rows.dtype)",
+             "return (other.shape, other.dtype) == (rows.shape, rows.dtype)"),), FORMED),
 )

@@ -3,11 +3,12 @@
     python scripts/start.py benchmark_training            # every task, every variant, on this machine
     python scripts/start.py benchmark_training --tasks e2e_lora --variants ordinary published --repeats 5
     python scripts/start.py benchmark_training --scaling  # ours: seconds a step against batch and length
+    python scripts/start.py benchmark_training --model_card llama-135m --length 512   # SmolLM2-135M's shape
     python scripts/start.py benchmark_training --show results/2026-11-25_benchmark_training/*.json
 
 Every variant runs in its own process, so that its peak memory can be measured. A variant and our code take turns, one
-logical step each (A B A B ...). The printed ratios are medians of the pairwise ratios. A step has all parts: gradients,
-clipping, noise and AdamW. Slow variants compute the gradients of a part of the logical batch; that time is scaled up to
+logical step each (A B A B ...). Printed are medians of the pairwise ratios. A step has all parts: gradients, clipping,
+noise and AdamW. Slow variants compute the gradients of a part of the logical batch; that time is scaled up to
 the whole batch, and noise and AdamW are counted once. The arithmetic floor is the time of the multiply-adds that the
 real tokens need (forward, gradients of the states, gradients of the trained weights) at the measured rate of matrix
 products.
@@ -19,7 +20,7 @@ Variants: ordinary     the same model and loss without clipping or noise
           padded       opacus, with every row padded to --seq_len and logits at every position
           published    padded, with the arithmetic of Yu et al. (2022): attention with a matrix of scores and a
                        mask, GELU and layer norm as formulas, a log-softmax of all logits, PyTorch's matrix products
-          plain        a plain PyTorch loop over Hugging Face's GPT-2 without privacy (needs transformers and peft)
+          plain        a plain PyTorch loop over Hugging Face's model without privacy (needs transformers and peft)
 Writes JSON to results/.
 """
 
@@ -45,21 +46,32 @@ from base.files import atomic_write
 from base.flags import Parser
 from base.markdown import markdown, table_line
 from base.memory import keep_memory
-from benchmark_variants import GhostClipping, PlainLoop, YuArithmetic, pad_to, untie
+from benchmark_variants import (
+    LLAMAS,
+    GhostClipping,
+    PlainLoop,
+    YuArithmetic,
+    chosen_variants,
+    needed,
+    pad_to,
+    random_model,
+    untie,
+    vocabulary,
+)
 from corpus.batching import Cut, PublicLengths, TightCut, choose_lengths
 from corpus.examples import Examples
 from losses import MicroBatch
-from model import MODEL_CARDS, GPT2LMModel, LoRAConfig
+from model import MODEL_CARDS
 from optimizer import AdamW, FlatParameters
 from privacy.clipping import BookKeeping, ClippingRule, NonPrivate
 from privacy.opacus_engine import OpacusEngine
 from privacy.randomness import NoiseSource
-from project_scaling import multiply_adds
 from run.settings import DEFAULT_TOKENS
 
 VARIANTS = ("ordinary", "book_keeping", "opacus", "ghost", "padded", "published", "plain")
 # (adapters, completion only, units of a logical batch)
 TASKS = {"e2e_lora": (True, True, 128), "author_full": (False, False, 64), "author_lora": (True, False, 64)}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SLOW_UNITS = {"opacus": 8, "ghost": 8, "padded": 8, "published": 8}  # of a logical batch
 
 
@@ -75,17 +87,17 @@ def make_examples(task: str, units: int, length: int, vocab_size: int, seed: int
     return Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]), first_scored, 0, 0)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> float:
     """Multiply-adds a second of a large matrix product: the best of several."""
     size = (2048, 1024, 4096) if device.type == "cpu" else (8192, 8192, 8192)
     a = torch.randn(size[0], size[1], device=device, dtype=dtype)
     b = torch.randn(size[1], size[2], device=device, dtype=dtype)
     best = float("inf")
     for _ in range(12):
-        start = time.perf_counter()
+        start = clock()
         a @ b
         synchronise(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return size[0] * size[1] * size[2] / best
 
 
@@ -108,21 +120,22 @@ class Step:
     logical: int
     tokens: int  # real tokens of the logical batch
     multiply_adds: float
+    clock: Callable[[], float]
 
     def seconds(self, device: torch.device, batches: list[MicroBatch]) -> float:
         """The time of a whole logical step."""
-        marks = [time.perf_counter()]
+        marks = [self.clock()]
         for part in (lambda: self.gradients(batches), self.update):
             part()
             synchronise(device)
-            marks.append(time.perf_counter())
+            marks.append(self.clock())
         return (marks[1] - marks[0]) * self.logical / self.units + marks[2] - marks[1]
 
 
 def build(variant: str, task: str, options: argparse.Namespace, device: torch.device) -> Step:
     lora, _, logical = TASKS[task]
     logical = options.units or logical
-    units = min(SLOW_UNITS.get(variant, logical), logical)
+    units = min(options.part or SLOW_UNITS.get(variant, logical), logical)
     tokens = options.micro_batch_tokens or DEFAULT_TOKENS[device.type]
     torch.manual_seed(0)
     rule, smoothing = ClippingRule("flat", 1.0), 0.1 if lora else 0.0
@@ -130,7 +143,7 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
         engine = PlainLoop(options.model_card, lora)
         model = engine.model.to(device)
     else:
-        model = GPT2LMModel(MODEL_CARDS[options.model_card], LoRAConfig(4, 32) if lora else LoRAConfig())
+        model = random_model(options.model_card, lora)
         model.freeze_for_training()
         if variant == "ghost":
             untie(model)
@@ -150,13 +163,13 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
         kind = {"book_keeping": BookKeeping, "published": YuArithmetic}.get(variant, OpacusEngine)
         engine = kind(model, flat, rule, smoothing)
     optimizer = AdamW(flat, (0.9, 0.999), 1e-6, 0.01, True)
-    examples = make_examples(task, logical, options.length, 50257)
+    examples = make_examples(task, logical, options.length, vocabulary(options.model_card))
     by_length = np.argsort(examples.lengths, kind="stable")
     every = logical // units  # a part has the lengths of the whole
     drawn = torch.from_numpy(by_length[every // 2 :: every][:units])
     cut: Cut = TightCut(tokens)
     if variant == "book_keeping":  # a private run pads to public lengths; the others pad as little as they can
-        public = make_examples(task, 4 * logical, options.length, 50257, seed=1).inputs
+        public = make_examples(task, 4 * logical, options.length, vocabulary(options.model_card), seed=1).inputs
         filler = products.BLOCK_ROWS[device.type] / 2
         cut = PublicLengths(choose_lengths(public, int(examples.inputs.max()), logical, tokens, filler), tokens)
     batches = list(examples.micro_batches(drawn, cut))
@@ -184,7 +197,8 @@ def build(variant: str, task: str, options: argparse.Namespace, device: torch.de
         units,
         logical,
         int(examples.lengths.sum()),
-        multiply_adds(MODEL_CARDS[options.model_card], int(examples.inputs.sum()), int(scored.sum()), lora),
+        needed(options.model_card, int(examples.inputs.sum()), int(scored.sum()), lora),
+        CLOCKS[options.clock],
     )
 
 
@@ -328,8 +342,7 @@ def comparisons(options: argparse.Namespace, rate: float) -> list[dict]:
 
 def scaling(options: argparse.Namespace) -> list[dict]:
     """Ours over logical batches (E2E's lengths, LoRA) and over lengths (4,096 tokens a step, whole model)."""
-    rows = []
-    cells = [("e2e_lora", units, options.length) for units in (32, 64, 128, 256, 512, 1024)]
+    rows, cells = [], [("e2e_lora", units, options.length) for units in (32, 64, 128, 256, 512, 1024)]
     cells += [("author_full", 4096 // length, length) for length in (32, 64, 128, 256, 512, 1024)]
     print(markdown(("task", "logical batch", "tokens of a text", "real tokens", "seconds a step", "tokens/s")), end="")
     for task, units, length in cells:
@@ -384,14 +397,16 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     others = [name for name in VARIANTS if name != "book_keeping"]
-    parser.add_argument("--variants", nargs="+", choices=others, default=others)
-    parser.add_argument("--model_card", choices=MODEL_CARDS, default="gpt2.sm")
+    parser.add_argument("--variants", nargs="+", choices=others, help="default: all that the model has")
+    parser.add_argument("--model_card", choices=[*MODEL_CARDS, *LLAMAS], default="gpt2.sm")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor seconds")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seq_len", type=int, default=512, help="what Yu et al.'s code pads to")
     parser.add_argument("--length", type=int, default=128, help="tokens of an author's text")
     parser.add_argument("--micro_batch_tokens", type=int, help="padded tokens of a micro-batch (default: the scripts')")
     parser.add_argument("--units", type=int, help="logical batch, in place of the task's own")
+    parser.add_argument("--part", type=int, help="units of it whose gradients are timed (default: all; 8 of the slow)")
     parser.add_argument("--scaling", action="store_true", help="time ours alone over batches and lengths")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--show", nargs="+", metavar="JSON", help="time nothing; print what earlier calls wrote")
@@ -399,16 +414,19 @@ def main() -> None:
     options = parser.parse_args()
     if options.show:
         return show(options.show)
-    for flag in ("repeats", "threads", "units", "micro_batch_tokens"):
+    for flag in ("repeats", "threads", "units", "part", "micro_batch_tokens"):
         if (value := getattr(options, flag)) is not None and value < 1:
             fail(f"--{flag} {value}: expected at least 1")
     for flag in ("seq_len", "length"):
         if not 2 <= getattr(options, flag) <= 1024:
             fail(f"--{flag} {getattr(options, flag)}: expected 2 to 1024, the positions of a GPT-2")
+    if options.clock == "cpu" and options.threads != 1:
+        fail(f"--clock cpu: expected --threads 1, got {options.threads}: threads that wait count, too")
+    options.variants = chosen_variants(options.model_card, options.variants, others)
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {options.threads} threads"
-    rate = matmul_rate(device, torch.bfloat16 if options.bf16 else torch.float32)
+    rate = matmul_rate(device, torch.bfloat16 if options.bf16 else torch.float32, CLOCKS[options.clock])
     print(f"{options.model_card} on {name}: matrix product {rate / 1e9:.1f} G multiply-adds/s")
     rows = scaling(options) if options.scaling else comparisons(options, rate)
     kind = "_scaling" if options.scaling else ""

@@ -11,30 +11,100 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import loralib as lora
+from base.errors import fail
+from language_model import LanguageModel, LoRAConfig
+from llama import LlamaLMModel
+from llama_config import LlamaConfig, read_config
 from losses import MicroBatch
 from model import MLP, MODEL_CARDS, Conv1D, GPT2Block, GPT2LMModel
 from optimizer import FlatParameters
 from privacy.clipping import ClippingRule
 from privacy.opacus_engine import OpacusEngine, UnitLosses
+from project_scaling import multiply_adds
+
+# --model_card -> shape; the weights are random. llama-135m: config.json of HuggingFaceTB/SmolLM2-135M.
+LLAMAS: dict[str, LlamaConfig] = {
+    "llama-135m": read_config(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+        }
+    )
+}
+VARIANTS_OF_GPT2 = ("padded", "published")
+
+
+def chosen_variants(card: str, chosen: list[str] | None, known: list[str]) -> list[str]:
+    """The variants that --variants names, by default all that the model has; UserError for those that it lacks."""
+    had = [name for name in known if card not in LLAMAS or name not in VARIANTS_OF_GPT2]
+    if absent := sorted({*(chosen or [])} - {*had}):
+        fail(f"--variants {' '.join(absent)}: {card} has none such; expected some of {' '.join(had)}")
+    return chosen or had
+
+
+def adapters_of(card: str) -> LoRAConfig:
+    """Llama: rank 8 on every projection. GPT-2: Yu et al.'s, rank 4 on query and value."""
+    return LoRAConfig(8, 32, targets=("all",)) if card in LLAMAS else LoRAConfig(4, 32)
+
+
+def random_model(card: str, adapters: bool) -> LanguageModel:
+    lora_config = adapters_of(card) if adapters else LoRAConfig()
+    if card in LLAMAS:
+        return LlamaLMModel(LLAMAS[card], lora_config)
+    return GPT2LMModel(MODEL_CARDS[card], lora_config)
+
+
+def vocabulary(card: str) -> int:
+    return LLAMAS[card].vocab_size if card in LLAMAS else 50257
+
+
+def needed(card: str, tokens: int, scored: int, adapters: bool) -> float:
+    """multiply_adds() of either family: what the real tokens need in all passes."""
+    if card not in LLAMAS:
+        return multiply_adds(MODEL_CARDS[card], tokens, scored, adapters)
+    shape = LLAMAS[card]
+    once = shape.hidden_size * (tokens * shape.block_outputs + scored * shape.vocab_size)
+    return (2 if adapters else 3) * once
 
 
 class LinearHead(nn.Linear):
     """The untied head that Opacus's ghost clipping needs."""
 
 
-def untie(model: GPT2LMModel) -> None:
-    """Replace what Opacus's ghost clipping has no rule for: Conv1D by nn.Linear, the tied head by one of its own."""
+def untie(model: LanguageModel) -> None:
+    """Replace what Opacus's ghost clipping has no rule for: linear layers of ours without an adapter by nn.Linear, the
+    tied head by one of its own."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, Conv1D):
-                linear = nn.Linear(child.weight.shape[0], child.weight.shape[1])
-                linear.weight.data, linear.bias.data = child.weight.data.T.contiguous(), child.bias.data
+            transposed = isinstance(child, Conv1D)
+            if transposed or (
+                isinstance(child, lora.MergedLinear) and not child.has_adapter() and not child.fan_in_fan_out
+            ):
+                weight = child.weight.data.T.contiguous() if transposed else child.weight.data
+                linear = nn.Linear(*weight.T.shape, bias=child.bias is not None)
+                linear.weight.data = weight
+                if child.bias is not None:
+                    linear.bias.data = child.bias.data
                 linear.requires_grad_(child.weight.requires_grad)
                 setattr(module, name, linear)
-    head = LinearHead(model.config.n_embd, model.config.vocab_size, bias=False)
+    head = LinearHead(model.embedding.embedding_dim, model.config.vocab_size, bias=False)
     head.weight.data = model.lm_head.weight.data.clone()
     head.requires_grad_(model.lm_head.weight.requires_grad)
     model.lm_head = head
+    if not isinstance(model, GPT2LMModel):
+        return
     # its rule for embeddings views the ids as one column, which the expanded positions do not allow
     model.transformer.wpe.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
 
@@ -138,13 +208,38 @@ class GhostClipping:
 
 
 class PlainLoop:
-    """Hugging Face's GPT-2 (with peft's adapters on the fused projection), the loss of a padded batch, backward()."""
+    """Hugging Face's model (with peft's adapters where ours has them), the loss of a padded batch, backward()."""
 
     def __init__(self, card: str, lora: bool):
+        self.model = self.llama(card) if card in LLAMAS else self.gpt2(card)
+        if lora:
+            from peft import LoraConfig, get_peft_model
+
+            parts, config = LlamaLMModel.parts(), adapters_of(card)
+            targets = [f"{part}_proj" for part in parts] if card in LLAMAS else ["c_attn"]
+            self.model = get_peft_model(
+                self.model,
+                LoraConfig(
+                    r=config.dim,
+                    lora_alpha=int(config.alpha),
+                    target_modules=targets,
+                    fan_in_fan_out=card not in LLAMAS,
+                ),
+            )
+
+    @staticmethod
+    def llama(card: str) -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape = LLAMAS[card].to_hugging_face()
+        return LlamaForCausalLM(LlamaConfig(**{**shape, "use_cache": False, "torch_dtype": "float32"}))
+
+    @staticmethod
+    def gpt2(card: str) -> nn.Module:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         shape = MODEL_CARDS[card]
-        self.model = GPT2LMHeadModel(
+        return GPT2LMHeadModel(
             GPT2Config(
                 n_embd=shape.n_embd,
                 n_layer=shape.n_layer,
@@ -155,12 +250,6 @@ class PlainLoop:
                 use_cache=False,
             )
         )
-        if lora:
-            from peft import LoraConfig, get_peft_model
-
-            self.model = get_peft_model(
-                self.model, LoraConfig(r=4, lora_alpha=32, target_modules=["c_attn"], fan_in_fan_out=True)
-            )
 
     def accumulate(self, batch: MicroBatch) -> None:
         labels = torch.full((batch.ids.numel(),), -100, dtype=torch.int64, device=batch.ids.device)

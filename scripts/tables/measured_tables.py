@@ -16,6 +16,7 @@ from base.markdown import dict_table
 
 Line = dict[str, str]  # head -> cell
 TASKS = {"e2e_lora": "E2E, LoRA", "author_full": "authors, full", "author_lora": "authors, LoRA"}
+LLAMA_TASKS = {"author_lora": "LoRA", "author_full": "full"}
 VARIANTS = {
     "ordinary": "non-private, our code",
     "plain": "non-private, Hugging Face loop",
@@ -26,13 +27,20 @@ VARIANTS = {
 }
 
 
+def task_name(result: dict, row: dict) -> str:
+    options = result["options"]
+    if not options["model_card"].startswith("llama"):
+        return TASKS[row["task"]]
+    return f"{LLAMA_TASKS[row['task']]}, {options['length']} tokens"
+
+
 def comparison(result: dict, row: dict) -> Line:
     """A line: our code against a variant. A share of the floor above 1 is left out, since other jobs slowed the matrix
     products by which the floor was measured."""
     ours, other = row["ours"], row["other"]
     share = ours["share_of_matmul_rate"]
     return {
-        "task": TASKS[row["task"]] + ", bf16" * result["options"]["bf16"],
+        "task": task_name(result, row) + ", bf16" * result["options"]["bf16"],
         "against": VARIANTS[row["variant"]],
         "ours/other": f"{row['ratio_median']:.2f}",
         "range": f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}",

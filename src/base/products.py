@@ -124,6 +124,24 @@ def by_rows(function: Callable[..., Tensor], *operands: Tensor, rows: int | None
     return out
 
 
+def product_by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """product(x, weight, bias) in blocks of `rows` (0: all at once), each written where it belongs: by_rows()
+    without its copy of every block. x (n, I), weight (O, I), bias (O,) -> (n, O)."""
+    n = len(x)
+    whole = n - n % rows if rows else 0
+    if not whole or uses_onednn(x, weight):
+        return by_rows(lambda block: product(block, weight, bias), x, rows=rows)
+    out, columns = x.new_empty(n, len(weight)), weight.T
+    for block, target in zip(x[:whole].split(rows), out[:whole].split(rows), strict=True):
+        if bias is None:
+            torch.mm(block, columns, out=target)
+        else:
+            torch.addmm(bias, block, columns, out=target)
+    if whole < n:
+        out[whole:] = product(fill_up(x[whole:], rows), weight, bias)[: n - whole]
+    return out
+
+
 def fill_up(tensor: Tensor, rows: int) -> Tensor:
     """`tensor` (n, ...), n <= rows, with rows of zeros behind it: (rows, ...)."""
     missing = rows - len(tensor)
@@ -143,7 +161,7 @@ class Linear(torch.autograd.Function):
         # a frozen weight needs no input for its gradient, and a weight is needed only for the input's
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
         with torch.autocast(kind, enabled=False):
-            return by_rows(lambda block: product(block, weight, bias), x, rows=rows)
+            return product_by_rows(x, weight, bias, rows)
 
     @staticmethod
     @once_differentiable
@@ -153,7 +171,7 @@ class Linear(torch.autograd.Function):
         type_x, type_weight, type_bias = ctx.types
         with torch.autocast(grad.device.type, enabled=False):
             return (
-                by_rows(lambda block: product(block, weight.T), grad, rows=ctx.rows).to(type_x) if need_x else None,
+                product_by_rows(grad, weight.T, None, ctx.rows).to(type_x) if need_x else None,
                 product(grad.T, x.T).to(type_weight) if need_weight else None,
                 grad.sum(0, dtype=type_bias) if need_bias else None,
                 None,
@@ -200,20 +218,26 @@ def vector_rows(x: Tensor) -> int:
 
 
 class GatedSilu(torch.autograd.Function):
-    """silu(gate) up for gate and up (n, I), in blocks of `rows`."""
+    """silu(gate) up for gate and up (n, I), in blocks of `rows`, all steps of a block while it is in the cache."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, rows: int) -> Tensor:
         ctx.rows = rows
         ctx.save_for_backward(gate, up)
-        return by_rows(F.silu, gate, rows=rows) * up
+        return by_rows(lambda gate, up: F.silu(gate).mul_(up), gate, up, rows=rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
-        d_gate = by_rows(torch.ops.aten.silu_backward, grad * up, gate, rows=ctx.rows)
-        return d_gate, grad * by_rows(F.silu, gate, rows=ctx.rows), None
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        for start in range(0, len(gate), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            g, x, y = (fill_up(tensor[part], ctx.rows) for tensor in (grad, gate, up))
+            left = len(gate[part])
+            d_gate[part] = torch.ops.aten.silu_backward(g * y, x)[:left]
+            d_up[part] = F.silu(x).mul_(g)[:left]
+        return d_gate, d_up, None
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ from privacy.unit_gradients import (
     RULES,
     TIED_CANCELLATION,
     Contributions,
+    Grams,
     Lookup,
+    Outer,
     Ragged,
     by_units,
     unless_all,
@@ -82,8 +84,10 @@ def rounding_share(units: float, longest: int, rows_per_unit: int) -> float:
     k u), u = 2^-53 (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, (3.5) and (4.4); two roundings make
     a term). Of a unit the norm of the terms' sizes is at most sqrt(2 TIED_CANCELLATION) CANCELLATION C: c sees to that
     (gram_norm_sq, add_cross_term). So the error of a sum is at most gamma_(n+2) m times that, and the difference of two
-    sums has twice as much. Beside it 10^-6, more than rounding can do to the norm of the one unit: its notes are exact,
-    the square of a materialised entry errs by 2^-24 of itself, all else by float64.
+    sums has twice as much. A product that is formed alone (unit_gradients.add_alone) is one term: float32 rounds it
+    before it is added, the same way in any company, and its norm counts that rounding. Beside it 10^-6, more than
+    rounding can do to the norm of the one unit: its notes are exact, the square of a materialised entry errs by 2^-24
+    of itself, all else by float64.
     The noise is added in float64, too. What comes after it is computed from what was released.
     """
     t = math.log(1e18)
@@ -109,6 +113,7 @@ class BookKeeping:
         self.batch: MicroBatch | None = None
         self.norms_sq = torch.empty(0)
         self.noted: Contributions = []
+        self.grams = Grams()
         self.waiting: set[nn.Module] = set()
         for module in self.supported_modules():
             module.register_forward_hook(self.watch)
@@ -176,6 +181,8 @@ class BookKeeping:
                 x = x.reshape(U, -1) if x.dtype == torch.int64 else x.reshape(U, -1, x.shape[-1])
                 contributions = RULES[type(module)](module, x, g.reshape(U, -1, g.shape[-1]), self.flat.grad_of)
             for parameter, contribution in contributions:
+                if isinstance(contribution, Outer):
+                    contribution.grams = self.grams
                 self.norms_sq[:, self.column[id(parameter)]] += contribution.norm_sq()
         self.noted += contributions
 
@@ -183,13 +190,14 @@ class BookKeeping:
         """The tied embedding counts once: |E + H|^2 = |E|^2 + |H|^2 + 2 <E, H>.
 
         (|E|^2 + |H|^2)/TIED_CANCELLATION at least: as positions in gram_norm_sq(), the two may cancel only so far.
+        Where H is rounded by r at most, the sum's norm grows by r, its square by 2 r (|E| + |H|) beside what |H| has.
         """
         weight = self.model.lm_head.weight
         head = next(c for parameter, c in self.noted if parameter is weight and isinstance(c, Ragged))
         table = next(c for parameter, c in self.noted if parameter is weight and isinstance(c, Lookup))
         column = self.norms_sq[:, self.column[id(weight)]]
         least = column / TIED_CANCELLATION
-        column.add_(head.cross(table), alpha=2)
+        column += 2 * (head.cross(table) + head.slack * column.sqrt())
         column.copy_(torch.maximum(column, least))
 
     def accumulate(self, batch: MicroBatch) -> Tensor:
@@ -199,7 +207,7 @@ class BookKeeping:
         """
         if not len(batch.targets):  # texts cut down to their contexts: nothing is scored, the gradients are zero
             return torch.zeros(batch.units, device=batch.ids.device)
-        self.batch, self.noted = batch, []
+        self.batch, self.noted, self.grams = batch, [], Grams()
         self.norms_sq = torch.zeros(batch.units, len(self.column), device=batch.ids.device, dtype=torch.float64)
         try:
             with self.flat.frozen(), row_blocks(BLOCK_ROWS[batch.ids.device.type]):
@@ -215,7 +223,7 @@ class BookKeeping:
                 for parameter, contribution in self.noted:
                     contribution.add(factors[:, self.column[id(parameter)]], mask)
         finally:
-            self.batch, self.noted, self.waiting = None, [], set()
+            self.batch, self.noted, self.waiting, self.grams = None, [], set(), Grams()
         return losses.detach()
 
 

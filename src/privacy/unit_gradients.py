@@ -10,7 +10,8 @@ For an outer product the cheaper of two ways to the norm is taken:
 Shapes: U units, S positions of a unit (rows_per_unit x T), P x Q a weight, n scored positions, D width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,9 @@ from model import Conv1D
 # Writing, squaring and summing one entry of a materialised gradient costs about as much as this many multiply-adds of a
 # matrix product (measured on 2 cores: 90 GMAC/s against 4 GB/s a pass of three).
 TRAFFIC_COST = 75
-# Units whose norms one kernel call takes, the last call filled up with zeros: see by_units().
-UNITS = 8
+# Units whose norms one kernel call takes, the last call filled up with zeros, or fewer of more positions together than
+# these: see by_units().
+UNITS, UNITS_POSITIONS = 8, 1024
 # Roundings of 2^-53 that may shrink a squared norm whose terms cancel, beside those of the sum over positions: those of
 # the entries of the Gram matrices, sums over a row of this length; see gram_norm_sq().
 ROUNDING = 2**17
@@ -39,6 +41,16 @@ TIED_CANCELLATION = 8
 # of a matrix product, BLAS wants more: 2^22 took 0.85 of the time of 2^17 for 2,048 positions of GPT-2 small.
 ADDED_ENTRIES = {"cpu": 2**17, "cuda": 2**25}
 MULTIPLIED_ENTRIES = {"cpu": 2**22, "cuda": 2**25}
+# Positions and entries from which a CPU forms a unit's product by itself, in float32, and adds that in float64. With
+# 16 units of 128 positions and 576 x 1536 entries this took 0.73 of the time of a float64 product of all positions;
+# with 64 positions the adding costs what the product saves. A GPU for training multiplies float64 as fast as float32.
+ALONE_POSITIONS, ALONE_ENTRIES = 128, 2**14
+# Entries of such a product that are added at a time: with their sums they stay in the cache.
+ALONE_ADDED = 2**16
+# Rows of a weight whose products are formed at a time: a head's have no room of their own.
+ALONE_ROWS = 2048
+# The most that sum_s |p_s| |q_s| may be there: below, no float32 sum overflows.
+ALONE_MOST = 1e38
 
 
 # ------------------------------------------------------------------ the three kinds of per-unit gradient
@@ -48,20 +60,34 @@ class Outer:
     """sum_s p_s q_s' for each unit: p (U, S, P), q (U, S, Q), added into `target` (P, Q)."""
 
     def __init__(self, target: Tensor, p: Tensor, q: Tensor):
-        self.target, self.p, self.q, self.grads = target, p, q, None
+        self.target, self.p, self.q = target, p, q
+        self.grads: Tensor | None = None
+        self.alone = forms_alone(target, p.shape[1])  # by the layer and the unit's length, so the same in any company
+        self.grams = Grams()  # or those that layers of one input share
 
     def norm_sq(self) -> Tensor:
-        p, q = wide(self.p), wide(self.q)
-        (_, S, P), Q = p.shape, q.shape[2]
+        (_, S, P), Q = self.p.shape, self.q.shape[2]
         if S * S * (P + Q) < TRAFFIC_COST * P * Q:
-            return by_units(lambda p, q: gram_norm_sq(gram(p), gram(q)), p, q)
-        self.grads = by_units(lambda p, q: p.mT @ q, p, q)  # (U, P, Q)
-        self.p = self.q = None
+            if not self.alone:
+                return by_units(lambda p, q: gram_norm_sq(gram(p), gram(q)), wide(self.p), wide(self.q), positions=S)
+            pp, qq = self.grams.of(self.p), self.grams.of(self.q)
+            return by_units(lambda pp, qq: alone_norm_sq(pp, qq, S), pp, qq)
+        p, q = wide(self.p), wide(self.q)
+        del self.p, self.q
+        if self.alone:
+            self.grads = torch.empty(len(p), P, Q, device=p.device, dtype=p.dtype)
+            for u, of_unit in enumerate(self.grads):
+                product_alone(p[u], q[u], of_unit)
+            return by_rows(sum_of_squares, self.grads, rows=1)
+        self.grads = by_units(lambda p, q: p.mT @ q, p, q, positions=S)  # (U, P, Q)
         return by_units(sum_of_squares, self.grads)
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
         if self.grads is not None:
             add_units(self.target, factor, zero_rows(self.grads, finite))
+            return
+        if self.alone:
+            add_alone(self.target, zip(wide(self.p), wide(self.q), strict=True), factor, finite)
             return
         p, q = zero_rows(self.p, finite), zero_rows(self.q, finite)
         if p.shape[2] <= q.shape[2]:
@@ -75,7 +101,7 @@ class Rows:
     """The sum over positions of `rows` (U, S, P) for each unit, added into `target` (P,)."""
 
     def __init__(self, target: Tensor, rows: Tensor):
-        self.target, self.grads = target, by_units(lambda rows: rows.sum(1), wide(rows))
+        self.target, self.grads = target, by_units(lambda rows: rows.sum(1), wide(rows), positions=rows.shape[1])
 
     def norm_sq(self) -> Tensor:
         return by_units(sum_of_squares, self.grads)
@@ -95,7 +121,7 @@ class Lookup:
             same = ids[:, :, None] == ids[:, None, :]  # (U, S, S): two positions add up where they share an entry
             return gram_norm_sq(gram(rows), same.double())
 
-        return by_units(of_units, self.ids, self.rows)
+        return by_units(of_units, self.ids, self.rows, positions=self.ids.shape[1])
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
         rows = zero_rows(self.rows, finite) * factor[:, None, None]
@@ -114,7 +140,14 @@ class Ragged:
         return zip(self.b.split(self.counts), self.h.split(self.counts), strict=True)
 
     def norm_sq(self) -> Tensor:
-        return torch.stack([gram_norm_sq(gram(b), gram(h)) for b, h in self.by_unit()])
+        norms_sq, slacks = [], []
+        for b, h in self.by_unit():
+            grams = gram(b), gram(h)
+            alone = forms_alone(self.target, len(b))
+            norms_sq.append(alone_norm_sq(*grams, len(b)) if alone else gram_norm_sq(*grams))
+            slacks.append(rounding_alone(*grams, len(b)) if alone else torch.zeros_like(norms_sq[-1]))
+        self.slack = torch.stack(slacks)  # (U,), by how much norms were raised for products formed alone
+        return torch.stack(norms_sq)
 
     def cross(self, table: Lookup) -> Tensor:
         """<this gradient, that of the same table's lookups>: sum_{s,t} b_t[x_s] <h_t, e_s>, for each unit."""
@@ -122,11 +155,78 @@ class Ragged:
         return torch.stack([(b[:, ids].double() * (h.double() @ rows.double().T)).sum() for (b, h), ids, rows in units])
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
+        formed = [forms_alone(self.target, count) for count in self.counts]
+        if any(formed):  # on a CPU alone, so that reading what is kept waits for no device
+            alone = torch.tensor(formed)
+            add_alone(self.target, self.by_unit(), factor, alone if finite is None else alone & finite)
+            if all(formed):
+                return
+            finite = ~alone if finite is None else finite & ~alone
         b, h = self.b, self.h * factor[self.unit][:, None]
         if finite is not None:
             bad = ~finite[self.unit][:, None]
             b, h = b.masked_fill(bad, 0), h.masked_fill(bad, 0)
         add_product(self.target, b, h)
+
+
+class Grams:
+    """gram() of each unit's rows (U, S, P), (U, S, S); projections of one input share the input's."""
+
+    def __init__(self):
+        self.kept: list[tuple[Tensor, Tensor]] = []  # rows and what gram() says of them: of the last two
+
+    def of(self, rows: Tensor) -> Tensor:
+        def same(other: Tensor) -> bool:
+            return (other.data_ptr(), other.shape, other.dtype) == (rows.data_ptr(), rows.shape, rows.dtype)
+
+        found = next((pair for pair in self.kept if same(pair[0])), None)
+        if found is None:
+            found = rows, torch.stack([gram(of_unit) for of_unit in rows])
+        self.kept = [found, *(pair for pair in self.kept if pair is not found)][:2]
+        return found[1]
+
+
+def forms_alone(target: Tensor, positions: int) -> bool:
+    """Whether a unit's product of so many positions is formed by itself, in float32, before it is added to `target`."""
+    return target.device.type == "cpu" and target.numel() >= ALONE_ENTRIES and positions >= ALONE_POSITIONS
+
+
+def aligned(rows: Tensor) -> Tensor:
+    """`rows`, or a copy, contiguous and where an allocation may begin: by that, too, libraries choose their kernels."""
+    return (
+        rows
+        if rows.is_contiguous() and rows.data_ptr() % 64 == 0
+        else rows.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def product_alone(p: Tensor, q: Tensor, out: Tensor) -> None:
+    """out (P, Q) = p' q for one unit's p (S, P), q (S, Q), by the same kernel whatever the unit's place."""
+    if out.data_ptr() % 64 == 0:
+        torch.mm(aligned(p).mT, aligned(q), out=out)
+    else:
+        out.copy_(aligned(p).mT @ aligned(q))
+
+
+def add_alone(target: Tensor, units: Iterable[tuple[Tensor, Tensor]], factor: Tensor, kept: Tensor | None) -> None:
+    """target (P, Q) += sum_u factor_u p_u' q_u for the units (p_u (S_u, P), q_u (S_u, Q)) that are `kept` (None: all).
+
+    Each product is float32 (float64 where its factors are) and a function of its unit alone; the root of
+    alone_norm_sq() is at least its norm. The factors and the sum are float64.
+    """
+    chosen = [
+        (p, aligned(q), c)
+        for u, ((p, q), c) in enumerate(zip(units, factor.tolist(), strict=True))
+        if kept is None or kept[u]
+    ]
+    for start in range(0, len(target) if chosen else 0, ALONE_ROWS):
+        part = target[start : start + ALONE_ROWS]
+        of_unit = torch.empty(part.shape, device=part.device, dtype=chosen[0][1].dtype)
+        pieces = list(zip(part.view(-1).split(ALONE_ADDED), of_unit.view(-1).split(ALONE_ADDED), strict=True))
+        for p, q, c in chosen:
+            product_alone(wide(p[:, start : start + ALONE_ROWS]), q, of_unit)
+            for total, piece in pieces:
+                total.add_(piece.double(), alpha=c)
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -159,18 +259,40 @@ def gram_norm_sq(pp: Tensor, qq: Tensor) -> Tensor:
     And it is (sum_s |p_s| |q_s| / CANCELLATION)^2 at least: what rounding can do to the sum over all units' positions
     grows with their sizes (rounding_share).
     """
-    sizes = (pp.diagonal(dim1=-2, dim2=-1) * qq.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1)
+    sizes = sizes_of(pp, qq)
     roundings = ROUNDING + pp.shape[-1] ** 2
     norm_sq = (pp * qq).sum((-2, -1)) + roundings * torch.finfo(pp.dtype).eps / 2 * sizes.square()
     return torch.maximum(norm_sq, (sizes / CANCELLATION).square())  # NaN stays NaN
 
 
-def by_units(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
-    """function(*operands) for operands (U, ...), unit by unit independent, on UNITS units at a time: (U, ...).
+def sizes_of(pp: Tensor, qq: Tensor) -> Tensor:
+    """sum_s |p_s| |q_s| from the Gram matrices (..., S, S)."""
+    return (pp.diagonal(dim1=-2, dim2=-1) * qq.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1)
+
+
+def rounding_alone(pp: Tensor, qq: Tensor, positions: int) -> Tensor:
+    """The most by which float32 changes a sum over `positions`, in any order, by its Gram matrices (..., S, S): (...).
+
+    gamma_S sum_s |p_s| |q_s|, gamma_S = S u/(1 - S u), u = 2^-24 (Higham, 2002, (3.13), Frobenius norm); and what
+    numbers below 2^-126 lose: that times S and the root of the entries, under 10^-30.
+    """
+    share = positions * 2.0**-24
+    return share / (1 - share) * sizes_of(pp, qq) + 1e-30
+
+
+def alone_norm_sq(pp: Tensor, qq: Tensor, positions: int) -> Tensor:
+    """gram_norm_sq() for a sum that product_alone() forms, raised by its rounding; infinite where it might overflow."""
+    norm = gram_norm_sq(pp, qq).sqrt() + rounding_alone(pp, qq, positions)
+    return torch.where(sizes_of(pp, qq) < ALONE_MOST, norm.square(), math.inf)
+
+
+def by_units(function: Callable[..., Tensor], *operands: Tensor, positions: int = 1) -> Tensor:
+    """function(*operands) for operands (U, ...), unit by unit independent, on UNITS units at a time, or fewer of many
+    positions: (U, ...).
 
     A batched product or a reduction of another number of units may be another kernel, with its sums in another order.
     """
-    return by_rows(function, *operands, rows=UNITS)
+    return by_rows(function, *operands, rows=max(1, min(UNITS, UNITS_POSITIONS // max(1, positions))))
 
 
 def sum_of_squares(grads: Tensor) -> Tensor:

@@ -162,6 +162,12 @@ def run_engine(name: str, model: LanguageModel, rule: ClippingRule, batches: lis
     return losses, sums_of(flat)
 
 
+def alone_from(monkeypatch, positions: int = 1, entries: int = 1) -> None:
+    """Let units of so many positions form products of so many entries alone, as with real sizes on a CPU."""
+    monkeypatch.setattr(layers, "ALONE_POSITIONS", positions)
+    monkeypatch.setattr(layers, "ALONE_ENTRIES", entries)
+
+
 def sums_of(flat: FlatParameters) -> Gradients:
     return {name: flat.grad_of(parameter).detach().clone() for name, parameter in flat.named}
 

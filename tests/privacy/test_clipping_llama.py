@@ -10,6 +10,7 @@ from torch import nn
 from helpers.clipping_oracle import (
     ENGINES,
     FLOAT64,
+    alone_from,
     check_all,
     clipped,
     clipped_sum,
@@ -61,6 +62,21 @@ def test_engines_equal_the_loop(mode, monkeypatch):
 @pytest.mark.parametrize("rows, shortest, longest", [(3, 2, 14), (1, 60, 90)])
 def test_several_texts_and_lengths(mode, rows, shortest, longest, monkeypatch):
     check_all(model_of(mode), draw_units(3, rows, shortest, longest, seed=rows), monkeypatch, rows, rules=("flat",))
+
+
+@pytest.mark.parametrize("mode", TWO)
+@pytest.mark.parametrize("positions, rows_of_a_part", [(1, 2048), (9, 7)])
+def test_products_formed_alone(mode, positions, rows_of_a_part, monkeypatch):
+    """All units, or the long ones among short ones. A text of few positions is raised by their float32 rounding, 2^-24
+    each, over and above what float64 does: that much the sum may differ."""
+    alone_from(monkeypatch, positions)
+    monkeypatch.setattr(layers, "ALONE_ROWS", rows_of_a_part)
+    model, units = model_of(mode), draw_units(6, 1, 4, 14, seed=3)
+    for rule in (ClippingRule("flat", 0.02), ClippingRule("automatic", 1.0)):
+        expected = clipped_sum(unit_gradients(model, units, 0.1)[1], rule)
+        for name in ("ghost", "materialise", "chosen"):
+            _, found = run_engine(name, model, rule, [pack(units)], monkeypatch, 0.1)
+            assert distance(found, expected) < 14 * 2**-24 * 20 + FLOAT64
 
 
 def test_repeated_tokens(monkeypatch):

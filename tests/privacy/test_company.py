@@ -15,7 +15,7 @@ import torch
 from base.products import by_rows
 from corpus.authors import AuthorTexts
 from corpus.batching import PublicLengths, TightCut, choose_lengths
-from helpers.clipping_oracle import as_examples, demo_model, make_model
+from helpers.clipping_oracle import alone_from, as_examples, demo_model, make_model
 from helpers.llamas import tiny_config
 from losses import MicroBatch
 from model import GPT2Config, LoRAConfig
@@ -189,6 +189,26 @@ def test_the_same_bits_in_any_company(engine, cost, rule, model, bf16, monkeypat
     seen = contributions(engine, model_of(model), data, companies(np.random.default_rng(5)),
                          PublicLengths(LENGTHS, 512), rule, bf16, monkeypatch)
     assert_one_contribution_each(seen, 12)
+
+
+@pytest.mark.parametrize("cost", [0, 1e9], ids=["materialised", "ghost"])
+@pytest.mark.parametrize("model, bf16", [("gpt2 full", False), ("llama full", True), ("biased full", False)])
+def test_the_same_bits_of_products_formed_alone(cost, model, bf16, monkeypatch):
+    """What is added is a product of the unit's own, whose bits come from its notes, its place in memory aside."""
+    monkeypatch.setattr(layers, "TRAFFIC_COST", cost)
+    alone_from(monkeypatch)
+    formed, form = {}, layers.product_alone
+
+    def product_alone(p, q, out):
+        form(p, q, out)
+        formed.setdefault(bytes_of(p) + bytes_of(q), set()).add(hashlib.sha256(bytes_of(out)).hexdigest())
+
+    monkeypatch.setattr(layers, "product_alone", product_alone)
+    seen = contributions("book_keeping", model_of(model), as_examples(texts(WATCHED + COMPANY)),
+                         companies(np.random.default_rng(5))[:15], PublicLengths(LENGTHS, 512), "flat", bf16,
+                         monkeypatch)
+    assert_one_contribution_each(seen, 12)
+    assert len(formed) > 12 and [len(found) for found in formed.values()] == [1] * len(formed)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.clipping_oracle import draw_units, make_model, pack
+from helpers.clipping_oracle import alone_from, draw_units, make_model, pack
 from optimizer import FlatParameters
 from privacy import unit_gradients as layers
 from privacy.clipping import BookKeeping, ClippingRule, rounding_share
@@ -58,6 +58,50 @@ def test_positions_that_cancel_more_than_allowed():
     sizes = (p.norm(dim=2) * q.norm(dim=2)).sum(1) * factors[:, 0]
     assert sizes.max() <= layers.CANCELLATION * (1 + 1e-5)
     assert (sizes > layers.CANCELLATION * 0.99).all()
+
+
+@pytest.mark.parametrize("kind", ["layer", "head"])
+def test_float32_products_that_cancel_stay_below_C(kind, monkeypatch):
+    """What is added of one unit, rounding of its float32 product included; without the raised norm it is above C."""
+    alone_from(monkeypatch)
+
+    def added(h, g) -> float:
+        target = torch.zeros(h.shape[1], g.shape[1], dtype=torch.float64)
+        unit = Outer(target, h[None], g[None]) if kind == "layer" else Ragged(target, h, g, [len(h)])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "TRAFFIC_COST", math.inf)
+            factors, _ = ClippingRule("flat", 1e-6).factors(unit.norm_sq()[:, None])
+        unit.add(factors[:, 0], None)
+        return float(target.norm()) / 1e-6
+
+    def largest() -> float:
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for _ in range(300):
+            h, g, rest = (torch.randn(64, 4, generator=generator) * scale for scale in (1, 1, 1e-6))
+            found.append(added(torch.cat([h, h]), torch.cat([g, rest - g])))
+        return max(found)
+
+    monkeypatch.setattr(layers, "CANCELLATION", math.inf)
+    monkeypatch.setattr(layers, "ROUNDING", -128**2)  # what is raised for float64's rounding would cover this, too
+    assert largest() <= 1
+    monkeypatch.setattr(layers, "rounding_alone", lambda pp, qq, positions: torch.zeros(pp.shape[:-2]))
+    assert largest() > 1.001
+
+
+@pytest.mark.parametrize("kind", ["layer", "head"])
+def test_a_float32_product_that_would_overflow_adds_nothing(kind, monkeypatch):
+    """Its Gram matrices are float64 and finite."""
+    alone_from(monkeypatch)
+    target = torch.zeros(2, 2, dtype=torch.float64)
+    p, q = torch.full((3, 2), 1e25), torch.full((3, 2), 1e20)
+    unit = Outer(target, p[None], q[None]) if kind == "layer" else Ragged(target, p, q, [3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "TRAFFIC_COST", math.inf)
+        factors, finite = ClippingRule("flat", 1.0).factors(unit.norm_sq()[:, None])
+    assert finite.tolist() == [False] and float(factors) == 0
+    unit.add(factors[:, 0], finite)
+    assert not target.any()
 
 
 def test_lookups_and_head_that_cancel(monkeypatch):
