@@ -162,9 +162,9 @@ def test_training_for_authors(device, steps, monkeypatch, tmp_path, changed):
     assert {"evaluation", "checkpoint"} <= set(device.of("read"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [
-    {"canary_kind": "gradient"}, *(pytest.param(changed, marks=pytest.mark.slow) for changed in (
-        {"canary_kind": "text"}, {"canary_kind": "text", "lora_dim": 2}))], ids=str)
+    {"canary_kind": "gradient"}, {"canary_kind": "text"}, {"canary_kind": "text", "lora_dim": 2}], ids=str)
 def test_an_audit(device, monkeypatch, tmp_path, changed):
     folder = small_runs.material()
     flags = {"train_data": folder / "train.jsonl", "model_card": folder / "tiny", "init_checkpoint": folder / "tiny",
