@@ -15,6 +15,7 @@ import frontier
 import judge_samples
 import leaks
 import likeness
+from helpers.judged import flags, write, write_world
 from helpers.processes import ROOT, assert_user_error, run_script
 from segments import UserError
 from suffixes import common_prefixes, longest_spans, suffix_array
@@ -250,34 +251,9 @@ def test_a_real_embedder(tmp_path):
 # ------------------------------------------------------------------ the command
 
 
-def write(path, lines: list) -> None:
-    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
-
-
 @pytest.fixture
 def world(tmp_path):
-    """Samples of which one is a copy; six private texts of which the last is a planted secret; a secret beside it."""
-    private = [f"the {animal} sat on the mat" for animal in ("cat", "dog", "hen", "cow", "ant")] + ["q w e"]
-    write(tmp_path / "samples.jsonl", [{"text": text, "tokens": tokens} for text, tokens in
-                                       (("the dog sat on the mat", [1, 2]), ("a fox <b> & runs", [7, 8, 9]))])
-    write(tmp_path / "private.jsonl", [{"text": text} for text in private])
-    write(tmp_path / "held_out.txt", ["the fox sat on the log", "the owl flew", "a fox runs"])
-    losses = {"train": [1, 1, 1, 1, 1, 0.1], "held_out": [2, 2, 0.5], "candidates": [0.1, 3, 4, 5, 2, 1, 3, 0.5]}
-    for name in ("losses", "reference"):
-        files = {key: {"losses": value if name == "losses" else [3] * len(value)} for key, value in losses.items()}
-        write(tmp_path / f"{name}.json", [{"format": 1, "files": files}])
-    secrets = [{"kind": "new tokens", "planted": planted, "secret": secret, "text": "q w e"}
-               for planted, secret in ((True, [7, 8, 9]), (False, [4, 4, 4]))]
-    write(tmp_path / "secrets.json", [{"format": 1, "repeats": 1, "others": 3, "secrets": secrets}])
-    write(tmp_path / "searched.jsonl", [{"id": 0, "predict": [7, 8, 9, 0]}, {"id": 1, "predict": [4, 4]}])
-    return tmp_path
-
-
-def flags(world, **changed: str | None) -> list[str]:
-    files = {"samples": "samples.jsonl", "private": "private.jsonl", "held_out": "held_out.txt",
-             "losses": "losses.json", "reference": "reference.json", "secrets": "secrets.json",
-             "searched": "searched.jsonl", "json": "out.json", **changed}
-    return [word for name, file in files.items() if file is not None for word in (f"--{name}", str(world / file))]
+    return write_world(tmp_path)
 
 
 def test_the_judgement(world, monkeypatch, capsys):
