@@ -11,7 +11,7 @@ install_requirements requirements.txt
 rm -rf trained_models/synthetic_quickstart
 PYTHON="$PYTHON" exec bash scripts/synthesize.sh --runs trained_models/synthetic_quickstart --nproc 2 \
     --data data/demo --vocab vocab/demo --model pretrained_checkpoints/demo --seq_len 128 --epsilon 8 --batch 512 \
-    --samples 8 --max_new_tokens 60 --others 255 --open_batch 32 \
+    --samples 8 --temperature 0.7 --max_new_tokens 60 --others 255 --open_batch 32 \
     --private_flags "--lora_dim 8 --lr 0.016 --scheduler linear --adam_beta2 0.98 --weight_decay 0.0 --max_epoch 4 \
         --log_interval 3" \
     --open_flags "--lr 0.002 --scheduler linear --correct_bias --weight_decay 0.0 --max_epoch 6 \

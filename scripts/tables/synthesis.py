@@ -6,8 +6,8 @@ The data are train.txt, valid.txt and test.txt in E2E's form. Of train.txt, line
 (src/plant_secrets.py). Two models are trained on the rest: one with --epsilon, and one without privacy and long enough
 to overfit, which shows what epsilon prevents. Both write texts behind the contexts of valid.txt, which are taken for
 public. Then: a small model is trained on the samples alone, another on the private text, and each is tested on
-test.txt; eval/synthetic/ judges likeness and leaks. --model is the start of all of them, and the reference that saw
-none of the data.
+test.txt; eval/synthetic/ judges likeness and leaks. --model is the start of all of them. The reference model of
+membership inference is trained on valid.txt.
 
 Leaves in --runs: page.html, table.md, synthesis.json, and a folder for each model. The same command goes on with what
 was stopped.
@@ -36,6 +36,7 @@ from synthesis_table import MODELS, NO_PRIVACY, NOTHING, PRIVATE, PRIVATE_TEXT, 
 from tasks import fill
 
 PARTS = ("train", "valid", "test")
+REFERENCE = "reference"
 FORMAT = """python src/format_converting_e2e.py $data/$part.txt $runs/data/${part}_formatted.jsonl"""
 ENCODE = """python src/gpt2_encode.py --vocab $vocab --add_bos --add_eos --input $runs/data/${part}_formatted.jsonl
     --output $runs/data/$part.jsonl"""
@@ -53,7 +54,7 @@ SEARCH = """python src/gpt2_beam.py --init_checkpoint $folder --data $runs/plant
     --output_file secrets_found.jsonl"""
 JUDGE = """python eval/synthetic/judge_samples.py --samples $folder/samples.jsonl
     --private $runs/planted/train_texts.jsonl --held_out $runs/planted/held_out_texts.jsonl
-    --losses $folder/losses.json --reference $runs/nothing/losses.json --secrets $runs/planted/secrets.json
+    --losses $folder/losses.json --reference $runs/reference/losses.json --secrets $runs/planted/secrets.json
     --searched $folder/secrets_found.jsonl $embedder --json $folder/judgement.json"""
 TEST_LOSS = """python src/text_losses.py --init_checkpoint $weights --seq_len $seq_len --data $runs/data/test.jsonl
     --output $folder/test_loss.json"""
@@ -291,11 +292,14 @@ class Plan:
         ]
 
     def leaks(self, name: str) -> list[Job]:
+        """Samples, losses and a search of a model; of REFERENCE, which is trained first, losses alone."""
         folder = f"{self.args.runs}/{name}"
-        values = {"folder": folder, "weights": self.args.model if name == NOTHING else folder}
+        values = {"folder": folder, "weights": folder}
         losses = self.job(f"losses {name}", LOSSES, f"{folder}/losses.json", **values)
-        if name == NOTHING:
-            return [losses]
+        if name == REFERENCE:
+            flags = f"{self.args.use_flags} --train_batch_size {self.args.open_batch} --noise_multiplier 0"
+            data = {"train": f"{self.args.runs}/data/valid.jsonl", "valid": f"{self.args.runs}/data/test.jsonl"}
+            return [self.training(name, flags, launch=["python"], **data), losses]
         return [
             self.job(f"sample {name}", SAMPLE, f"{folder}/samples.jsonl", **values),
             losses,
@@ -353,7 +357,7 @@ def main() -> None:
     work.chains([plan.plant()])
     for training in plan.trainings():  # one after the other: each takes all processes
         work.chains([training])
-    work.chains(*map(plan.leaks, (PRIVATE, NO_PRIVACY, NOTHING)))
+    work.chains(*map(plan.leaks, (REFERENCE, PRIVATE, NO_PRIVACY)))
     work.chains(*map(plan.use, (PRIVATE_TEXT, PRIVATE, NO_PRIVACY, NOTHING)), *map(plan.judge, (PRIVATE, NO_PRIVACY)))
     rows = [row_of(args.runs, name, work.seconds) for name in MODELS]
     result = {

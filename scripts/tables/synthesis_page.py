@@ -157,13 +157,13 @@ def write_page(path: str, runs: str, rows: list[dict]) -> None:
     lines = lines_of(rows)
     heads = [head for head in lines[0] if any(line[head] for line in lines)]
     training = draw(
-        {NAMES[name]: read_metrics(folder) for name, folder in folders.items()}, {read_delta(folders[PRIVATE])}, "step"
+        {NAMES[name]: read_metrics(folder) for name, folder in folders.items()}, {read_delta(folders[PRIVATE])}, "epoch"
     )
     parts = [
         "<h1>Synthetic text, and what it gives away</h1>\n",
         f'<div class="banner">This page shows private text and figures of it: <b>{MARK}</b>.</div>\n',
         promise(report),
-        "<h2>What the samples are worth, and what they leak</h2>\n",
+        "<h2>What the samples are worth, and what they and their model leak</h2>\n",
         table(heads, [[escape(line[head]) for head in heads] for line in lines]),
         "<p>A small model was trained on each text in equally many steps, and tested on real text that no training "
         "saw. In brackets: the same figure of what was not trained on (secrets that were not planted, held-out "

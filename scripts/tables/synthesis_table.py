@@ -50,23 +50,19 @@ def lines_of(rows: list[dict]) -> list[dict[str, str]]:
         line["test loss"], line["BLEU"] = f"{row['use']['loss']:.3f}", f"{row['use']['BLEU']:.4f}"
         secrets = judged.get("secrets", {})
         for kind in ("new tokens", "ordinary words"):
-            groups = secrets.get(kind)
-            for group in ("planted", "not planted"):
-                found = groups[group] if groups else None
-                of = f"{found['recovered']['found']} of {found['secrets']}" if found else "-"
-                exposure = f"{found['exposure']['mean']:.1f}" if found else "-"
-                if group == "planted":
-                    line[f"secrets of {kind} recovered"] = of
-                    line["exposure [bits]" if kind == "new tokens" else "exposure [bits] "] = exposure
-                elif found:
-                    key = "exposure [bits]" if kind == "new tokens" else "exposure [bits] "
-                    line[key] += f" ({exposure})"
-        attack = judged.get("membership", {}).get("reference")
-        line["membership, area"] = line["true positives at 1 %"] = "-"
-        if attack:
-            line["membership, area"] = f"{attack['area']['value']:.3f}"
-            share = attack["true_positives"]["0.01"]
-            line["true positives at 1 %"] = f"{share['value']:.3f}" if share else "-"
+            recovered = exposure = "-"
+            if kind in secrets:
+                planted, other = (secrets[kind][group] for group in ("planted", "not planted"))
+                recovered = f"{planted['recovered']['found']} of {planted['secrets']}"
+                exposure = f"{planted['exposure']['mean']:.1f} ({other['exposure']['mean']:.1f})"
+            line[f"{kind}: recovered"], line[f"{kind}: exposure [bits]"] = recovered, exposure
+        attacks = judged.get("membership")
+        line["membership: area by loss, by reference"] = line["true positives at 1 %"] = "-"
+        if attacks:
+            found = [attacks[name] for name in ("loss", "reference")]
+            line["membership: area by loss, by reference"] = ", ".join(f"{one['area']['value']:.3f}" for one in found)
+            shares = [one["true_positives"]["0.01"] for one in found]
+            line["true positives at 1 %"] = ", ".join(f"{share['value']:.3f}" if share else "-" for share in shares)
         copies = judged.get("copies")
         line["copied span [words]"] = line["near duplicates"] = "-"
         if copies:

@@ -42,8 +42,8 @@ def write_runs(runs: pathlib.Path, judgement: dict) -> pathlib.Path:
     """What scripts/synthesize.sh leaves, as far as its table and page read it. judgement: that of both models."""
     for name, epsilon in (("private", 7.5), ("no_privacy", "inf")):
         folder = runs / name
-        steps = [{"step": step, "loss": 3 - step, "grad_norm": 1.0, "noise_norm": 0.5, "epsilon": step * 1.0}
-                 for step in (1, 2)]
+        steps = [{"step": step, "epoch": step / 2, "loss": 3 - step, "grad_norm": 1.0, "noise_norm": 0.5,
+                  "epsilon": step * 1.0} for step in (1, 2)]
         write(folder / "metrics.jsonl", steps)
         write(folder / "args.json", [{"delta": 1e-5}])
         risk = {"curve": {"0.001": 0.01, "0.1": 0.5, "0.9": 1.0}}

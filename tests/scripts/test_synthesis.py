@@ -44,11 +44,14 @@ def test_the_table(runs):
     lines = {line["a small model of"]: line for line in lines_of(rows)}
     private, nothing = lines["samples, with privacy"], lines["nothing (the start)"]
     assert private["epsilon"] == "7.50" and lines["samples, without privacy"]["epsilon"] == "inf"
-    assert private["secrets of new tokens recovered"] == "1 of 1" and private["exposure [bits]"] == "2.0 (0.4)"
-    assert private["membership, area"] == "0.667" and private["true positives at 1 %"] == "-"  # three others
+    assert private["new tokens: recovered"] == "1 of 1" and private["new tokens: exposure [bits]"] == "2.0 (0.4)"
+    assert private["ordinary words: recovered"] == "-"
+    assert private["membership: area by loss, by reference"] == "0.667, 0.667"
+    assert private["true positives at 1 %"] == "-, -"  # of three others
     assert private["training, CPU [s]"] == "3" and private["samples, CPU [s]"] == "-"
     assert private["copied span [words]"] == "2.0 (2.5)"  # of two samples; one of three private texts that hold all
-    assert nothing["epsilon"] == "0" and nothing["test loss"] == "1.500" and nothing["membership, area"] == "-"
+    assert nothing["epsilon"] == "0" and nothing["test loss"] == "1.500"
+    assert nothing["membership: area by loss, by reference"] == "-"
     assert "examples" not in rows[1]["judged"] and "curve" not in rows[1]["judged"]["membership"]["loss"]
 
 
@@ -205,3 +208,29 @@ def test_the_command_says_a_mistake_in_one_line(tmp_path):
                 env=environment(PYTHON=sys.executable))
     assert_user_error(done, "test.txt", "swapped")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_from_the_data_to_the_page(tmp_path):
+    """The whole command on a few hundred lines; called again, it has nothing left to do."""
+    for part, lines in (("train", 300), ("valid", 12), ("test", 12)):
+        text = (ROOT / f"data/demo/{part}.txt").read_text(encoding="utf-8").splitlines()[:lines]
+        write(tmp_path / f"data/{part}.txt", text)
+    common = "--scheduler constant --lr 0.001 --max_step 3 --log_interval 1"
+    options = {"data": tmp_path / "data", "vocab": ROOT / "vocab/demo", "model": ROOT / "pretrained_checkpoints/demo",
+               "runs": tmp_path / "runs", "seq_len": 128, "held_out": 60, "secrets": 2, "others": 15, "samples": 2,
+               "max_new_tokens": 20, "batch": 32, "open_batch": 4, "nproc": 2,
+               **{f"{kind}_flags": common for kind in ("private", "open", "use")}}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    env = environment(PYTHON=sys.executable)
+    command = ["bash", str(ROOT / "scripts/synthesize.sh"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sample: ") >= 1 and "| samples, with privacy " in done.stdout
+    result = json.loads((tmp_path / "runs/synthesis.json").read_text())
+    private, open_model = ({row["name"]: row for row in result["rows"]}[name] for name in ("private", "no_privacy"))
+    assert private["privacy"]["N"] == 240 + 4 and 7 < private["privacy"]["epsilon_prv"] <= 8
+    assert open_model["privacy"]["epsilon_prv"] == "inf"
+    again = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert again.returncode == 0 and " s, CPU " not in again.stdout and json.loads(
+        (tmp_path / "runs/synthesis.json").read_text())["seconds"] == result["seconds"]
