@@ -77,8 +77,12 @@ class Flags(TrainedModel):
         metavar="TEXT",
     )
     seed: int = flag(0, "of the random numbers: the same one gives the same texts (default 0)", least=0)
-    output: str = flag(REQUIRED, "JSON lines of the samples: prompt, text, tokens, logprob (of the sampled tokens under "
-                       "the distribution that they are drawn from)", metavar="FILE")
+    output: str = flag(
+        REQUIRED,
+        "JSON lines of the samples: prompt, text, tokens, and logprob, which is that of the tokens under the "
+        "distribution that they are drawn from",
+        metavar="FILE",
+    )
     batch_size: int | None = flag(
         help=f"samples in work at once (default: {BATCH['cpu']}, on a GPU {BATCH['cuda']}, as far as --token_budget "
         "allows). It changes no text",
@@ -291,8 +295,14 @@ def make_decoder(flags: Flags, world: World, model: LanguageModel, work: Work, c
 
 
 def draw_share(
-    flags: Flags, world: World, work: Work, jobs: list[Job], decoder: LineDecoder, tokenizer: Tokenizer,
-    journal: Journal, identity: dict,
+    flags: Flags,
+    world: World,
+    work: Work,
+    jobs: list[Job],
+    decoder: LineDecoder,
+    tokenizer: Tokenizer,
+    journal: Journal,
+    identity: dict,
 ) -> dict[int, dict]:
     """Draw the samples of `jobs`, writing each into this rank's journal; index -> {"tokens", "logprob"}."""
     found, tokens, begin = {}, 0, time.perf_counter()

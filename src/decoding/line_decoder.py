@@ -7,8 +7,8 @@ batch. Hence every kernel gets shapes that depend on the sample alone:
   which the CPU's and the GPU's kernels treat each slot and head by itself;
 - a context is read by itself, and its keys and values are copied to all its samples.
 
-Shapes: S slots, L positions, R rows (slots at work), B contexts, T tokens, D width, H heads, N heads of keys and values,
-W width of a head.
+Shapes: S slots, L positions, R rows (slots at work), B contexts, T tokens, D width, H heads, N heads of keys and
+values, W width of a head.
 """
 
 import functools
@@ -105,8 +105,9 @@ class LineDecoder(PackedModel):
             N, W, found = self.heads, self.width, []
             for a, b, slot, reach, bias in runs:
                 queries = query[a:b].unflatten(1, (N, -1))  # (n, N, H/N, W)
-                kv = self.kv[layer, slot : slot + b - a, :reach].view(b - a, reach, 2, N, W).permute(2, 0, 3, 1, 4)
-                found.append(F.scaled_dot_product_attention(queries, *kv, attn_mask=bias).flatten(1))
+                kv = self.kv[layer, slot : slot + b - a, :reach].view(b - a, reach, 2, N, W)
+                keys, values = kv.permute(2, 0, 3, 1, 4)  # (n, N, reach, W)
+                found.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias).flatten(1))
             return torch.cat(found)  # (R, H W)
 
         with row_blocks(self.rows):

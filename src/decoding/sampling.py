@@ -42,7 +42,8 @@ class SamplingRules:
 
 @dataclass(frozen=True)
 class Job:
-    """Sample `sample` of prompt number `prompt`, whose tokens are `context`, not empty. index: its place in the output."""
+    """Sample `sample` of prompt number `prompt`, whose tokens are `context`, not empty. index: its place in the
+    output."""
 
     index: int
     prompt: int
