@@ -20,7 +20,7 @@ from base.errors import fail, run_main
 PROGRAMS = """
     benchmark_beam benchmark_training project_scaling
     make_author_corpus make_demo_data make_demo_vocab make_english_corpus
-    runner
+    runner synthesis
 """.split()
 
 

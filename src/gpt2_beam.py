@@ -31,20 +31,18 @@ from base.distributed import World, start
 from base.errors import fail, run_main
 from base.files import atomic_write, check_link, read_lines
 from base.flags import REQUIRED, Given, SettingsParser, flag, spelled
-from corpus.tokenizer import check_vocabulary_fits, foreign_vocabulary, load_tokenizer
 from decoding.beam_search import SearchSettings, beam_search
 from decoding.journal import Journal
 from decoding.tree_decoder import TreeDecoder
-from families import PARTS
-from language_model import EVERY_PART, LanguageModel, Shape
-from weights.checkpoint import Loaded, load_trained
+from language_model import LanguageModel, Shape
+from run.trained import TrainedModel, load, vocabulary, without_padding
 from weights.foreign import fingerprint
 
 WAIT_SECONDS = 24 * 3600  # how long a rank that is done waits for the others
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class Flags(TrainedModel):
     """The command line."""
 
     data: str = flag(REQUIRED, "JSON lines of token ids, as gpt2_encode.py makes them")
@@ -58,36 +56,8 @@ class Flags:
     seq_len: int = flag(512, "tokens of context and generated text together")
     eval_len: int = flag(256, "tokens to generate at most; contexts keep seq_len - eval_len", least=1)
     min_length: int = flag(0, "no EOS before so many tokens", least=0)
-    model_card: str | None = flag(
-        help="gpt2.sm, gpt2.md, gpt2.lg, gpt2.xl, or a folder or file with config.json; default: the checkpoint's shape"
-    )
-    init_checkpoint: str = flag(
-        REQUIRED,
-        "weight file (of an average: average.{step}.pt), or a folder: its newest model.{step}.pt, PEFT's or Hugging "
-        "Face's file",
-    )
-    base_checkpoint: str | None = flag(help="the frozen weights under an adapter-only checkpoint, if not where it says")
     platform: str = flag("local", "local or k8s")
     local_rank: int | None = flag(names=("local_rank", "local-rank"), help="set by torch.distributed.launch")
-    lora_dim: int | None = flag(help="adapter's rank; default: the checkpoint's, with which it must agree", least=0)
-    lora_alpha: float | None = flag(
-        help="adapter's alpha; default: the checkpoint's, with which it must agree", positive=math.inf
-    )
-    lora_target: tuple[str, ...] | None = flag(
-        help="parts of a block that have an adapter; default: the checkpoint's, with which it must agree, or query "
-        "value where it does not say",
-        nargs="+",
-        choices=(*PARTS, EVERY_PART),
-    )
-    vocab: str | None = flag(
-        help="folder of the tokenizer: says --vocab_size, and which ids end a text (default: a tokenizer.json beside "
-        "the weights or the frozen ones, unless GPT-2's)"
-    )
-    vocab_size: int | None = flag(
-        help="ids of the vocabulary, where the model has more rows than that: the others are padding, and are never "
-        "predicted (default: all of a model's, of a GPT-2's at most 50257)",
-        least=1,
-    )
     beam: int = flag(1, "beams of each context", least=1)
     length_penalty: float = flag(1.0, "a finished beam scores total / length**length_penalty")
     no_repeat_ngram_size: int = flag(4, "forbid generating an n-gram twice; 0 allows it", least=0)
@@ -192,40 +162,6 @@ def read_contexts(flags: Flags, vocab_size: int) -> tuple[list[list[int]], list[
     return [list(context) for context in index_of], of_line, cut
 
 
-def load(flags: Flags) -> Loaded:
-    """The model, on the CPU in float32. UserError where it is not as the flags say."""
-    adapter = (flags.lora_dim, flags.lora_alpha, flags.lora_target)
-    loaded = load_trained(flags.init_checkpoint, flags.model_card, flags.base_checkpoint, *adapter)
-    config = loaded.model.config
-    if flags.seq_len > config.n_positions:
-        fail(f"--seq_len {flags.seq_len}: {config.limit}; choose at most {config.n_positions}")
-    return loaded
-
-
-def vocabulary(flags: Flags, loaded: Loaded) -> tuple[int | None, frozenset[int]]:
-    """(--vocab_size, or the size of the tokenizer in --vocab, beside the weights or the frozen ones; the ids that end a
-    text there); (None, none) where no flag and no file says them."""
-    places = (flags.init_checkpoint, flags.base_checkpoint, loaded.base_path)
-    folder = flags.vocab or foreign_vocabulary(*places)
-    if folder is None:
-        return flags.vocab_size, frozenset()
-    tokenizer, model = load_tokenizer(folder), f"--init_checkpoint {flags.init_checkpoint}"
-    check_vocabulary_fits(folder, tokenizer.vocab_size, loaded.model.config.vocab_size, model, *places)
-    return flags.vocab_size or tokenizer.vocab_size, tokenizer.ends
-
-
-def without_padding(model: LanguageModel, vocab_size: int | None) -> LanguageModel:
-    """The model with the rows of its vocabulary alone. Many are padded to a multiple of 64 or 128 for speed: such a row
-    is no token, but has a probability. vocab_size None: as far as the shape tells."""
-    rows = model.config.vocab_size
-    kept = model.config.known_tokens if vocab_size is None else vocab_size
-    if kept > rows:
-        fail(f"--vocab_size {kept}: the model has {rows} ids; give at most that many, or leave it out")
-    if kept < rows:
-        model.keep_vocabulary(kept)
-    return model
-
-
 def identity(model: LanguageModel, contexts: list[list[int]], settings: SearchSettings, bf16: bool) -> dict:
     """What tells one search from another: digests of weights and contexts, and the flags that change the result."""
     weights = {name: value.detach() for name, value in model.named_parameters()}
@@ -251,7 +187,9 @@ def prepare(flags: Flags, world: World, journal: Journal) -> tuple[LanguageModel
     UserError for the mistakes.
     """
     loaded = load(flags)
-    rows = loaded.model.config.vocab_size
+    config, rows = loaded.model.config, loaded.model.config.vocab_size
+    if flags.seq_len > config.n_positions:
+        fail(f"--seq_len {flags.seq_len}: {config.limit}; choose at most {config.n_positions}")
     vocab_size, ends = vocabulary(flags, loaded)
     model = without_padding(loaded.model, vocab_size)
     settings = flags.settings(model.config, ends)

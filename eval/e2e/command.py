@@ -13,20 +13,23 @@ from segments import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without the usage. A file's name may begin with ~, as in --json=~/scores.json."""
+    """Reports a mistake in one line, without the usage. A file's name may begin with ~, as in --json=~/scores.json.
 
-    def __init__(self, description: str | None) -> None:
+    java: whether the script starts Java, and so has --java_timeout."""
+
+    def __init__(self, description: str | None, java: bool = True) -> None:
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=form, allow_abbrev=False)
         self.register("type", None, os.path.expanduser)  # what is done with the arguments that have no type
         self.add_argument("--json", dest="json_file", metavar="FILE", help="write all scores with their signature")
-        self.add_argument(
-            "--java_timeout",
-            type=float,
-            default=300.0,
-            metavar="SECONDS",
-            help="silence after which Java counts as hung (default 300)",
-        )
+        if java:
+            self.add_argument(
+                "--java_timeout",
+                type=float,
+                default=300.0,
+                metavar="SECONDS",
+                help="silence after which Java counts as hung (default 300)",
+            )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -35,8 +38,9 @@ class Parser(argparse.ArgumentParser):
 def check_files(args: argparse.Namespace, read: list[str], **written: str | None) -> None:
     """Raise UserError where a file of `written` (flag without its hyphens: path) cannot be written or would overwrite
     one of `read` or another, and for a --java_timeout out of range."""
-    if not 0 < args.java_timeout <= 86400:
-        raise UserError(f"--java_timeout {args.java_timeout:g}: want seconds, more than 0 and at most a day")
+    patience = getattr(args, "java_timeout", 1)
+    if not 0 < patience <= 86400:
+        raise UserError(f"--java_timeout {patience:g}: want seconds, more than 0 and at most a day")
     taken = [os.path.realpath(path) for path in read]
     for name, path in written.items():
         flag = "-" * min(2, len(name)) + name

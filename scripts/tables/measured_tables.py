@@ -1,4 +1,4 @@
-"""The tables of results/DATE_benchmark_training and results/DATE_audit, from the JSON that their scripts wrote.
+"""The tables of results/DATE_benchmark_training, DATE_audit and DATE_synthetic, from the JSON that their scripts wrote.
 
 scripts/results_tables.py calls measured_table for each folder without rows/. A `note` in a row of the JSON is printed
 beside it. command.txt holds the command; made_with.json, where a script does not write them itself, the keys `device`,
@@ -13,6 +13,7 @@ import statistics
 from base.errors import fail
 from base.files import open_text
 from base.markdown import dict_table
+from synthesis_table import lines_of
 
 Line = dict[str, str]  # head -> cell
 TASKS = {"e2e_lora": "E2E, LoRA", "author_full": "authors, full", "author_lora": "authors, LoRA"}
@@ -129,16 +130,21 @@ def measured_table(folder: str, place: str) -> str | None:
         if not found:
             return None
         where = folder
-        if isinstance(found[0], list):
-            text = audit(found[0])
+        first = found[0]
+        if isinstance(first, list):
+            text = audit(first)
+        elif first.get("kind") == "synthesis":
+            text, machine = dict_table(lines_of(first["rows"])), first["hardware"]
+            known = {"commit": first["commit"]["hash"], "torch": first["torch"]}
+            said = {"device": f"{machine['cores']} cores of {machine['device']}", **known, **said}
         else:
-            text, first = speed(found), found[0]
+            text = speed(found)
             said = {"device": f"{first['options']['model_card']} on {first['device']}", "torch": first["torch"], **said}
         commit = said["commit"][:8] if "commit" in said else None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         fail(
-            f"{where}: scripts/benchmarks/benchmark_training.py or audit_faults.py did not write this "
-            f"({error!r}); remove it"
+            f"{where}: scripts/benchmarks/benchmark_training.py, audit_faults.py or synthesize.sh did not write "
+            f"this ({error!r}); remove it"
         )
     named = {"": said.get("device"), " ": said.get("note"), "commit ": commit, "torch ": said.get("torch")}
     facts = "; ".join(f"{name}{value}".strip() for name, value in named.items() if value)

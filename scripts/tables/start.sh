@@ -1,4 +1,5 @@
-# bash scripts/tables/start.sh TASK ARGUMENTS...: finds the Python and becomes scripts/start.py runner.
+# bash scripts/tables/start.sh ARGUMENTS...: finds the Python and becomes scripts/start.py runner TASK ARGUMENTS..., or
+# the program that the variable PROGRAM names.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)"
 if [ -z "${PYTHON:-}" ]; then
@@ -9,4 +10,4 @@ export PYTHON
     echo "error: PYTHON=$PYTHON: is no Python 3.11 or newer; name another by this variable" >&2
     exit 2
 }
-exec "$PYTHON" "$ROOT/scripts/start.py" runner "$@"
+exec "$PYTHON" "$ROOT/scripts/start.py" "${PROGRAM:-runner}" "$@"

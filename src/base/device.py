@@ -17,6 +17,7 @@ PLACES = {
     "company": "how far a unit's gradient moves in other company: once for each length, before a private bf16 run",
     "barrier": "one number, to wait for all ranks: at a command's start",
     "beams": "the best pairs of all contexts: once a token of a beam search",
+    "samples": "the logits of a block of the vocabulary: once a token and block of a sampling",
     "beam room": "how many nodes are live: when a beam search's cache is full, every few tokens",
     "canaries": "an audit's scores and losses: once a step of an audit, and before it",
 }

@@ -1,9 +1,9 @@
-"""The contexts that a search has finished, on disk, so that a search that was killed can go on.
+"""What a search or a sampling has finished, on disk, so that one that was killed can go on.
 
 OUTPUT.journal.RANK, one file a rank, holds a line of JSON a record. The first says which search it is:
 {"format": FORMAT, ...its identity}; the files of format 1 that earlier versions wrote lack the number. The others are
-{"context": index of a context, "predict": [its tokens]}. A line that a kill tore is ignored, and its context searched
-again; without a whole first line the file is refused.
+{"context": index of a context, "predict": [its tokens]}, or of a sample with {"tokens", "logprob"}. A line that a kill
+tore is ignored, and its context searched again; without a whole first line the file is refused.
 """
 
 import errno
@@ -11,7 +11,7 @@ import glob
 import io
 import json
 import os
-from typing import IO
+from typing import IO, Any
 
 from base.errors import fail
 from base.files import check_file, check_format, lock
@@ -20,14 +20,14 @@ FORMAT = 1  # the newest that this version reads, and the one that it writes
 
 
 class Journal:
-    """The journal of the search that writes the file `output`.
+    """The journal of the search that writes the file `output`. flag: what named the file. work: the word for a search.
 
     Rank 0 holds the lock of its own file. Without it, a second search would drop these files, and each of the two
     would replace the other's output.
     """
 
-    def __init__(self, output: str):
-        self.output = output
+    def __init__(self, output: str, flag: str = "--output_file", work: str = "search"):
+        self.output, self.flag, self.work = output, flag, work
         self.locked: IO[str] | None = None
         self.alone = True  # False: its file system has no locks, and nothing keeps a second search out
         self.left_over = False  # whether take_lock() found files of a search that did not end
@@ -43,24 +43,24 @@ class Journal:
         """On rank 0. UserError where another search has it."""
         path, self.left_over = self.path(0), bool(self.files())
         for file in (path, *self.files()):
-            check_file(file, "--output_file")
+            check_file(file, self.flag)
         while True:
             self.locked = open(path, "a")
             try:
                 self.alone = lock(self.locked.fileno())
             except BlockingIOError:
-                fail(f"--output_file {self.output}: another search is writing it; wait for its end, or name another")
+                fail(f"{self.flag} {self.output}: another {self.work} is writing it; wait for its end, or name another")
             if os.path.exists(path) and os.path.samestat(os.fstat(self.locked.fileno()), os.stat(path)):
                 return  # else a search has just ended, and removed what was opened
 
-    def read(self, identity: dict) -> dict[int, list[int]]:
-        """Index of a context -> its tokens, from every rank's file.
+    def read(self, identity: dict) -> dict[int, Any]:
+        """Index of a context -> its "predict", from every rank's file.
 
         UserError where there is no file, or one of another search or of a format that is not known.
         """
         if not self.files():
             fail(f"--resume: nothing to resume, there is no {self.output}.journal.*; leave --resume out")
-        found: dict[int, list[int]] = {}
+        found: dict[int, Any] = {}
         for file in self.files():
             with open(file, "rb") as handle:  # by bytes: a torn line may end inside a character, or in NULs
                 lines = handle.readlines()
@@ -81,7 +81,7 @@ class Journal:
                     changed = [key for key, value in identity.items() if record.get(key) != value]
                     if changed:
                         fail(
-                            f"--resume: {file} is of a search with other {' and '.join(changed)}; "
+                            f"--resume: {file} is of a {self.work} with other {' and '.join(changed)}; "
                             "give the same, or leave --resume out"
                         )
                 elif "context" in record:

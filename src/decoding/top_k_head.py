@@ -1,6 +1,7 @@
-"""The head of a language model for beam search: a step's best pairs, without an array of all log-probabilities.
+"""The head of a language model: all logits for sampling, or for beam search a step's best pairs, without an array of
+all log-probabilities.
 
-One pass over the vocabulary, in blocks that stay in the processor's cache, gives for every row the sum of
+For the pairs one pass over the vocabulary, in blocks that stay in the processor's cache, gives for every row the sum of
 exponentials (as running maximum and rescaled sum: Milakov & Gimelshein, 2018, "Online normalizer calculation for
 softmax") and the maximum of every group of GROUP tokens. The k best pairs of a context lie in its k best groups, since
 each group outside them has k groups with a better maximum; the logits of those groups alone are computed again.
@@ -9,7 +10,9 @@ Shapes: R rows (live hypotheses), A contexts, K beams, D width, V vocabulary, G 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +39,9 @@ class Edits:
 class TopKHead:
     """A language model's head that projects states onto the vocabulary and keeps a step's best pairs alone."""
 
-    def __init__(self, weight: Tensor, block: int | None = None):
-        """weight (V, D), copied; a packed copy is kept too. block: tokens a block, a multiple of GROUP."""
+    def __init__(self, weight: Tensor, block: int | None = None, linear: Callable[..., Any] = PackedLinear):
+        """weight (V, D), copied; a packed copy is kept too. block: tokens a block, a multiple of GROUP. linear: lays a
+        weight out for products, as PackedLinear does."""
         self.size, width = weight.shape
         if block is None:
             block = CPU_BLOCK if weight.device.type == "cpu" else math.ceil(self.size / GROUP) * GROUP
@@ -45,7 +49,16 @@ class TopKHead:
         self.groups = F.pad(weight, (0, 0, 0, padding)).view(-1, GROUP, width)  # (G, GROUP, D)
         padded = self.groups.view(-1, width)
         self.starts = range(0, len(padded), block)
-        self.blocks = [PackedLinear(padded[start : start + block]) for start in self.starts]
+        self.blocks = [linear(padded[start : start + block], None) for start in self.starts]
+
+    def logits(self, states: Tensor) -> np.ndarray:
+        """states (R, D) -> logits (R, V rounded up to whole groups) float32 on the host, -inf behind the vocabulary."""
+        found = np.empty((len(states), len(self.groups) * GROUP), np.float32)
+        for start, project in zip(self.starts, self.blocks, strict=True):
+            part = project(states).float()
+            found[:, start : start + part.shape[1]] = read_back("samples", part).numpy()
+        found[:, self.size :] = -np.inf
+        return found
 
     def best_pairs(
         self,

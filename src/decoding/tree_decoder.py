@@ -8,48 +8,22 @@ Shapes: S slots (contexts), K beams, L nodes a slot, R rows (live hypotheses), B
 H heads, N heads of keys and values (each serves H/N queries; a GPT-2 has as many), W width of a head.
 """
 
-import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import loralib as lora
-from base.device import read_back, upload
-from base.products import PackedLinear
-from decoding.top_k_head import TopKHead
-from language_model import Block, LanguageModel, causal_attention
+from base.device import read_back
+from decoding.packed_model import PackedModel
+from language_model import LanguageModel, causal_attention
 
 # Steps for which make_room() makes room. Few mean frequent copies of the live nodes, many a longer dead part to read.
 SPARE_STEPS = 4
-# (layer, query (rows, H, W), key and value (rows, N, W)) -> (rows, H W)
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-def twin_of(module: torch.nn.Module, **replaced: object) -> Any:
-    """A copy of a module that has other parts in place of some, and none of their weights; the rest is shared."""
-    twin = copy.copy(module)
-    twin._modules = {name: part for name, part in module._modules.items() if name not in replaced}
-    for name, part in replaced.items():
-        object.__setattr__(twin, name, part)
-    return twin
-
-
-def packed(block: Block, model: LanguageModel) -> Block:
-    """A block of the model whose projections are laid out for products with few rows."""
-    parts: dict[str, dict[str, PackedLinear]] = {}  # the part of the block -> its projections
-    for path in model.PROJECTIONS:
-        part, _, name = path.rpartition(".")
-        layer = block.get_submodule(path)
-        weight = layer.weight.T if model.TRANSPOSED else layer.weight
-        parts.setdefault(part, {})[name] = PackedLinear(weight, layer.bias)
-    return twin_of(block, **{part: twin_of(block.get_submodule(part), **layers) for part, layers in parts.items()})
-
-
-class TreeDecoder:
+class TreeDecoder(PackedModel):
     """A language model with its adapters merged, and the cache of the contexts that it is decoding."""
 
     def __init__(self, model: LanguageModel, slots: int, beam: int):
@@ -57,18 +31,8 @@ class TreeDecoder:
 
         slots: contexts at once; beam: hypotheses of each at most.
         """
-        lora.merge(model)
-        model.requires_grad_(False)
-        self.slots, self.beam = slots, beam
-        self.head = TopKHead(model.lm_head.weight)
-        self.blocks = [packed(block, model) for block in model.transformer.blocks]
-        replaced: dict[str, object] = {model.BLOCKS: self.blocks}
-        if model.tied:  # the head's copy serves both
-            table = self.head.groups.view(-1, model.lm_head.weight.shape[1])
-            replaced[model.EMBEDDING] = lambda ids: table[ids]
-        self.body = twin_of(model.transformer, **replaced)
-        self.heads, self.width = model.config.key_heads, model.config.head_width  # N, W
-        self.device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+        super().__init__(model)
+        self.slots, self.beam, dtype = slots, beam, model.lm_head.weight.dtype
         self.room = 0  # L
         self.kv = torch.empty(len(self.blocks), slots, 0, 2 * self.heads * self.width, dtype=dtype, device=self.device)
         self.visible = torch.zeros(slots, beam, 0, dtype=torch.bool, device=self.device)  # (S, K, L)
@@ -131,13 +95,6 @@ class TreeDecoder:
 
         return self.body.last_norm(self.run_blocks(self.indices(tokens), self.indices(depth), attend))
 
-    def run_blocks(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Tokens (rows,) at positions (rows,) -> (rows, D): every position-wise part is here, attention in `attend`."""
-        x, places = self.body.embed(ids, positions), self.body.places(positions)
-        for layer, block in enumerate(self.blocks):
-            x = block.finish(x, attend(layer, *block.project(x, places)))
-        return x
-
     def make_room(self, slots: np.ndarray, wanted: np.ndarray) -> None:
         """See that each of the slots can take `wanted` nodes more; if not, remove the nodes that nobody sees."""
         if (self.used[slots] + wanted).max() <= self.room:
@@ -155,6 +112,3 @@ class TreeDecoder:
         visible = self.visible.new_zeros(len(order), self.beam, room)
         visible[:, :, :kept] = self.visible.gather(2, order[:, None].expand(-1, self.beam, -1))
         self.kv, self.visible, self.room = kv, visible, room
-
-    def indices(self, array: np.ndarray) -> Tensor:
-        return upload(torch.from_numpy(np.ascontiguousarray(array)), self.device)

@@ -48,19 +48,24 @@ def toss_coins(m: int, world: World) -> np.ndarray:
     return world.broadcast(coins).numpy().astype(bool)
 
 
+def rare_tokens(train: Examples, vocab_size: int) -> np.ndarray:
+    """The ids that `train` never uses; where these are fewer than a quarter of the vocabulary, that quarter which it
+    uses least."""
+    counts = np.bincount(train.tokens, minlength=vocab_size)
+    return np.argsort(counts, kind="stable")[: max(int((counts == 0).sum()), -(-len(counts) // 4))]
+
+
 def text_canaries(m: int, train: Examples, model: LanguageModel, rule: ClippingRule, world: World) -> Examples:
     """m examples of one scored token each. The same on every rank.
 
-    The tokens are distinct ones that `train` never uses; where these are fewer than a quarter of the vocabulary, that
-    quarter which it uses least. Where m is larger than their number, each comes again behind another context. Such a
-    token has a high loss, so that clipping leaves C of its gradient (Panda et al., 2025, arXiv:2503.06808: new tokens;
-    Mitchell and Andrew, 2026, arXiv:2606.10481: outliers). Where the embedding is trained, the token's own row has a
-    part of the gradient that no other canary moves, `own_sizes`. It is large behind few contexts: of CONTEXTS
+    The tokens are distinct rare_tokens(). Where m is larger than their number, each comes again behind another context.
+    Such a token has a high loss, so that clipping leaves C of its gradient (Panda et al., 2025, arXiv:2503.06808: new
+    tokens; Mitchell and Andrew, 2026, arXiv:2606.10481: outliers). Where the embedding is trained, the token's own row
+    has a part of the gradient that no other canary moves, `own_sizes`. It is large behind few contexts: of CONTEXTS
     beginnings of random examples the best are taken. A frozen embedding has no such part. There, a shared context would
     leave only what D numbers tell of all canaries; each has random ones of the rare tokens.
     """
-    counts = np.bincount(train.tokens, minlength=model.config.vocab_size)
-    rare = np.argsort(counts, kind="stable")[: max(int((counts == 0).sum()), -(-len(counts) // 4))]
+    rare = rare_tokens(train, model.config.vocab_size)
     rounds, draw = -(-m // len(rare)), np.random.default_rng()
     contexts = torch.zeros(m, LONGEST_CONTEXT + 1, dtype=torch.int64)  # the number of tokens, then they
     tokens = torch.from_numpy(draw.permutation(rare)).repeat(rounds)[:m]

@@ -24,6 +24,8 @@ ENGLISH = "scripts/start.py make_english_corpus"
 TIME_BEAM, TIME_TRAINING = "scripts/start.py benchmark_beam", "scripts/start.py benchmark_training"
 BUDGET, SWEEP = "src/privacy_budget.py", "scripts/sweep.py"
 START, SCALING, FAULTS = "scripts/start.py", "scripts/start.py project_scaling", "scripts/audit_faults.py"
+PLANT, LOSSES, JUDGE = "src/plant_secrets.py", "src/text_losses.py", "eval/synthetic/judge_samples.py"
+SYNTHESIS = "scripts/start.py synthesis"
 RUNNER, TABLES, SCORE_TRIPLES = "scripts/start.py runner", "scripts/results_tables.py", "eval/webnlg/webnlg_scores.py"
 
 
@@ -196,6 +198,17 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (REPORT, "@run @damaged_run", ["privacy_ledger.jsonl:1: damaged"]), (REPORT, "@run @absent", ["absent"]),
     (SWEEP, f"{ROOT}/src/gpt2_ft.py --out @new --grid lr=1,2 --score bleu --", ["--score bleu", "no such column"]),
     (SWEEP, "@e2e.txt --out @new --grid lr=1,2 --", ["e2e.txt", "no training script"]),
+    (PLANT, "--data @absent --vocab @vocab --output_dir @new", ["--data", "absent"]),
+    (PLANT, "--data @train.jsonl --vocab @absent --output_dir @new", ["absent"]),
+    (PLANT, "--data @train.jsonl --vocab @vocab --held_out 0 --output_dir @new", ["--held_out 0"]),
+    (LOSSES, "--init_checkpoint @tiny --data @cut.jsonl --output @new", ["cut.jsonl:2"]),
+    (LOSSES, "--init_checkpoint @absent --data @train.jsonl --output @new", ["--init_checkpoint", "absent"]),
+    (LOSSES, "--init_checkpoint @tiny --data @train.jsonl --output @train.jsonl", ["--output"]),
+    (JUDGE, "--samples @absent --private @e2e.txt --held_out @e2e.txt", ["--samples", "absent"]),
+    (JUDGE, "--samples @e2e.txt --private @e2e.txt --held_out @e2e.txt", ["--held_out", "swapped"]),
+    (JUDGE, "--samples @e2e.txt --private @e2e.txt --held_out @latin1.txt --searched @e2e.txt", ["--searched"]),
+    (SYNTHESIS, "--data @folder --runs @new", ["--data", "train.txt"]), (SYNTHESIS, "", ["--runs"]),
+    (SYNTHESIS, "--runs @new --samples 0", ["--samples 0"]),
     (RUNNER, "", ["no table"]), (RUNNER, "e2e --no_such_flag", ["--no_such_flag: unknown flag", "--help"]),
     (RUNNER, "author --dry-run --batch 0", ["--batch 0"]), (RUNNER, "dart --seeds", ["--seeds: wants a value"]),
     (SCORE_TRIPLES, "@folder", ["has no SYS"]), (SCORE_TRIPLES, "@folder @sys.txt", ["folder", "no reference0"]),
