@@ -42,7 +42,7 @@ from base.files import atomic_write, check_link, is_text, read_lines
 from base.flags import REQUIRED, Given, SettingsParser, check_output, flag
 from corpus.tokenizer import VOCAB_HELP, Tokenizer, check_vocabulary_fits, digest_vocab, load_tokenizer, own_vocabulary
 from decoding.journal import Journal
-from decoding.line_decoder import LineDecoder
+from decoding.line_decoder import LineDecoder, rows_for
 from decoding.sampling import Job, SamplingRules, sample_all
 from language_model import LanguageModel
 from run.log import read_args
@@ -285,13 +285,14 @@ def prepare(flags: Flags, world: World, journal: Journal) -> tuple[LanguageModel
 
 
 def make_decoder(flags: Flags, world: World, model: LanguageModel, work: Work, count: int) -> LineDecoder:
-    """The decoder of `count` samples, with as many slots as --batch_size or --token_budget allow. Its length is that of
-    the longest prompt of all ranks: the states must not depend on who draws what."""
+    """The decoder of `count` samples, with as many slots as --batch_size or --token_budget allow. Its length and rows
+    are those of all ranks' prompts and samples: the states must not depend on who draws what."""
     lora.merge(model)  # before the cast, so that the sum is taken in float32
     model = model.to(world.device, torch.bfloat16 if flags.bf16 else torch.float32)
     length = max(len(prompt.ids) for prompt in work.prompts) + flags.max_new_tokens
     slots = flags.batch_size or min(BATCH[world.device.type], max(1, flags.token_budget // length))
-    return LineDecoder(model, max(1, min(slots, count)), length)
+    rows = rows_for(len(work.jobs), world.device)
+    return LineDecoder(model, max(1, min(slots, count)), length, rows)
 
 
 def draw_share(
