@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -30,7 +31,7 @@ from decoding.sampling import Job, SamplingRules, sample_all
 from model import MODEL_CARDS, GPT2LMModel
 
 # name -> rules of both; transformers' own default of top_k is 50
-SETTINGS = {"plain": {}, "top-p 0.9": {"top_p": 0.9}, "top-k 50": {"top_k": 50}}
+SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "top-p 0.9": {"top_p": 0.9}, "top-k 50": {"top_k": 50}}
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
