@@ -34,7 +34,7 @@ from run import setup, texts
 from run.loop import Trainer
 from run.settings import SHARED, Settings, noise_flags
 from run.task import Task
-from run.texts import ROOT, AuthorData, Texts
+from run.texts import PUBLIC_CONTEXT, ROOT, AuthorData, Texts
 from weights.checkpoint import latest_resumable, model_path
 
 CHECKPOINTS = os.path.join(ROOT, "pretrained_checkpoints")
@@ -246,6 +246,7 @@ def make_task(settings: Settings, texts: Texts, world: World) -> Task:
             "train_loss, the mean training loss, not privatised",
             f"held_out and contributions: numbers of {unit}s, of texts and of texts never used, quantiles of texts "
             f"per {unit}, not privatised",
+            *([PUBLIC_CONTEXT.format(fields=", ".join(data.public_fields))] if data.public_fields else []),
         ],
         digests=texts.digests,
         last_step=2 if settings.extra.dry_run else None,
@@ -302,6 +303,7 @@ def main() -> int:
         setup.check_task(settings, task, world)
     trainer = setup.build_trainer(settings, task, world, loaded)
     trainer.facts["held_out"] = data.held_out
+    trainer.facts["public_fields"] = list(settings.data.public_fields)
     texts.describe(settings, trainer, data)
     say_ignored(settings, trainer)
     setup.announce(trainer)

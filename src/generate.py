@@ -26,10 +26,10 @@ import base.early  # noqa: F401  # isort: skip  # before torch, which takes seco
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +38,17 @@ from tqdm import tqdm
 import loralib as lora
 from base.distributed import World, start
 from base.errors import fail, run_main
-from base.files import atomic_write, check_link, is_text, read_lines
+from base.files import atomic_write, check_link, is_text
 from base.flags import REQUIRED, Given, SettingsParser, check_output, flag
+from corpus.records import split_fields
 from corpus.tokenizer import VOCAB_HELP, Tokenizer, check_vocabulary_fits, digest_vocab, load_tokenizer, own_vocabulary
 from decoding.journal import Journal
-from decoding.line_decoder import LineDecoder
+from decoding.line_decoder import LineDecoder, rows_for
 from decoding.sampling import Job, SamplingRules, sample_all
 from language_model import LanguageModel
+from run.label_counts import PRIVATE, Private, private_weights, read_table, shared_out
 from run.log import read_args
+from run.prompts import Prompt, mix_prompts, read_prompts, stops, text_of
 from run.texts import ROOT
 from run.trained import TrainedModel, load, without_padding
 from weights.foreign import fingerprint
@@ -64,6 +67,29 @@ class Flags(TrainedModel):
         metavar="FILE",
     )
     num_samples: int = flag(1, "samples of each prompt; without --prompts in all (default 1)", least=1)
+    prompt_fields: str | None = flag(
+        help="the public fields that the model was trained with, as in stars,category; .jsonl of --prompts then has "
+        "them in each line (default: those of the training)",
+        metavar="NAMES",
+    )
+    label_counts: str | None = flag(
+        help='a table of how many samples each mix of fields gets, {"stars": 5, ..., "count": 20} a line, or "weight" '
+        "to share --num_samples out; or private: the mix of the private data, counted with noise that the run's "
+        "ledger pays for",
+        metavar="FILE",
+    )
+    train_file: str | None = flag(help="private: the file that the run was trained on")
+    label_domain: str | None = flag(
+        help="private: the mixes that can be, a public list without counts; texts of any other mix count nowhere",
+        metavar="FILE",
+    )
+    label_noise_multiplier: float | None = flag(
+        help="private: the noise's standard deviation in each count, where a unit changes them by 1 at most",
+        positive=1e6,
+    )
+    target_epsilon: float | None = flag(
+        help="private: the epsilon that training and labels may cost together (default: the run's)", positive=math.inf
+    )
     temperature: float = flag(1.0, "what logits are divided by, from 0.01 on (default 1)", within=(0.01, 100))
     top_k: int = flag(0, "keep the k most probable tokens; 0 keeps all (default 0)", least=0)
     top_p: float = flag(
@@ -98,15 +124,6 @@ class Flags(TrainedModel):
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What a sample continues. text: as it stands in the output; has_text: whether the ids hold more than a start."""
-
-    text: str
-    ids: tuple[int, ...]
-    has_text: bool
-
-
-@dataclass(frozen=True)
 class Work:
     """What there is to draw, and what is drawn already."""
 
@@ -134,6 +151,7 @@ def check(given: Given, flags: Flags) -> None:
             fail(f"--stop {text!r}: expected a text of at least one character; leave the flag out to stop at no text")
     if flags.top_k == 1 and (changed := [name for name in ("temperature", "top_p") if name in given.explicit]):
         fail(f"--{changed[0]}: means nothing with --top_k 1, which always takes the most probable token; give one")
+    check_labels(given, flags)
     if os.path.isdir(flags.output):
         fail(f"--output {flags.output}: is a folder, wanted the name of a file")
     if flags.prompts is not None:
@@ -144,6 +162,65 @@ def check(given: Given, flags: Flags) -> None:
         fail(f"--output {flags.output}: there is no folder {folder}; make it, or name another")
     if not os.access(folder or ".", os.W_OK | os.X_OK):
         fail(f"--output {flags.output}: its folder cannot be written to; name another")
+
+
+def check_labels(given: Given, flags: Flags) -> None:
+    """Raise UserError for flags of --label_counts that contradict each other or mean nothing."""
+    needed = ("train_file", "label_domain", "label_noise_multiplier")
+    private = flags.label_counts == PRIVATE
+    if flags.label_counts is not None and flags.prompts is not None:
+        fail("--label_counts: means nothing with --prompts, whose lines say what is drawn; give one of them")
+    for name in (*needed, "target_epsilon"):
+        if getattr(flags, name) is not None and not private:
+            fail(f"--{name}: means nothing without --label_counts private; leave it out")
+        if private and name in needed and getattr(flags, name) is None:
+            fail(f"--label_counts private: needs --{name}; the labels' domain is a public list, and their noise yours")
+    if private and not os.path.isdir(flags.init_checkpoint):
+        fail(
+            f"--label_counts private: --init_checkpoint {flags.init_checkpoint} is no folder; give the run's, whose "
+            "ledger pays"
+        )
+
+
+def public_fields(flags: Flags) -> tuple[str, ...]:
+    """The names of --prompt_fields, or of the training's. UserError where the two differ."""
+    place = flags.init_checkpoint
+    trained = read_args(place if os.path.isdir(place) else os.path.dirname(place) or ".").get("prompt_fields")
+    trained = trained if isinstance(trained, str) else None
+    names = split_fields(trained if flags.prompt_fields is None else flags.prompt_fields)
+    if trained is not None and names != split_fields(trained):
+        fail(f"--prompt_fields {flags.prompt_fields}: {place} was trained with {trained}; leave the flag out")
+    if flags.label_counts is not None and not names:
+        fail("--label_counts: the model was trained without --prompt_fields; give the fields that it knows")
+    if flags.label_counts is None and flags.prompts is None and flags.prompt_fields is not None:
+        fail("--prompt_fields: needs --label_counts, or --prompts of .jsonl lines that have the fields")
+    if flags.prompts is not None and not flags.prompts.endswith(".jsonl") and flags.prompt_fields is not None:
+        fail(f"--prompt_fields {flags.prompt_fields}: --prompts {flags.prompts} is no .jsonl, whose lines have fields")
+    return names if flags.label_counts is not None or flags.prompt_fields is not None else ()
+
+
+def label_mixes(given: Given, flags: Flags, names: tuple[str, ...]) -> tuple[list[tuple[str, ...]], list[int]]:
+    """(mixes of public fields, samples of each) of --label_counts; ([], []) without it. On rank 0 alone, after every
+    other check: it may charge the run's ledger."""
+    if flags.label_counts is None:
+        return [], []
+    if flags.label_counts == PRIVATE:
+        assert flags.train_file and flags.label_domain and flags.label_noise_multiplier
+        private = Private(
+            flags.init_checkpoint,
+            flags.train_file,
+            flags.label_domain,
+            flags.label_noise_multiplier,
+            flags.target_epsilon,
+        )
+        mixes, weights = private_weights(private, names, f"{flags.output}.labels.jsonl", flags.resume)
+        return mixes, shared_out(weights, flags.num_samples)
+    mixes, amounts, are_counts = read_table(flags.label_counts, "--label_counts", names, True)
+    if not are_counts:
+        return mixes, shared_out(amounts, flags.num_samples)
+    if "num_samples" in given.explicit:
+        fail(f"--num_samples: means nothing with the counts of --label_counts {flags.label_counts}; leave it out")
+    return mixes, [int(amount) for amount in amounts]
 
 
 def open_vocabulary(flags: Flags, model: LanguageModel) -> tuple[Tokenizer, str]:
@@ -163,88 +240,9 @@ def open_vocabulary(flags: Flags, model: LanguageModel) -> tuple[Tokenizer, str]
     return tokenizer, said
 
 
-def read_prompts(flags: Flags, tokenizer: Tokenizer, limit: int) -> list[Prompt]:
-    """The prompts, as corpus/records.py makes the tokens of a prompt. limit: tokens that one may have."""
-    begin = tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
-
-    def prompt(text: str, where: str) -> Prompt:
-        ids = (*tokenizer.prefix, *(tokenizer.encode(text) if text else ()))
-        if not ids and begin is None:
-            fail(f"{where}: is empty, and the vocabulary has no start token; give a text")
-        return Prompt(text, ids or (begin,), bool(text))
-
-    if flags.prompts is None:
-        if not tokenizer.prefix and begin is None:
-            fail("--prompts: not given, and the vocabulary has no start token; give a file of prompts")
-        return [prompt("", "--prompts")]
-    found, tokens = [], flags.prompts.endswith(".jsonl")
-    for number, line in read_lines(flags.prompts, "--prompts"):
-        where = f"{flags.prompts}:{number}"
-        one = prompt_of_record(line, where, tokenizer, prompt) if tokens else prompt(line, where)
-        if len(one.ids) > limit:
-            fail(
-                f"{where}: the prompt has {len(one.ids)} tokens, and with --max_new_tokens {flags.max_new_tokens} the "
-                f"model has room for {limit}; shorten it, or give fewer"
-            )
-        found.append(one)
-    if not found:
-        fail(f"--prompts {flags.prompts}: is empty, wanted a prompt a line")
-    return found
-
-
-def prompt_of_record(line: str, where: str, tokenizer: Tokenizer, prompt: Callable[[str, str], Prompt]) -> Prompt:
-    """The prompt of a line of JSON."""
-    wanted = 'wanted {"prompt": "..."} or {"context": [ids]}'
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict) or ("prompt" in record) == ("context" in record):
-        fail(f"{where}: {wanted}, got {line[:60]!r}")
-    if "prompt" in record:
-        if not isinstance(record["prompt"], str) or not is_text(record["prompt"]):
-            fail(f"{where}: the prompt is no text; {wanted}, got {line[:60]!r}")
-        return prompt(record["prompt"], where)
-    ids = record["context"]
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        fail(f"{where}: the context is no list of token ids; {wanted}, got {line[:60]!r}")
-    if not ids:
-        fail(f"{where}: the context is empty, wanted one token at least; remove the line or encode with --add_bos")
-    if wrong := [token for token in ids if not 0 <= token < tokenizer.vocab_size]:
-        fail(f"{where}: token id {wrong[0]} is outside the vocabulary of {tokenizer.vocab_size} tokens; is it another?")
-    return Prompt(tokenizer.decode(ids), tuple(ids), True)
-
-
-def stops(flags: Flags, tokenizer: Tokenizer) -> Callable[[Sequence[int]], bool] | None:
-    """Whether the text of tokens holds one of --stop, where the newest token can have ended it. A token but a special
-    one has a byte at least, so the text lies in as many tokens as it has bytes."""
-    if not flags.stop:
-        return None
-    window = max(len(text.encode()) for text in flags.stop) + 4
-
-    def stopped(tokens: Sequence[int]) -> bool:
-        text = tokenizer.decode(list(tokens[-window:]))
-        return any(one in text for one in flags.stop or ())
-
-    return stopped
-
-
-def text_of(tokens: list[int], prompt: Prompt, tokenizer: Tokenizer, stop: Sequence[str]) -> str:
-    """The generated text: up to an end token, cut before a stop."""
-    body = tokens[:-1] if tokens[-1] in tokenizer.ends else tokens
-    text = tokenizer.decode_generated(body)
-    if prompt.has_text and not tokenizer.cut_at_spaces:  # alone, such tokens lose the space at their begin
-        before, whole = tokenizer.decode(list(prompt.ids)), tokenizer.decode([*prompt.ids, *body])
-        text = whole.removeprefix(before) if whole.startswith(before) else text
-    ends = [place for one in stop if (place := text.find(one)) >= 0]
-    return text[: min(ends)] if ends else text
-
-
-def prepare(flags: Flags, world: World, journal: Journal) -> tuple[LanguageModel, Tokenizer, Work]:
-    """Read and check everything that a mistake can spoil, before anything is written; then, on rank 0, take the lock.
-
-    UserError for the mistakes.
-    """
+def open_model(flags: Flags) -> tuple[LanguageModel, Tokenizer, SamplingRules, str]:
+    """(the model without padded rows, its tokenizer, the rules, what is to be said of the rows). UserError where they
+    do not fit."""
     model = load(flags).model
     tokenizer, said = open_vocabulary(flags, model)
     model = without_padding(model, flags.vocab_size or min(tokenizer.vocab_size, model.config.vocab_size))
@@ -256,42 +254,63 @@ def prepare(flags: Flags, world: World, journal: Journal) -> tuple[LanguageModel
         fail(f"--top_k {flags.top_k}: more than the vocabulary's {config.vocab_size} tokens; choose at most that many")
     ends = frozenset(token for token in tokenizer.ends or config.eos_ids if token < config.vocab_size)
     rules = SamplingRules(flags.max_new_tokens, ends, flags.temperature, flags.top_k, flags.top_p)
-    prompts = read_prompts(flags, tokenizer, limit)
-    n = flags.num_samples
-    jobs = [Job(i * n + j, i, j, prompt.ids) for i, prompt in enumerate(prompts) for j in range(n)]
+    return model, tokenizer, rules, said
+
+
+def prepare(
+    flags: Flags,
+    world: World,
+    journal: Journal,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    rules: SamplingRules,
+    names: tuple[str, ...],
+    mixes: list[tuple[str, ...]],
+    counts: list[int],
+) -> Work:
+    """Read the prompts, or make them of `mixes` with `counts` samples of each; then, on rank 0, read the journals of a
+    resumed sampling and take the lock."""
+    limit = model.config.n_positions - flags.max_new_tokens
+    if mixes:
+        prompts = mix_prompts(names, mixes, tokenizer, limit)
+    else:
+        prompts = read_prompts(flags.prompts, names, tokenizer, limit)
+        counts = [flags.num_samples] * len(prompts)
+    pairs = ((i, j) for i, count in enumerate(counts) for j in range(count))
+    jobs = [Job(index, i, j, prompts[i].ids) for index, (i, j) in enumerate(pairs)]
     work = Work(rules, prompts, jobs, {}, {})
     if not world.is_main:
-        return model, tokenizer, work
+        return work
     identity = {
         "checkpoint": fingerprint({name: value.detach() for name, value in model.named_parameters()}),
         "data": hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest(),
         "flags": {
-            **{**vars(rules), "ends": sorted(ends)},
-            **{name: getattr(flags, name) for name in ("seed", "num_samples", "bf16")},
+            **{**vars(rules), "ends": sorted(rules.ends)},
+            **{name: getattr(flags, name) for name in ("seed", "bf16")},
+            "counts": counts,
             "stop": list(flags.stop or ()),
         },
     }
     done = journal.read(identity) if flags.resume else {}
     journal.take_lock()
-    if said:
-        print(said)
     if not journal.alone:
         print(
             f"WARNING: the file system of {flags.output} has no locks: a second sampling with this --output would not "
             "be noticed; start none",
             file=sys.stderr,
         )
-    return model, tokenizer, Work(rules, prompts, jobs, identity, done)
+    return Work(rules, prompts, jobs, identity, done)
 
 
 def make_decoder(flags: Flags, world: World, model: LanguageModel, work: Work, count: int) -> LineDecoder:
-    """The decoder of `count` samples, with as many slots as --batch_size or --token_budget allow. Its length is that of
-    the longest prompt of all ranks: the states must not depend on who draws what."""
+    """The decoder of `count` samples, with as many slots as --batch_size or --token_budget allow. Its length and rows
+    are those of all ranks' prompts and samples: the states must not depend on who draws what."""
     lora.merge(model)  # before the cast, so that the sum is taken in float32
     model = model.to(world.device, torch.bfloat16 if flags.bf16 else torch.float32)
     length = max(len(prompt.ids) for prompt in work.prompts) + flags.max_new_tokens
     slots = flags.batch_size or min(BATCH[world.device.type], max(1, flags.token_budget // length))
-    return LineDecoder(model, max(1, min(slots, count)), length)
+    rows = rows_for(len(work.jobs), world.device)
+    return LineDecoder(model, max(1, min(slots, count)), length, rows)
 
 
 def draw_share(
@@ -313,7 +332,7 @@ def draw_share(
         disable=not world.is_main or not sys.stderr.isatty(),
     )
     with journal.open(world.rank, identity, not flags.resume) as handle, bar:
-        for sample in sample_all(jobs, decoder, work.rules, flags.seed, stops(flags, tokenizer)):
+        for sample in sample_all(jobs, decoder, work.rules, flags.seed, stops(flags.stop or (), tokenizer)):
             found[sample.index] = {"tokens": sample.tokens, "logprob": sample.logprob}
             journal.add(handle, {"context": sample.index, "predict": found[sample.index]})
             tokens += len(sample.tokens)
@@ -327,7 +346,9 @@ def write_samples(flags: Flags, work: Work, done: dict[int, dict], tokenizer: To
         for job in work.jobs:
             prompt, drawn = work.prompts[job.prompt], done[job.index]
             text = text_of(drawn["tokens"], prompt, tokenizer, flags.stop or ())
-            out.write(json.dumps({"prompt": prompt.text, "text": text, **drawn}, ensure_ascii=False) + "\n")
+            fields = {"fields": dict(prompt.fields)} if prompt.fields else {}
+            line = {"prompt": prompt.text, "text": text, **drawn, **fields}
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
@@ -336,7 +357,15 @@ def main() -> None:
     journal = Journal(flags.output, "--output", "sampling")
     with world.raise_if_any_failed():
         check(given, flags)
-        model, tokenizer, work = prepare(flags, world, journal)
+        names = public_fields(flags)
+        model, tokenizer, rules, said = open_model(flags)
+    with world.raise_if_any_failed():
+        found = label_mixes(given, flags, names) if world.is_main else ([], [])
+    mixes, counts = world.gather(found)[0]
+    with world.raise_if_any_failed():
+        work = prepare(flags, world, journal, model, tokenizer, rules, names, mixes, counts)
+    if said and world.is_main:
+        print(said)
     identity, done = world.gather((work.identity, work.done))[0]  # rank 0 read the journals for all
     if journal.left_over and not flags.resume:
         print(f"{flags.output}.journal.*: of a sampling that did not end, dropped (--resume would have continued it)")
@@ -349,8 +378,8 @@ def main() -> None:
     del model  # the decoder has its own copy of most weights
     begin = time.perf_counter()
     with world.raise_if_any_failed():
-        found = draw_share(flags, world, work, share, decoder, tokenizer, journal, identity)
-    for part in world.gather(found):
+        drawn = draw_share(flags, world, work, share, decoder, tokenizer, journal, identity)
+    for part in world.gather(drawn):
         done.update(part)
     world.close()
     if world.is_main:

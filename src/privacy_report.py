@@ -23,7 +23,6 @@ import base.early  # noqa: F401  # isort: skip  # before slow imports
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,11 +39,10 @@ from privacy.ledger import FILE_NAME, NAMES, LedgerState, check_none_was_kept, n
 from privacy.plan import Course, choose_sigma, participations, relation, spent, warnings
 from privacy.sampled_gaussian import Phase
 from run import batch_plan, card, risk_words
-from run.composed import describe_composition, read_accounts
+from run.composed import describe_composition, read_accounts, settings_lines
 from run.plan_plots import draw, draw_batches
 from run.provenance import REPORT_NAME, disagreements
 
-SETTINGS = ("unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta")  # what runs can differ in
 TARGETS = (1.0, 2.0, 3.0, 8.0)  # epsilons that a plan prices beside its own
 FACTORS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of its sigma, likewise
 METHODS = {
@@ -80,20 +78,6 @@ def find_files(path: str) -> tuple[str, str | None]:
     return ledger, report if os.path.exists(report) else None
 
 
-def settings_lines(state: LedgerState) -> list[str]:
-    """The settings, and where attempts differ from each other, each with the steps that it was charged."""
-    groups = Counter(tuple(record[key] for key in SETTINGS) for record in state.records)
-    lines = []
-    for values, steps in groups.items():
-        of = dict(zip(SETTINGS, values, strict=True))
-        of["steps"] = steps
-        lines.append(
-            "{steps} steps of sampling {sampling}, N {N}, q {q:.8g} (expected batch {batch:.6g}), sigma {sigma:g}, "
-            "C {clip:g}, delta {delta:.6g}, {world_size} processes".format(batch=of["N"] * of["q"], **of)
-        )
-    return lines
-
-
 def epsilon_table(phases: Sequence[AnyPhase], deltas: dict[float, str]) -> str:
     """A line a delta: PRV, RDP, and where the first comes from."""
     lines = [f"{'delta':>12}  {'epsilon PRV':>12}  {'epsilon RDP':>12}  by"]
@@ -119,7 +103,7 @@ def report_ledger(path: str, deltas: list[float], prior: float, plot: str | None
         print("epsilon       0: nothing was drawn")
         write_card(card_path, ledger, state, report, prior)
         return 0
-    last = state.records[-1]
+    last = state.last_step
     torn = ", one of them a last line cut short" if state.torn else ""
     attempts = f"{state.attempts} attempt" + ("s" if state.attempts > 1 else "")
     print(f"ledger        {ledger}: {len(state.records)} records, checksums whole from the first to the last")

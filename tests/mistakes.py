@@ -82,6 +82,11 @@ SELECTED = ("test_selection.py::test_epsilon_is_dp_accounting_s",
             "test_selection.py::test_never_below_the_truth_where_it_can_be_computed")
 RACE = ("test_budget_faults.py::test_released_while_it_draws_no_step_is_lost",)
 LINKS = ("test_provenance.py::test_weights_under_a_link",)
+LABEL_NORM = ("test_label_counts.py::test_a_unit_changes_the_total_by_one_at_most",)
+LABEL_NOISE = ("test_label_counts.py::test_the_noise_is_gaussian_of_its_scale",)
+LABEL_CHARGE = ("test_label_counts.py::test_the_charge_is_on_disk_before_the_noise_is_drawn",)
+LABEL_BUDGET = ("test_label_counts.py::test_the_budget_is_never_passed",)
+LABELS, LABEL_RUN = "privacy/label_counts.py", "run/label_counts.py"
 PAIRS = ("test_records.py::test_one_more_unit_of_prompts_and_completions",)
 
 STD = "self.std, self.batch, self.world, self.source = sigma * sensitivity,"
@@ -350,4 +355,17 @@ MUTANTS = (
     Mutant("another input's Gram matrices", LAYERS,
            (("return (other.data_ptr(), other.shape, other.dtype) == (rows.data_ptr(), rows.shape, rows.dtype)",
              "return (other.shape, other.dtype) == (rows.shape, rows.dtype)"),), FORMED),
+    Mutant("each text of a unit counted in the labels", LABELS,
+           (("math.isqrt(count * count * SCALE * SCALE // square)", "count * SCALE"),), LABEL_NORM),
+    Mutant("labels clipped by their number of kinds", LABELS,
+           (("sum(count * count for count in counts.values())", "len(counts)"),), LABEL_NORM),
+    Mutant("each text a unit of the labels", LABEL_RUN,
+           (("number if source.owner_field is None else record.unit", "number"),), LABEL_NORM),
+    Mutant("labels with half of their noise", LABELS,
+           (("(sigma, SCALE, SCALE,", "(sigma, SCALE // 2, SCALE,"),), LABEL_NOISE),
+    Mutant("labels drawn before they are charged", LABEL_RUN,
+           (("    ledger.charge(last[\"step\"])\n", ""), ("    finally:\n        ledger.close()\n",
+             "    finally:\n        ledger.charge(1)\n        ledger.close()\n")), LABEL_CHARGE),
+    Mutant("labels charged as a drawn share of the units", LABEL_RUN, (('"q": 1.0,', '"q": last["q"],'),), LABEL_CHARGE),
+    Mutant("labels beyond the budget", LABEL_RUN, (("after > target", "before > target"),), LABEL_BUDGET),
 )

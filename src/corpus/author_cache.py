@@ -34,6 +34,7 @@ from corpus.records import (
     WordTokens,
     check_tokenizer,
     pair_ids,
+    prefix_of,
     read_record,
     text_ids,
     with_form,
@@ -85,8 +86,9 @@ def tokenise(part: Part, source: Source, words: WordTokens) -> tuple:
         if record.unit is None or (source.unit_field is None and record.unit in PSEUDO_AUTHORS):
             counts["without_author" if record.unit is None else "pseudo_author"] += 1
             continue
-        if source.pairs:
-            ids, first, cut = pair_ids(record.texts[0], record.texts[1], source.length, words)
+        before = prefix_of(source.prompt_fields, record.fields) + (record.texts[0] if source.pairs else "")
+        if source.pairs or source.prompt_fields:
+            ids, first, cut = pair_ids(before, record.texts[-1], source.length, words)
         else:
             ids, first, cut = text_ids(record.texts[0], source.length, words)
         if len(ids) <= first:
@@ -193,7 +195,8 @@ def prepare_cache(source: Source, cache_dir: str | None, processes: int | None =
     """
     sha256, parts = scan(source.path, source.flag)
     source = with_form(source)
-    fields = [source.author_field, source.content_field, source.unit_field, source.pairs]
+    fields: list = [source.author_field, source.content_field, source.unit_field, source.pairs]
+    fields += [list(source.prompt_fields)] * bool(source.prompt_fields)
     made_of = [FORMAT, sha256, digest_vocab(source.vocab), source.length, *fields]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     name = f"{os.path.splitext(os.path.basename(source.path))[0]}-{key[:20]}"
@@ -258,7 +261,7 @@ def write_cache(folder: str, source: Source, sha256: str, parts: list, processes
     order = np.argsort(owners, kind="stable")
     first = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=len(keys)))])
     index = {"starts": starts[order], "lengths": lengths[order], "first": first, "keys": np.array(keys, np.uint64)}
-    if source.pairs:
+    if source.pairs or source.prompt_fields:
         index["scored"] = np.concatenate(scored)[order]
     with atomic_write(os.path.join(folder, "index.npz"), "wb") as out:
         np.savez(out, **index)

@@ -6,6 +6,9 @@ Two forms, of which a file has one:
 The unit is the value of a field (author, patient, conversation); unit_name() says which values are one. A prompt and
 its completion need no such field: without one the unit is the line.
 
+Fields that are named as public context (stars, category) become a line in front of either form, prefix_of(), which is
+not scored; a text then is a completion of it.
+
 Prompt and completion are joined as they stand: no space or line break comes between. They are tokenised apart, so no
 token spans both. The line's tokens are: what transformers puts in front of a text (bos for Llama, nothing for GPT-2),
 the prompt, the completion as a text that goes on, and the end of text. An empty prompt is allowed. The completion then
@@ -17,6 +20,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -44,6 +48,7 @@ class Source:
 
     unit_field: the field that names the unit, whatever the form; None: author_field, or the line of a pair
     pairs: the lines hold prompts and completions (with_form() finds out)
+    prompt_fields: the fields that are public context
     """
 
     path: str
@@ -54,6 +59,7 @@ class Source:
     content_field: str = "content"
     unit_field: str | None = None
     pairs: bool = False
+    prompt_fields: tuple[str, ...] = ()
 
     @property
     def owner_field(self) -> str | None:
@@ -78,11 +84,13 @@ class Record:
     unit: unit_name() of its field's value; None where that is empty
     texts: the values of Source.texts
     respelled: whether `unit` is another spelling than the field's
+    fields: the values of Source.prompt_fields
     """
 
     unit: str | None
     texts: tuple[str, ...]
     respelled: bool = False
+    fields: tuple[str, ...] = ()
 
 
 def with_form(source: Source) -> Source:
@@ -138,15 +146,48 @@ def read_record(line: str, source: Source, where: str) -> Record:
             fail(f"{where}: {name!r} is {json.dumps(value)[:60]}, wanted {kind}")
         if not is_text(value):
             fail(f"{where}: {name!r} holds half of a surrogate pair, which is not text; correct or remove the line")
+    fields = field_values(record, source.prompt_fields, where)
     texts = tuple(record[name] for name in source.texts)
     if not texts[-1].strip():
         fail(f"{where}: {source.texts[-1]!r} is empty; remove the line")
     if source.owner_field is None:  # lines that are alike are units of their own with one name
-        return Record(hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:32], texts)
+        return Record(hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:32], texts, fields=fields)
     written = record[source.owner_field]
     written = None if written is None else str(written)
     name = unit_name(written)
-    return Record(name, texts, name != written)
+    return Record(name, texts, name != written, fields)
+
+
+def field_values(record: dict, names: Sequence[str], where: str) -> tuple[str, ...]:
+    """The values of public fields, as prefix_of() writes them. UserError for a value that is no word of one line."""
+    found = []
+    for name in names:
+        value = record.get(name)
+        text = " ".join(str(value).split()) if isinstance(value, str) or type(value) is int else ""
+        if not text or "|" in text or not is_text(text):
+            fail(
+                f"{where}: the field {name!r} of --prompt_fields is {json.dumps(value)[:60]}, wanted a text without "
+                "'|', or a whole number; correct or remove the line"
+            )
+        found.append(text)
+    return tuple(found)
+
+
+def prefix_of(names: Sequence[str], values: Sequence[str]) -> str:
+    """The public context of a text, for training and for sampling: "stars: 5 | category: books" and a line feed; ""
+    without fields."""
+    return " | ".join(f"{name}: {value}" for name, value in zip(names, values, strict=True)) + "\n" if names else ""
+
+
+def split_fields(given: str | None, taken: Sequence[str | None] = ()) -> tuple[str, ...]:
+    """The names in --prompt_fields. taken: fields that are the text or the unit. UserError for what names no field."""
+    names = tuple(name.strip() for name in given.split(",")) if given is not None else ()
+    for name in names:
+        if not name or not name.isprintable() or "|" in name or ":" in name or names.count(name) > 1:
+            fail(f"--prompt_fields {given}: expected different names of fields, as in stars,category")
+        if name in taken:
+            fail(f"--prompt_fields {given}: {name} is the text or the unit itself, which is not public; leave it out")
+    return names
 
 
 def unit_name(written: str | None) -> str | None:
@@ -223,7 +264,7 @@ def pair_ids(prompt: str, completion: str, length: int, words: WordTokens) -> tu
 
 def check_tokenizer(tokenizer: Tokenizer, source: Source) -> None:
     """UserError where a completion could not be ended."""
-    if source.pairs and tokenizer.end_of_text is None:
+    if (source.pairs or source.prompt_fields) and tokenizer.end_of_text is None:
         fail(
             f"--vocab {source.vocab}: names no eos token, by which a model would learn where a completion ends; add "
             "eos_token to its tokenizer_config.json"

@@ -64,8 +64,9 @@ TYPES = {
 }
 KEYS = {1: set(TYPES) - {"format", "mechanism"}, 2: set(TYPES)}  # format -> the keys of its records
 ABSENT = {"format": 1, "mechanism": "gaussian"}  # key -> its value in records whose format does not have it
+LABEL_COUNTS = "label-counts"  # the mechanism of a record that is no step: a histogram of labels (label_counts.py)
 NAMES = {  # key -> its permitted values
-    "mechanism": ("gaussian",),
+    "mechanism": ("gaussian", LABEL_COUNTS),
     "sampling": ("poisson", "shuffle", "allocation"),
     "noise_source": ("os", "secure", "seeded"),
 }
@@ -106,6 +107,12 @@ class LedgerState:
         if not self.torn or not self.records:
             return self.records
         return [*self.records, {**self.records[-1], "attempt": self.attempts + 1}]
+
+    @property
+    def last_step(self) -> dict:
+        """The last record that is a step of the training; the last one where none is."""
+        steps = [record for record in self.records if record["mechanism"] != LABEL_COUNTS]
+        return (steps or self.records)[-1]
 
     @property
     def last_checksum(self) -> str:
@@ -212,7 +219,7 @@ class Ledger:
                 )
             self.state = read_ledger(self.path, self.handle)
             if self.state.records:
-                self.compare(self.state.records[-1], changed)
+                self.compare(self.state.last_step, changed)
             self.attempt = self.state.attempts + 1
             self.synced = sync_folder(work_dir)  # False: its name on the disk may not survive a power cut
             if self.state.torn:

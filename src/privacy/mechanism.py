@@ -13,6 +13,7 @@ from torch import Tensor
 
 from base.distributed import World
 from privacy.allocation import AnyPhase
+from privacy.ledger import LABEL_COUNTS
 from privacy.randomness import NoiseSource
 from privacy.sampling import Uses
 
@@ -63,4 +64,5 @@ class GaussianMechanism:
         return [replace(use, steps=count) for use, count in uses.items()]
 
 
-MECHANISMS = {"gaussian": GaussianMechanism}
+# A histogram of labels has the same noise and price: one use of every unit, with q = 1.
+MECHANISMS = {"gaussian": GaussianMechanism, LABEL_COUNTS: GaussianMechanism}

@@ -20,14 +20,17 @@ from base.markdown import markdown
 from privacy import accounting, attack_risk
 from privacy.allocation import AnyPhase
 from privacy.attack_risk import ADDED, REMOVED, permitted_by_epsilon
-from privacy.ledger import LedgerState, noise_sources
+from privacy.ledger import LABEL_COUNTS, LedgerState, noise_sources
 from privacy.plan import relation, spent, warnings
 from run.log import read_args
 from run.risk_words import exact_percent, percent, up
 
 SUFFIXES = (".md", ".html")
 TITLE = "Differential privacy"
-MECHANISMS = {"gaussian": "Gaussian: noise on the sum of the clipped gradients of a step (DP-SGD), sigma times C"}
+MECHANISMS = {
+    "gaussian": "Gaussian: noise on the sum of the clipped gradients of a step (DP-SGD), sigma times C",
+    LABEL_COUNTS: "Gaussian, once: noise on the histogram of the public labels, to which each unit adds at most 1",
+}
 SAMPLERS = {
     "poisson": "Poisson: each unit in each step with probability q, independently; who took part is secret",
     "allocation": "random allocation: each unit in one step of each epoch, uniform and independent; who took part "
@@ -169,10 +172,13 @@ def collect(ledger: str, state: LedgerState, report: dict | None, prior: float =
 
 def parameters(state: LedgerState) -> list[str]:
     """The settings that were charged, each with its steps."""
-    groups = Counter((record["q"], record["sigma"], record["clip"], record["N"]) for record in state.charges)
+    keys = ("mechanism", "q", "sigma", "clip", "N")
+    groups = Counter(tuple(record[key] for key in keys) for record in state.charges)
+    kinds = {LABEL_COUNTS: "histograms of labels"}
     return [
-        f"{steps} steps with q {q:.8g} (expected batch {q * N:.6g}), sigma {sigma:g}, C {clip:g}"
-        for (q, sigma, clip, N), steps in groups.items()
+        f"{count} {kinds.get(mechanism, 'steps')} with q {q:.8g} (expected batch {q * N:.6g}), sigma {sigma:g}, "
+        f"C {clip:g}"
+        for (mechanism, q, sigma, clip, N), count in groups.items()
     ]
 
 
@@ -220,7 +226,8 @@ def beside(report: dict | None) -> list[tuple[str, str]]:
                 "covered by the same epsilon",
             )
         )
-    disclosed = report.get("disclosed")
+    disclosed, public = report.get("disclosed"), report.get("public_fields")
+    rows += [("Public context", f"the field {name}: taken for public, not scored") for name in public or []]
     return rows + [
         ("Disclosed beside the model", str(item))
         for item in (disclosed if isinstance(disclosed, list) else [])

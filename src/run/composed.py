@@ -1,16 +1,36 @@
-"""Several runs read for one statement: their ledgers, and what the files beside them say of data and origin."""
+"""Ledgers in words: the settings of one, and several runs read for one statement, with what the files beside them say
+of data and origin."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 
 from base.errors import fail
 from base.files import read_object
 from privacy.composition import Account, Composition
-from privacy.ledger import read_ledger
+from privacy.ledger import LABEL_COUNTS, LedgerState, read_ledger
 from run import provenance
 from run.log import read_args
 
+# What the records of a ledger can differ in.
+SETTINGS = ("mechanism", "unit", "N", "q", "sigma", "clip", "sampling", "world_size", "delta")
+STEPS = (
+    "{steps} steps of sampling {sampling}, N {N}, q {q:.8g} (expected batch {batch:.6g}), sigma {sigma:g}, C {clip:g}, "
+    "delta {delta:.6g}, {world_size} processes"
+)
+COUNTS = "{steps} histogram of the labels of N {N} units, sigma {sigma:g}, of which a unit is {clip:g} at most"
 WANTED = "what the run wrote; restore it, or remove it"
+
+
+def settings_lines(state: LedgerState) -> list[str]:
+    """The settings, and where attempts differ from each other, each with the steps that it was charged."""
+    groups = Counter(tuple(record[key] for key in SETTINGS) for record in state.records)
+    lines = []
+    for values, steps in groups.items():
+        of = dict(zip(SETTINGS, values, strict=True))
+        form = COUNTS if of["mechanism"] == LABEL_COUNTS else STEPS
+        lines.append(form.format(batch=of["N"] * of["q"], steps=steps, **of))
+    return lines
 
 
 def read_accounts(files: Iterable[tuple[str, str | None]]) -> tuple[list[Account], list[str]]:

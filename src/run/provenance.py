@@ -180,9 +180,10 @@ def describe(account: dict) -> str:
     )
 
 
-def disagreements(report: dict, state: LedgerState) -> list[str]:
-    """The differences between privacy.json and the ledger, a line each."""
-    last = state.records[-1]
+def by_ledger(report: dict, state: LedgerState) -> dict:
+    """The entries of privacy.json that the ledger decides, by the ledger; of those that older reports lack, those that
+    this one has."""
+    last = state.last_step
     prv, rdp = epsilons(state, last["delta"])
     strict = 1 / (10 * last["N"])
     strict_prv, strict_rdp = epsilons(state, strict)
@@ -197,7 +198,11 @@ def disagreements(report: dict, state: LedgerState) -> list[str]:
         "epsilon_prv_strict": finite_or_text(strict_prv),
         "epsilon_rdp_strict": finite_or_text(strict_rdp),
     }
-    expected |= {key: value for key, value in optional.items() if key in report}
+    return expected | {key: value for key, value in optional.items() if key in report}
+
+
+def disagreements(report: dict, state: LedgerState) -> list[str]:
+    """The differences between privacy.json and the ledger, a line each."""
 
     def same(left: object, right: object) -> bool:
         if isinstance(left, bool) or isinstance(right, bool):
@@ -209,7 +214,7 @@ def disagreements(report: dict, state: LedgerState) -> list[str]:
 
     different = [
         f"{key}: {report.get(key, 'missing')} in {REPORT_NAME}, {value} by the ledger"
-        for key, value in expected.items()
+        for key, value in by_ledger(report, state).items()
         if not same(report.get(key), value)
     ]
     if "attack_risk" in report and not same_risk(report["attack_risk"], state):

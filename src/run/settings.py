@@ -17,7 +17,7 @@ from language_model import EVERY_PART, LoRAConfig
 from model import MODEL_CARDS
 from optimizer import SCHEDULES
 from privacy.clipping import CLIPPING_RULES
-from privacy.ledger import NAMES
+from privacy.ledger import LABEL_COUNTS, NAMES
 
 # Padded tokens of a micro-batch where --micro_batch_tokens is not given: see scripts/benchmarks/benchmark_training.py.
 DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -140,7 +140,9 @@ class Privacy:
     )
     clipping: str = flag("flat", "how a unit's gradient is bounded by C (default flat)", choices=CLIPPING_RULES)
     mechanism: str = flag(
-        "gaussian", "the noise that is added to the clipped sum (default gaussian)", choices=NAMES["mechanism"]
+        "gaussian",
+        "the noise that is added to the clipped sum (default gaussian)",
+        choices=[name for name in NAMES["mechanism"] if name != LABEL_COUNTS],
     )
     noise_source: str = flag(
         "os",

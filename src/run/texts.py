@@ -14,7 +14,7 @@ from base.flags import flag
 from corpus.author_cache import describe_left_out, open_cache, prepare_cache
 from corpus.authors import AuthorTexts, Corpus, split_authors
 from corpus.examples import count_shared
-from corpus.records import PAIR, Source
+from corpus.records import PAIR, Source, split_fields
 from corpus.tokenizer import CHAT_TEMPLATE_HELP, VOCAB_HELP, check_vocabulary_fits, digest_vocab, own_vocabulary
 from families import DEFAULT, name_of
 from run import setup
@@ -23,6 +23,10 @@ from run.settings import Settings
 from weights.checkpoint import Loaded
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+PUBLIC_CONTEXT = (
+    "public context: the fields {fields} stand before each text and are not scored; a mix of them that is counted from "
+    "these data is not covered by epsilon (generate.py --label_counts private draws one that is)"
+)
 QUANTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
 
 
@@ -49,6 +53,11 @@ class AuthorData:
     )
     author_field: str = flag("author", "name of the author's field")
     content_field: str = flag("content", "name of the text's field")
+    prompt_fields: str | None = flag(
+        help="fields that are public context, as in stars,category: they become a line in front of each text, which is "
+        "not scored, and by which generate.py chooses what to write",
+        metavar="NAMES",
+    )
     vocab: str | None = flag(help=f"{VOCAB_HELP} (default: the model's folder, or the repository's)", may_change=True)
     chat_template: str | None = flag(help=CHAT_TEMPLATE_HELP, may_change=True, nargs="?", const="")
     cache_dir: str | None = flag(
@@ -65,6 +74,11 @@ class AuthorData:
         metavar="K",
     )
 
+    @property
+    def public_fields(self) -> tuple[str, ...]:
+        unit = self.unit_field or self.author_field
+        return split_fields(self.prompt_fields, (unit, self.content_field, *PAIR))
+
 
 def check(settings: Settings) -> None:
     """Raise UserError for mistakes that show before any file is read."""
@@ -73,6 +87,7 @@ def check(settings: Settings) -> None:
         fail("--eval_fraction: means nothing with --eval_file, which holds all held-out texts")
     if data.chat_template is not None:
         fail(f"--chat_template: {CHAT_TEMPLATE_HELP}")
+    _ = data.public_fields  # a UserError for names that are none
     if data.unit_field is not None:
         if "author_field" in settings.given.explicit:
             fail(f"--author_field {data.author_field}: means nothing with --unit_field {data.unit_field}; give one")
@@ -106,7 +121,8 @@ def plural(unit: str) -> str:
 def open_corpus(path: str, flag: str, vocab: str, settings: Settings, world: World) -> Corpus:
     """The tokenised texts of a file. Collective: where there is no cache, one process of each machine makes it."""
     data = settings.data
-    source = Source(path, flag, vocab, data.seq_len, data.author_field, data.content_field, data.unit_field)
+    fields = (data.author_field, data.content_field, data.unit_field)
+    source = Source(path, flag, vocab, data.seq_len, *fields, prompt_fields=data.public_fields)
     folder = None
     with world.raise_if_any_failed():
         if world.local_rank == 0:
@@ -208,6 +224,8 @@ def describe(settings: Settings, trainer: Trainer, texts: Texts) -> None:
             units = np.unique(texts.valid.keys)
             setup.warn_of_shared(trainer, f"{unit}s", np.isin(units, texts.train.keys).sum(), len(units))
         setup.warn_of_shared(trainer, "texts", count_shared(texts.valid, texts.train), len(texts.valid))
+    if data.public_fields:
+        say(PUBLIC_CONTEXT.format(fields=", ".join(data.public_fields)), important=True)
     if texts.padding:
         say(texts.padding, important=True)
 

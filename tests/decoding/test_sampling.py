@@ -178,7 +178,8 @@ def test_samples_follow_the_exact_distribution(family, name):
 
 def jobs_of(prompts: int, samples: int, vocab: int, longest: int) -> list[Job]:
     draw = random.Random(prompts)
-    contexts = [tuple(draw.randrange(vocab) for _ in range(draw.randint(longest // 3, longest))) for _ in range(prompts)]
+    lengths = [draw.randint(longest // 3, longest) for _ in range(prompts)]
+    contexts = [tuple(draw.randrange(vocab) for _ in range(length)) for length in lengths]
     return [Job(i * samples + j, i, j, c) for i, c in enumerate(contexts) for j in range(samples)]
 
 
