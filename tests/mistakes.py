@@ -366,6 +366,7 @@ MUTANTS = (
     Mutant("labels drawn before they are charged", LABEL_RUN,
            (("    ledger.charge(last[\"step\"])\n", ""), ("    finally:\n        ledger.close()\n",
              "    finally:\n        ledger.charge(1)\n        ledger.close()\n")), LABEL_CHARGE),
-    Mutant("labels charged as a drawn share of the units", LABEL_RUN, (('"q": 1.0,', '"q": last["q"],'),), LABEL_CHARGE),
+    Mutant("labels charged as a drawn share of the units", LABEL_RUN,
+           (('"q": 1.0,', '"q": last["q"],'),), LABEL_CHARGE),
     Mutant("labels beyond the budget", LABEL_RUN, (("after > target", "before > target"),), LABEL_BUDGET),
 )

@@ -118,7 +118,10 @@ def compare(options, setting: str, dtype: torch.dtype, device: torch.device) -> 
         theirs_at(theirs, SETTINGS[setting], batch, 2, start)
         their_run = functools.partial(theirs_at, theirs, SETTINGS[setting], batch, tokens, start)
         other[batch] = batch * tokens / timed(their_run, device)
-        print(f"{setting}, {dtype}: ours {own[-1]:.0f} tokens/s, transformers {other[batch]:.0f} at batch {batch}")
+        print(
+            f"{setting}, {dtype}: ours {own[-1]:.0f} tokens/s, transformers {other[batch]:.0f} at batch {batch}",
+            flush=True,
+        )
     rate = matmul_rate(device, dtype)
     best, speed = max(other, key=lambda batch: other[batch]), statistics.median(own)
     return {
@@ -131,6 +134,24 @@ def compare(options, setting: str, dtype: torch.dtype, device: torch.device) -> 
         "multiply_adds_per_s": rate,
         "share_of_floor": work / rate / (options.samples * tokens / speed),
     }
+
+
+def write(path: str, rows: list[dict], device: torch.device, options) -> None:
+    with atomic_write(path) as out:
+        json.dump(
+            {
+                "generate": rows,
+                "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+                "threads": torch.get_num_threads(),
+                "load": os.getloadavg()[0],
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "options": {name: value for name, value in vars(options).items() if name != "output"},
+            },
+            out,
+            indent=1,
+        )
+        out.write("\n")
 
 
 def main() -> None:
@@ -147,28 +168,14 @@ def main() -> None:
     if min(options.batch_sizes) < 1:
         fail(f"--batch_sizes {min(options.batch_sizes)}: expected at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [
-        compare(options, setting, getattr(torch, dtype), device)
-        for dtype in options.dtypes
-        for setting in options.settings
-    ]
+    path = options.output or f"results/{datetime.date.today()}_benchmark_generate.json"
+    rows: list[dict] = []
+    for dtype in options.dtypes:
+        for setting in options.settings:
+            rows.append(compare(options, setting, getattr(torch, dtype), device))
+            write(path, rows, device, options)
     for row in rows:
         print(
             f"{row['setting']}, {row['dtype']}: {row['ratio']:.2f} times transformers at its best batch "
             f"{row['best_batch']}; {row['share_of_floor']:.2f} of the floor"
-        )
-    path = options.output or f"results/{datetime.date.today()}_benchmark_generate.json"
-    with atomic_write(path) as out:
-        json.dump(
-            {
-                "generate": rows,
-                "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
-                "threads": torch.get_num_threads(),
-                "load": os.getloadavg()[0],
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "options": {name: value for name, value in vars(options).items() if name != "output"},
-            },
-            out,
-            indent=1,
         )

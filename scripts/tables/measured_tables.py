@@ -1,4 +1,4 @@
-"""The tables of results/DATE_benchmark_training, DATE_audit and DATE_synthetic, from the JSON that their scripts wrote.
+"""The tables of results/DATE_benchmark_training, _generate, _audit and _synthetic, from the JSON of their scripts.
 
 scripts/results_tables.py calls measured_table for each folder without rows/. A `note` in a row of the JSON is printed
 beside it. command.txt holds the command; made_with.json, where a script does not write them itself, the keys `device`,
@@ -86,6 +86,24 @@ def speed(results: list[dict]) -> str:
     return "\n".join(dict_table(lines) for lines in (compared, alone) if lines)
 
 
+def generation(results: list[dict]) -> str:
+    """The table of scripts/benchmarks/benchmark_generate.py: a line for each setting and type."""
+
+    def line(row: dict) -> Line:
+        theirs, share = row["transformers_tokens_per_s"], row["share_of_floor"]
+        return {
+            "setting": row["setting"],
+            "dtype": row["dtype"],
+            "ours [tokens/s]": f"{statistics.median(row['ours_tokens_per_s']):.0f}",
+            "transformers [tokens/s], by batch": ", ".join(f"{batch}: {speed:.0f}" for batch, speed in theirs.items()),
+            "ours/best": f"{row['ratio']:.2f}",
+            "share of the floor": f"{share:.2f}" if share <= 1 else "-",
+            "note": row.get("note", ""),
+        }
+
+    return dict_table([line(row) for result in results for row in result["generate"]])
+
+
 def audit(rows: list[dict]) -> str:
     """The table of scripts/audit_faults.py: a line for each fault; "none" is the unchanged code. Behind a bound of
     epsilon stand the right ones of the guesses; the bound that decides is bold."""
@@ -115,7 +133,7 @@ def audit(rows: list[dict]) -> str:
 
 
 def measured_table(folder: str, place: str) -> str | None:
-    """The table of a folder that one of the two scripts wrote, and a line on the machine and on `place`. None for any
+    """The table of a folder that one of these scripts wrote, and a line on the machine and on `place`. None for any
     other folder. UserError for JSON that the script does not write."""
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.json")))
     found, said = [], {}
@@ -137,14 +155,18 @@ def measured_table(folder: str, place: str) -> str | None:
             text, machine = dict_table(lines_of(first["rows"])), first["hardware"]
             known = {"commit": first["commit"]["hash"], "torch": first["torch"]}
             said = {"device": f"{machine['cores']} cores of {machine['device']}", **known, **said}
+        elif "generate" in first:
+            text, beside = generation(found), f"{first['threads']} threads, load {first['load']:.0f}"
+            device = f"{first['options']['model_card']} on {first['device']}, {beside}"
+            said = {"device": device, "torch": f"{first['torch']}, transformers {first['transformers']}", **said}
         else:
             text = speed(found)
             said = {"device": f"{first['options']['model_card']} on {first['device']}", "torch": first["torch"], **said}
         commit = said["commit"][:8] if "commit" in said else None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         fail(
-            f"{where}: scripts/benchmarks/benchmark_training.py, audit_faults.py or synthesize.sh did not write "
-            f"this ({error!r}); remove it"
+            f"{where}: benchmark_training, benchmark_generate, audit_faults or synthesize.sh did not write this "
+            f"({error!r}); remove it"
         )
     named = {"": said.get("device"), " ": said.get("note"), "commit ": commit, "torch ": said.get("torch")}
     facts = "; ".join(f"{name}{value}".strip() for name, value in named.items() if value)

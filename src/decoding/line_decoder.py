@@ -46,11 +46,11 @@ class LineDecoder(PackedModel):
         self.rows = rows
         super().__init__(model, functools.partial(FixedLinear, rows=self.rows))
         self.slots, self.room = slots, -(-length // REACH) * REACH  # S, L
-        self.kv = torch.zeros(
-            len(self.blocks), slots, self.room, 2 * self.heads * self.width, dtype=dtype, device=device
-        )
+        # keys and values, each head's positions one after the other
+        shape = (len(self.blocks), 2, slots, self.heads, self.room, self.width)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.used = np.zeros(slots, int)  # positions of each slot
-        # context -> (keys and values (layers, T, 2 N W), state (D,)), of those whose samples may still come
+        # context -> (keys and values (layers, 2, N, T, W), state (D,)), of those whose samples may still come
         self.known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self.table = self.body.places(torch.arange(self.room, device=device))
         self.read_tokens = self.stepped_tokens = 0  # through the layers so far
@@ -75,7 +75,7 @@ class LineDecoder(PackedModel):
         states = []
         for slot, context in zip(slots, contexts, strict=True):
             kv, state = self.known[context]
-            self.kv[:, slot, : len(context)] = kv
+            self.kv[:, :, slot, :, : len(context)] = kv
             self.used[slot] = len(context)
             states.append(state)
         self.known = {contexts[-1]: self.known[contexts[-1]]}  # the next samples may be of the same context
@@ -87,10 +87,10 @@ class LineDecoder(PackedModel):
         bounds = list(zip([0, *ends[:-1]], ends, strict=True))
         ids = self.indices(np.concatenate([np.array(context) for context in contexts]))
         positions = self.indices(np.concatenate([np.arange(len(context)) for context in contexts]))
-        kv = self.kv.new_empty(len(self.kv), len(ids), self.kv.shape[-1])
+        kv = self.kv.new_empty(len(self.kv), 2, self.heads, len(ids), self.width)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            kv[layer] = torch.cat([key.flatten(1), value.flatten(1)], dim=1)
+            kv[layer, 0], kv[layer, 1] = key.transpose(0, 1), value.transpose(0, 1)
             return torch.cat([causal_attention(*(x[None, a:b] for x in (query, key, value)))[0] for a, b in bounds])
 
         with row_blocks(self.rows):
@@ -98,28 +98,31 @@ class LineDecoder(PackedModel):
             states = self.body.last_norm(x[self.indices(ends - 1)])
         self.read_tokens += len(ids)
         for context, (a, b), state in zip(contexts, bounds, states, strict=True):
-            self.known[context] = (kv[:, a:b].clone(), state)
+            self.known[context] = (kv[:, :, :, a:b].clone(), state)
 
     def advance(self, slots: np.ndarray, tokens: np.ndarray) -> Tensor:
         """Append tokens[r] to slots[r], both (R,), ascending by slot; states (R, D)."""
         positions = self.used[slots]
         self.used[slots] += 1
         self.stepped_tokens += len(slots)
-        at = self.indices(slots * self.room + positions)
+        at, place = self.indices(slots), self.indices(positions)
         runs = self.runs(slots)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self.kv[layer].flatten(0, 1)[at] = torch.cat([key.flatten(1), value.flatten(1)], dim=1)
-            N, W, found = self.heads, self.width, []
+            keys, values = self.kv[layer]  # (S, N, L, W) each
+            keys[at, :, place], values[at, :, place] = key, value
+            found = []
             for a, b, slot, reach, bias in runs:
-                queries = query[a:b].unflatten(1, (N, -1))  # (n, N, H/N, W)
-                kv = self.kv[layer, slot : slot + b - a, :reach].view(b - a, reach, 2, N, W)
-                keys, values = kv.permute(2, 0, 3, 1, 4)  # (n, N, reach, W)
-                found.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias).flatten(1))
+                queries = query[a:b].unflatten(1, (self.heads, -1))  # (n, N, H/N, W)
+                own = slice(slot, slot + b - a)
+                y = F.scaled_dot_product_attention(
+                    queries, keys[own, :, :reach], values[own, :, :reach], attn_mask=bias
+                )
+                found.append(y.flatten(1))
             return torch.cat(found)  # (R, H W)
 
         with row_blocks(self.rows):
-            return self.body.last_norm(self.run_blocks(self.indices(tokens), self.indices(positions), attend))
+            return self.body.last_norm(self.run_blocks(self.indices(tokens), place, attend))
 
     def runs(self, slots: np.ndarray) -> list[tuple[int, int, int, int, Tensor]]:
         """Rows a to b of neighbouring slots from `slot` on that have one reach: (a, b, slot, reach, mask (n, 1, 1,

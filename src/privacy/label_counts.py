@@ -19,6 +19,7 @@ from privacy.mechanism import MECHANISMS
 from privacy.randomness import NoiseSource
 
 SCALE = 1 << 20  # the fixed point's 1
+NOISE_SOURCE = "os"
 CLIP = 1.0  # the largest norm of a unit's histogram
 
 
@@ -43,9 +44,10 @@ def totals(labels: Iterable[tuple[object, int]], cells: int) -> np.ndarray:
     return found
 
 
-def noisy_counts(total: np.ndarray, sigma: float, source: NoiseSource) -> np.ndarray:
-    """What is released of totals(): (cells,) float64, in texts. Call it when the ledger holds the charge."""
+def noisy_counts(total: np.ndarray, sigma: float, source: NoiseSource | None = None) -> np.ndarray:
+    """What is released of totals(): (cells,) float64, in texts. Call it when the ledger holds the charge.
+    source: of tests; None: a fresh one of NOISE_SOURCE."""
     if not sigma > 0:
         raise ValueError(f"sigma={sigma}: expected a number above 0")
-    mechanism = MECHANISMS[LABEL_COUNTS](sigma, SCALE, SCALE, World(), source)
+    mechanism = MECHANISMS[LABEL_COUNTS](sigma, SCALE, SCALE, World(), source or NoiseSource(NOISE_SOURCE, "noise"))
     return mechanism.release(1, torch.from_numpy(total.astype(np.float64)), len(total)).double().numpy()

@@ -17,16 +17,14 @@ from base.errors import fail
 from base.files import atomic_write, decode_line, read_lines, read_object
 from corpus.records import PSEUDO_AUTHORS, Source, field_values, read_record, with_form
 from privacy import accounting, attack_risk
-from privacy.label_counts import CLIP, noisy_counts, totals
+from privacy.label_counts import CLIP, NOISE_SOURCE, noisy_counts, totals
 from privacy.ledger import FILE_NAME, LABEL_COUNTS, MUST_MATCH, Ledger, read_ledger
 from privacy.plan import relation, spent
-from privacy.randomness import NoiseSource
 from privacy.sampled_gaussian import Phase
 from run.log import read_args
 from run.provenance import REPORT_NAME, by_ledger
 
 PRIVATE = "private"
-NOISE_SOURCE = "os"
 Mix = tuple[str, ...]  # a value for each field
 
 
@@ -112,7 +110,7 @@ def private_weights(private: Private, names: Sequence[str], output: str, resume:
     path = os.path.join(private.folder, FILE_NAME)
     ledger = charged(path, private, args)
     try:
-        noisy = noisy_counts(total, private.sigma, NoiseSource(NOISE_SOURCE, "noise"))
+        noisy = noisy_counts(total, private.sigma)
     finally:
         ledger.close()
     with atomic_write(output) as out:  # below 0 is drawn as 0: the file is a table that read_table() takes

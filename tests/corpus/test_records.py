@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from base.errors import UserError
 from corpus.author_cache import name_key, open_cache, prepare_cache
 from corpus.authors import split_authors
 from corpus.batching import PublicLengths, TightCut
-from corpus.records import Source, WordTokens, pair_ids, text_ids
+from corpus.records import Source, WordTokens, pair_ids, split_fields, text_ids
 from corpus.tokenizer import load_tokenizer
 from helpers.clipping_oracle import (
     Text,
@@ -247,3 +248,45 @@ def test_one_more_unit_of_prompts_and_completions(tmp_path, case, samples, engin
             expected = clipped_sum(unit_gradients(model, list(owners.values()))[1], rule)
             assert distance(sums[-1], expected) < 1e-6
     assert norm(difference(sums[1], sums[0])) == pytest.approx(rule.C, rel=2e-6)
+
+
+# ------------------------------------------------------------------ public fields
+
+
+PUBLIC = {"stars": lambda n: n % 5 + 1, "category": lambda n: ["books", "  fast\nfood "][n % 2]}
+
+
+@pytest.mark.parametrize("form", ["texts", "pairs"])
+def test_public_fields_stand_in_front_and_are_not_scored(tmp_path, form):
+    lines = [{**line, "author": f"a{n % 3}"} for n, line in enumerate(pairs(9, **PUBLIC))]
+    if form == "texts":
+        lines = [{"content": line.pop("completion"), **line} for line in lines]
+        for line in lines:
+            del line["prompt"]
+    path, tokenizer = write(tmp_path / "train.jsonl", lines), load_tokenizer(str(VOCAB))
+    unit = {"unit_field": "author"} if form == "pairs" else {}
+    corpus = corpus_of(path, length=99, prompt_fields=("stars", "category"), **unit)
+    found = set()
+    for start, length, first in zip(corpus.starts, corpus.lengths, corpus.scored, strict=True):
+        ids = corpus.tokens[start:start + length].tolist()
+        assert ids[-1] == tokenizer.end_of_text
+        found.add((tokenizer.decode(ids[:first]), tokenizer.decode(ids[first:-1])))
+    assert found == {
+        (f"stars: {line['stars']} | category: {' '.join(line['category'].split())}\n{line.get('prompt', '')}",
+         line.get("content") or line["completion"]) for line in lines}
+    plain = corpus_of(path, length=99, **unit)  # another cache, as it was before there were such fields
+    assert plain.tokens.tolist() != corpus.tokens.tolist()
+    assert name_key("a0") in corpus.keys
+
+
+@pytest.mark.parametrize("value", [None, "", " ", "a|b", 1.5, True, ["x"], "\ud800"])
+def test_values_that_are_no_public_field(tmp_path, value):
+    path = write(tmp_path / "train.jsonl", [{"author": "a", "content": "x", "stars": value}])
+    with pytest.raises(UserError, match=r"train.jsonl:1: the field 'stars' of --prompt_fields is .*wanted a text"):
+        corpus_of(path, prompt_fields=("stars",))
+
+
+@pytest.mark.parametrize("given", ["", "a,,b", "a,a", "a|b", "author", "prompt"])
+def test_names_that_are_no_public_field(given):
+    with pytest.raises(UserError, match=f"--prompt_fields {re.escape(given)}: "):
+        split_fields(given, ("author", "prompt"))

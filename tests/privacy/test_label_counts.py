@@ -123,7 +123,7 @@ def test_the_noise_is_gaussian_of_its_scale():
     assert kstest(found / 3.0, "norm").pvalue > 1e-3
     assert kstest(found / 2.7, "norm").pvalue < 1e-6
     with pytest.raises(ValueError, match="expected a number above 0"):
-        noisy_counts(total, 0.0, NoiseSource("os", "noise"))
+        noisy_counts(total, 0.0)
 
 
 # ------------------------------------------------------------------ the charge
@@ -243,7 +243,8 @@ TABLES = [
     ([{"stars": 1, "category": "a|b", "count": 2}], "'category' of --prompt_fields is \"a|b\""),
     ([{"stars": 1, "category": "food", "count": 2, "city": "x"}], "'city' is none of the --prompt_fields"),
     ([{"stars": 1, "category": "food", "count": 0}], "names no mix"),
-    ([{"stars": 1, "category": "food", "count": 1}, {"stars": 5, "category": "food", "weight": 1}], "counts and weights"),
+    ([{"stars": 1, "category": "food", "count": 1}, {"stars": 5, "category": "food", "weight": 1}],
+     "counts and weights"),
     ([3], "wanted an object"),
 ]
 
@@ -269,5 +270,5 @@ def test_the_noise_is_not_torch_s():
     drawn = []
     for _ in range(2):
         torch.manual_seed(0)
-        drawn.append(counting.noisy_counts(np.zeros(4, np.int64), 1.0, NoiseSource("os", "noise")).tolist())
+        drawn.append(counting.noisy_counts(np.zeros(4, np.int64), 1.0).tolist())
     assert drawn[0] != drawn[1]
