@@ -14,13 +14,15 @@
 Both are written whole or not at all. Files of others are weights/foreign.py's and weights/peft_format.py's.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from base.errors import fail
 from base.files import atomic_write, check_format, folder_below
@@ -155,11 +157,7 @@ def load_model(
         fail(f"--base_checkpoint {base_checkpoint}: {path} holds whole weights; leave the flag out")
     elif not any("lora_" in name for name in weights):
         base = describe_base(path, weights)
-    # A drawn adapter follows the caller's seed; where nothing that is drawn stays, the generator does not move.
-    with torch.random.fork_rng(devices=[], enabled=lora_config.dim == 0 or any("lora_" in name for name in weights)):
-        model = build(config, lora_config, f"{flag} {path}")
-    load_strictly(model, weights, path, flag)
-    return Loaded(model, base, path, step, files)
+    return Loaded(filled(config, lora_config, weights, path, flag), base, path, step, files)
 
 
 def load_trained(
@@ -277,16 +275,38 @@ def on_base(
     flag: str,
     files: list[tuple[str, object]],
 ) -> Loaded:
-    """The model of adapters `weights` on frozen weights; torch's generator does not move."""
-    with torch.random.fork_rng(devices=[]):
-        model = build(config, lora_config, f"{flag} {path}")
-    load_strictly(model, {**base_weights, **weights}, path, flag)
-    return Loaded(model, base, path, files=files)
+    """The model of adapters `weights` on frozen weights."""
+    return Loaded(filled(config, lora_config, {**base_weights, **weights}, path, flag), base, path, files=files)
 
 
 def build(config: Shape, lora_config: LoRAConfig, where: str) -> LanguageModel:
-    try:
+    """A model whose weights are drawn from torch's generator."""
+    with memory_for(config, where):
         return family_of(config)(config, lora_config)
+
+
+def filled(config: Shape, lora_config: LoRAConfig, weights: dict[str, Tensor], path: str, flag: str) -> LanguageModel:
+    """A model of the file's weights: nothing is drawn but adapters, where the file has none."""
+    with memory_for(config, f"{flag} {path}"), Undrawn():
+        model = family_of(config)(config, lora_config)
+    load_strictly(model, weights, path, flag)
+    return model
+
+
+class Undrawn(TorchFunctionMode):
+    """Inside, what a layer would draw for its weights is left as the memory was found."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (Tensor.normal_, nn.init.normal_, nn.init.kaiming_uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def memory_for(config: Shape, where: str) -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
         fail(f"{where}: no memory for a model of {config.describe()} ({str(error).splitlines()[0][:160]})")
 

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import loralib as lora
 from base.errors import fail
 from base.files import check_pointer, folder_below, read_object
 from families import DEFAULT, family_of, of_model_type, of_names
@@ -210,8 +211,8 @@ def cure(names: list[str], family: type[LanguageModel]) -> str:
 
 
 def load_strictly(model: LanguageModel, weights: dict[str, Tensor], path: str, flag: str) -> None:
-    """Copy every weight of the file into the model and leave none of the model's without a value, except that a file
-    without any adapter leaves the model's adapters as they were initialised.
+    """Copy every weight of the file into the model and leave none of the model's without a value: of a file without
+    any adapter the model's adapters are drawn from torch's generator. The model's own values are taken for undrawn.
 
     Raises UserError naming up to three weights that found no place, no value or another shape.
     """
@@ -234,9 +235,14 @@ def load_strictly(model: LanguageModel, weights: dict[str, Tensor], path: str, f
     ):
         if names:
             fail(f"{flag} {path}: {what}: {some(names)}{more}; does --model_card or --lora_dim match the file?")
+    if held := [name for name, _ in model.named_buffers()]:
+        raise TypeError(f"{some(held)}: no parameter, so no file gives it a value")
     with torch.no_grad():
         for name, value in weights.items():
             wanted[name].copy_(value)
+    if lora_absent:
+        for layer in lora.adapted_layers(model):
+            layer.reset_lora_parameters()
 
 
 def fingerprint(weights: dict[str, Tensor]) -> str:
