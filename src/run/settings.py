@@ -36,6 +36,7 @@ CLIP_RANGE = (1e-6, 1e8)
 #   2^127. The largest C times the largest sigma that --target_epsilon chooses is below it.
 NOISE_RANGE = (1e-30, 1.1e14)
 ANY = (0, math.inf)
+BASE_DTYPES = ("float32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,12 @@ class Model:
         choices=(*PARTS, EVERY_PART),
     )
     use_rslora: bool = flag(False, "scale adapters by alpha/sqrt(rank) in place of alpha/rank")
+    base_dtype: str | None = flag(
+        help="how the frozen matrices under adapters are held: float32, or bf16, rounded to bfloat16 in half the "
+        "memory (default: bf16 on a GPU, float32 on a CPU and without adapters); products are those of --bf16 or "
+        "float32, either way",
+        choices=BASE_DTYPES,
+    )
 
     def lora_config(self) -> LoRAConfig:
         return LoRAConfig(self.lora_dim, self.lora_alpha, self.lora_dropout, self.lora_target, self.use_rslora)
@@ -242,6 +249,11 @@ class Settings:
             fail(
                 f"--budget {privacy.budget}: refused with --sampling allocation, whose epochs a budget file does not "
                 "reserve; give --sampling poisson, or leave --budget out and compose with src/privacy_report.py"
+            )
+        if self.model.base_dtype == "bf16" and not self.model.lora_dim:
+            fail(
+                "--base_dtype bf16: is for the frozen weights under adapters, and without --lora_dim every weight is "
+                "trained, in float32; give --lora_dim, or leave --base_dtype out"
             )
         check_noise(privacy, self.flag_of("max_grad_norm"))
         if loop.tensorboard and importlib.util.find_spec("tensorboard") is None:
