@@ -49,14 +49,19 @@ class Outer:
 
     def __init__(self, target: Tensor, p: Tensor, q: Tensor):
         self.target, self.p, self.q, self.grads = target, p, q, None
+        (_, S, P), Q = p.shape, q.shape[2]
+        if S * S * (P + Q) >= TRAFFIC_COST * P * Q:
+            self.grads = by_units(lambda p, q: p.mT @ q, wide(p), wide(q))  # (U, P, Q)
+            self.p = self.q = None
+
+    @property
+    def entries(self) -> int:
+        """Numbers that it holds."""
+        return self.p.numel() + self.q.numel() if self.grads is None else self.grads.numel()
 
     def norm_sq(self) -> Tensor:
-        p, q = wide(self.p), wide(self.q)
-        (_, S, P), Q = p.shape, q.shape[2]
-        if S * S * (P + Q) < TRAFFIC_COST * P * Q:
-            return by_units(lambda p, q: gram_norm_sq(gram(p), gram(q)), p, q)
-        self.grads = by_units(lambda p, q: p.mT @ q, p, q)  # (U, P, Q)
-        self.p = self.q = None
+        if self.grads is None:
+            return by_units(lambda p, q: gram_norm_sq(gram(p), gram(q)), wide(self.p), wide(self.q))
         return by_units(sum_of_squares, self.grads)
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
@@ -77,6 +82,10 @@ class Rows:
     def __init__(self, target: Tensor, rows: Tensor):
         self.target, self.grads = target, by_units(lambda rows: rows.sum(1), wide(rows))
 
+    @property
+    def entries(self) -> int:
+        return self.grads.numel()
+
     def norm_sq(self) -> Tensor:
         return by_units(sum_of_squares, self.grads)
 
@@ -89,6 +98,10 @@ class Lookup:
 
     def __init__(self, target: Tensor, ids: Tensor, rows: Tensor):
         self.target, self.ids, self.rows = target, ids, wide(rows)
+
+    @property
+    def entries(self) -> int:
+        return self.rows.numel()
 
     def norm_sq(self) -> Tensor:
         def of_units(ids: Tensor, rows: Tensor) -> Tensor:
@@ -107,6 +120,10 @@ class Ragged:
 
     def __init__(self, target: Tensor, b: Tensor, h: Tensor, counts: list[int]):
         self.target, self.b, self.h, self.counts = target, b, wide(h), counts
+
+    @property
+    def entries(self) -> int:
+        return self.b.numel() + self.h.numel()
 
     def by_unit(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(b (n_u, V), h (n_u, D)) of each unit, one unit a product: its shape is the unit's own."""

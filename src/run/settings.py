@@ -173,6 +173,13 @@ class Loop:
         least=1,
         may_change=True,
     )
+    recompute: bool = flag(
+        False,
+        "compute each block again in the backward pass in place of keeping what it computes: less memory, more time, "
+        "the same bits",
+        boolean=True,
+        may_change=True,
+    )
     log_interval: int = flag(100, least=1, may_change=True)
     eval_interval: int | None = flag(2000, least=1, may_change=True)
     save_interval: int = flag(500, least=1, may_change=True)

@@ -305,14 +305,14 @@ def prepare_parameters(settings: Settings, world: World, loaded: Loaded, private
 
 def build_engine(settings: Settings, loaded: Loaded, flat: FlatParameters, plan: PrivacyPlan, world: World) -> Engine:
     """The gradient engine, with the plan's clipping rule. Collective."""
-    smoothing = settings.optimizer.label_smooth
+    smoothing, recompute = settings.optimizer.label_smooth, settings.loop.recompute
     if not plan.settings.private:
-        return NonPrivate(loaded.model, flat, smoothing)
+        return NonPrivate(loaded.model, flat, smoothing, recompute)
     if settings.privacy.grad_engine == "opacus":
         from privacy.opacus_engine import OpacusEngine
 
-        return OpacusEngine(loaded.model, flat, plan.clipping_rule, smoothing, world)
-    return BookKeeping(loaded.model, flat, plan.clipping_rule, smoothing)
+        return OpacusEngine(loaded.model, flat, plan.clipping_rule, smoothing, world, recompute)
+    return BookKeeping(loaded.model, flat, plan.clipping_rule, smoothing, recompute)
 
 
 def warn_of_shared(trainer: loop.Trainer, what: str, shared: int, of: int) -> None:

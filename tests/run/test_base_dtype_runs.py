@@ -72,6 +72,17 @@ def test_a_checkpoint_is_read_on_the_matrices_that_its_adapters_were_trained_on(
     assert failed.wait() == 2 and "its entries 'config', 'lora', 'base' or 'step' are damaged" in failed.error
 
 
+def test_recomputed_for_a_part_of_the_run(run, tmp_path):
+    """--recompute may change between attempts, since no bit does; adapters with dropout here, whole matrices below."""
+    work = tmp_path / "run"
+    interrupted(work, 1, {0: [kill(CHARGE, "before", 4)]}, base_dtype="bf16", recompute=True)
+    train(flags(work, resume=True, base_dtype="bf16"))
+    assert equal(weights(work), weights(run))
+    for name, recompute in (("kept", None), ("again", True)):
+        train(flags(tmp_path / name, lora_dim=0, lora_dropout=None, max_step=3, recompute=recompute))
+    assert equal(weights(tmp_path / "kept", 3), weights(tmp_path / "again", 3))
+
+
 def test_on_two_ranks(tmp_path):
     """Every rank gets rank 0's matrices."""
     work = tmp_path / "run"
