@@ -210,7 +210,8 @@ def main() -> None:
         if not lora.adapted_layers(model):
             fail(f"--format peft: {loaded.path} holds no adapter; leave --format out")
         name, (config, weights) = peft_format.CONFIG, peft_format.from_ours(model, name_base(loaded, args.base_name))
-        metadata["base_fingerprint"] = fingerprint(base_weights(model))  # so that no other base is taken for it
+        # so that no other base is taken for it
+        metadata["base_fingerprint"] = loaded.base["fingerprint"] if loaded.base else fingerprint(base_weights(model))
     else:
         end_of_text = tokenizer.end_of_text if tokenizer else None
         name, config, weights = "config.json", model.config.to_hugging_face(end_of_text), merged_weights(model)
@@ -238,10 +239,13 @@ def main() -> None:
     with atomic_write(os.path.join(args.output, WEIGHTS[args.format]), "wb") as handle:
         handle.write(safetensors.torch.save(weights, metadata=metadata))
     print(
-        f"wrote {args.output}: {sum(value.numel() for value in weights.values())} parameters"
+        f"wrote {args.output}: {sum(value.numel() for value in weights.values())} parameters in "
+        f"{'float16' if args.float16 else 'float32'}"
         + (f", to be put on {config['base_model_name_or_path']}" if args.format == "peft" else "")
         + (f"; {provenance.REPORT_NAME} says what the runs behind them spent" if spent else "")
     )
+    if args.format == "peft" and loaded.base and "dtype" in loaded.base:
+        print("the adapter was trained with --base_dtype bf16: its base is exact where it is read in bfloat16")
     if not vocab:
         print("no tokenizer was found beside the weights, and none was written; --vocab FOLDER adds one")
 

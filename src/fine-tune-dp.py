@@ -293,7 +293,7 @@ def main() -> int:
         check(settings)
         settings = translated(settings)
         place, card = resolve_model(str(settings.model.init_checkpoint))
-        loaded = setup.load_weights(settings, place, card)
+        loaded = setup.load_weights(settings, world, place, card)
     data = texts.open_texts(settings, loaded, place, world)
     with world.raise_if_any_failed():
         if settings.extra.eval_strategy == "epoch" and not settings.extra.dry_run:

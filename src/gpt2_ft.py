@@ -123,7 +123,7 @@ def main() -> int:
         path, card = settings.model.init_checkpoint, settings.model.model_card
         if path is not None and "model_card" not in settings.given.explicit and says_shape(path):
             card = None
-        loaded = setup.load_weights(settings, path, card)
+        loaded = setup.load_weights(settings, world, path, card)
         train, valid, digests = read_data(settings.data, loaded.model.config.vocab_size)
         task = make_task(settings, train, valid, digests, world)
         setup.check_task(settings, task, world)

@@ -8,11 +8,12 @@ Shapes: B batch, T tokens, D width, H heads, K key-value heads, W width of a hea
 
 import abc
 import dataclasses
+import functools
 import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -217,6 +218,9 @@ class Block(nn.Module, abc.ABC):
 class Body(nn.Module, abc.ABC):
     """Everything up to and with the last norm."""
 
+    # How training runs a block's function of its input (base.recompute.recomputed); None: it keeps what it computes.
+    run_block: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = None
+
     @property
     @abc.abstractmethod
     def blocks(self) -> Sequence[Block]: ...
@@ -238,7 +242,10 @@ class Body(nn.Module, abc.ABC):
         positions = torch.arange(ids.shape[1], device=ids.device)
         x, places = self.embed(ids, positions), self.places(positions)
         for block in self.blocks:
-            x = block(x, places)
+            if self.run_block is None:
+                x = block(x, places)
+            else:
+                x = self.run_block(functools.partial(block.__call__, places=places), x)
         return self.last_norm(x)
 
 

@@ -129,7 +129,7 @@ class Transformer(Body):
         return self.norm
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.embed_tokens(ids)
+        return self.embed_tokens(ids).to(self.norm.weight.dtype)  # a table held in bfloat16 gives float32 states
 
     def places(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions (T,) -> (cosine, sine), each (T, 1, W/2) float32."""

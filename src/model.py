@@ -203,7 +203,9 @@ class Transformer(Body):
         return self.ln_f
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.wte(ids) + self.wpe(positions.expand_as(ids))  # one row a unit, for per-unit gradients
+        # one row of positions a unit, for per-unit gradients; tables held in bfloat16 give float32 states
+        dtype = self.ln_f.weight.dtype
+        return self.wte(ids).to(dtype) + self.wpe(positions.expand_as(ids)).to(dtype)
 
 
 class GPT2LMModel(LanguageModel):

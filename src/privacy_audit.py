@@ -263,7 +263,7 @@ def main() -> int:
     audited = settings.extra
     with world.raise_if_any_failed():
         check(settings)
-        loaded = setup.load_weights(settings, settings.model.init_checkpoint, settings.model.model_card)
+        loaded = setup.load_weights(settings, world, settings.model.init_checkpoint, settings.model.model_card)
         train = read_data(settings, loaded)
     m, text = audited.canaries, audited.canary_kind == "text"
     coins = canaries.toss_coins(m, world)

@@ -34,6 +34,7 @@ BUDGET = ("test_privacy_plan.py::test_the_budget_is_checked_before_a_step_is_dra
 DROPOUT = ("test_private_step.py::test_dropout_masks_are_no_function_of_the_random_seed",)
 ENTROPY = ("test_randomness.py::test_the_masks_of_dropout_have_more_than_32_bits",)
 BF16 = ("test_clipping.py::test_float32_and_bf16_norms_are_of_what_is_summed",)
+AGAIN = ("test_recompute.py::test_the_same_bits_with_and_without",)
 CANCEL = ("test_rounding.py::test_positions_that_cancel_in_float32",)
 TIED = ("test_rounding.py::test_lookups_and_head_that_cancel",)
 ALIGNED = ("test_rounding.py::test_no_data_move_the_sum_by_more_than_the_noise_pays_for",)
@@ -208,6 +209,24 @@ MUTANTS = (
     Mutant("ranks that round in different ways let through", "run/setup.py",
            (('world.size > 1 and world.device.type == "cpu"', "world.size > 9"),),
            ("test_neighbours.py::test_ranks_that_round_in_different_ways_are_refused",)),
+    Mutant("no look at company under frozen weights in bfloat16", "run/setup.py",
+           (('"--base_dtype bf16" if recorded["base_dtype"] == "bf16" else None', "None"),),
+           ("test_neighbours.py::test_a_machine_whose_kernels_see_company_is_refused",)),
+    Mutant("states in the type of the frozen weights", "llama.py",
+           (("self.embed_tokens(ids).to(self.norm.weight.dtype)", "self.embed_tokens(ids)"),),
+           ("test_base_dtype.py::test_the_bits_are_those_of_float32_matrices_of_the_same_numbers",)),
+    Mutant("a block computed again with other dropout masks", "base/recompute.py",
+           (("            torch.set_rng_state(self.states[0])\n", ""),), AGAIN),
+    Mutant("notes that were dropped not added", CLIPPING,
+           (("                self.add_forgotten(factors, mask)\n", ""),), AGAIN),
+    Mutant("a block computed again outside autocast", "base/recompute.py",
+           (("torch.autocast(self.kind, dtype, enabled)", "torch.autocast(self.kind, dtype, False)"),), AGAIN),
+    Mutant("notes that differ the second time let through", CLIPPING,
+           (("not same(found, first[module])", "False"),),
+           ("test_recompute.py::test_a_machine_that_computes_a_block_in_another_way_each_time_ends_the_run",)),
+    Mutant("a block that stands twice goes unseen when recomputed", CLIPPING,
+           (("if module in self.seen:", "if module in self.waiting:"),),
+           ("test_recompute.py::test_a_block_that_stands_twice_is_refused_when_it_runs",)),
     Mutant("products of all rows at once", "privacy/clipping.py",
            (("row_blocks(BLOCK_ROWS[batch.ids.device.type])", "row_blocks(0)"),), COMPANY),
     Mutant("rounding of the sum not paid for", PLAN,

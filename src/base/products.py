@@ -184,10 +184,12 @@ class Linear(torch.autograd.Function):
         kind = x.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         ctx.rows, ctx.types = rows, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        x, weight = x.to(low), weight.to(low)
+        # of a weight that is held in fewer bits than it is multiplied in, no wide copy stays until backward
+        kept, x, weight = weight, x.to(low), weight.to(low)
+        kept = kept if kept.element_size() < weight.element_size() else weight
         bias = None if bias is None else bias.to(low)
         # a frozen weight needs no input for its gradient, and a weight is needed only for the input's
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, kept if ctx.needs_input_grad[0] else None)
         with torch.autocast(kind, enabled=False):
             return product_by_rows(x, weight, bias, rows)
 
@@ -197,6 +199,7 @@ class Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         type_x, type_weight, type_bias = ctx.types
+        weight = weight.to(grad.dtype) if need_x else weight
         with torch.autocast(grad.device.type, enabled=False):
             return (
                 product_by_rows(grad, weight.T, None, ctx.rows).to(type_x) if need_x else None,
@@ -207,8 +210,9 @@ class Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear: x (..., I), weight (O, I), bias (O,) -> (..., O)."""
-    if not block_rows and not uses_onednn(x, weight):
+    """F.linear: x (..., I), weight (O, I), bias (O,) -> (..., O). A weight of another type is cast to x's."""
+    plain = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+    if plain and not block_rows and not uses_onednn(x, weight):
         return F.linear(x, weight, bias)
     return Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, block_rows).view(*x.shape[:-1], len(weight))
 

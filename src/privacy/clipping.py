@@ -10,12 +10,15 @@ Shapes: U units, n trained parameters.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from base.errors import fail
 from base.products import BLOCK_ROWS, row_blocks
+from base.recompute import Forgotten, recomputed
 from language_model import Head, LanguageModel, TiedHead
 from losses import MicroBatch, unit_losses
 from optimizer import FlatParameters
@@ -34,6 +37,10 @@ from privacy.unit_gradients import (
 
 HEADS = (Head, TiedHead)
 CLIPPING_RULES = ("flat", "per_layer", "automatic")
+# Notes of a recomputed block stay where they take at most so many times the memory of its input and the gradient at its
+# output, from which they can be had again. The notes of whole matrices take 7 or 8 times that; those of adapters less,
+# where their per-unit gradients are formed.
+WORTH_KEEPING = 4
 
 
 @dataclass(frozen=True)
@@ -101,9 +108,20 @@ class BookKeeping:
 
     Refuses, by name, a module with a trainable parameter and no rule, and a parameter shared in any way but the tied
     embedding's.
+
+    recompute: blocks keep their inputs alone, and the backward pass runs each of them again. A block's notes are the
+    larger part where whole matrices train: such a block runs a third time when the factors are known, and its notes are
+    added at once. All bits are the same. Notes that are not the same the second time end the run.
     """
 
-    def __init__(self, model: LanguageModel, flat: FlatParameters, rule: ClippingRule, smoothing: float = 0.0):
+    def __init__(
+        self,
+        model: LanguageModel,
+        flat: FlatParameters,
+        rule: ClippingRule,
+        smoothing: float = 0.0,
+        recompute: bool = False,
+    ):
         if flat.sums.dtype != torch.float64:
             raise ValueError(f"sums of units in {flat.sums.dtype}: expected float64, whose rounding the noise pays for")
         self.model, self.flat, self.rule, self.smoothing = model, flat, rule, smoothing
@@ -111,10 +129,14 @@ class BookKeeping:
         self.head_trains = id(model.lm_head.weight) in self.column
         self.tied_trains = self.head_trains and model.tied
         self.batch: MicroBatch | None = None
+        self.again = False  # whether blocks run for their notes alone, norms and factors being known
         self.norms_sq = torch.empty(0)
         self.noted: Contributions = []
         self.grams = Grams()
         self.waiting: set[nn.Module] = set()
+        self.seen: dict[nn.Module, Tensor | None] = {}  # that ran -> witness() of what it noted
+        self.forgotten: list[tuple[Forgotten, Tensor]] = []  # blocks to run again, with the gradient at their output
+        model.transformer.run_block = self.run_block if recompute else None
         for module in self.supported_modules():
             module.register_forward_hook(self.watch)
 
@@ -155,22 +177,24 @@ class BookKeeping:
 
     def watch(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Forward hook: arrange that the gradient at `output` is noted together with the input."""
-        if self.batch is None:
+        if self.batch is None or not torch.is_grad_enabled():  # the pass of a block that will run again
             return
-        if module in self.waiting:
+        if module in self.seen:
             raise RuntimeError(
                 f"a {type(module).__name__} ran twice in one micro-batch: its norm would miss cross terms"
             )
+        self.seen[module] = None
         self.waiting.add(module)
         if not output.requires_grad:
             output.requires_grad_()  # nothing trained lies below: the graph begins here
-        x = inputs[0].detach()
-        output.register_hook(lambda g: self.note(module, x, g))
+        held = [inputs[0].detach()]  # taken out: autograd keeps the hook itself until the whole pass is done
+        output.register_hook(lambda g: self.note(module, held.pop(), g))
 
     def note(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
         """Add what the module contributes, from its input x and the gradient g at its output."""
         assert self.batch is not None
         self.waiting.remove(module)
+        self.seen[module] = None if self.model.transformer.run_block is None else witness(x, g)
         with torch.autocast(g.device.type, enabled=False):
             if isinstance(module, Head):
                 contributions: Contributions = [
@@ -180,11 +204,46 @@ class BookKeeping:
                 U = self.batch.units
                 x = x.reshape(U, -1) if x.dtype == torch.int64 else x.reshape(U, -1, x.shape[-1])
                 contributions = RULES[type(module)](module, x, g.reshape(U, -1, g.shape[-1]), self.flat.grad_of)
-            for parameter, contribution in contributions:
-                if isinstance(contribution, Outer):
-                    contribution.grams = self.grams
-                self.norms_sq[:, self.column[id(parameter)]] += contribution.norm_sq()
+            if not self.again:
+                for parameter, contribution in contributions:
+                    if isinstance(contribution, Outer):
+                        contribution.grams = self.grams
+                    self.norms_sq[:, self.column[id(parameter)]] += contribution.norm_sq()
         self.noted += contributions
+
+    def run_block(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return recomputed(function, x, self.differentiate)
+
+    def differentiate(self, block: Forgotten, grad: Tensor) -> Tensor | None:
+        """Backward pass of a block. Where its notes are large they are dropped, and how to get them is kept."""
+        before = len(self.noted)
+        found = block.differentiate(grad)
+        entries = sum(contribution.entries for _, contribution in self.noted[before:])
+        if entries > WORTH_KEEPING * (block.x.numel() + grad.numel()):
+            self.forgotten.append((block, grad))
+            del self.noted[before:]
+        return found
+
+    def add_forgotten(self, factors: Tensor, mask: Tensor | None) -> None:
+        """Run the blocks whose notes were dropped, and add what they contribute."""
+        first, self.seen, self.again = self.seen, {}, True
+        while self.forgotten:
+            block, grad = self.forgotten.pop()
+            block.needs = False
+            block.differentiate(grad)
+            if self.waiting or any(not same(found, first[module]) for module, found in self.seen.items()):
+                fail(
+                    "--recompute: this machine computes a block in another way each time, so its gradient is not the "
+                    "one whose norm is known; leave --recompute out"
+                )
+            self.add(factors, mask)
+
+    def add(self, factors: Tensor, mask: Tensor | None) -> None:
+        """Add what was noted, each unit by its factor, without units that are not finite."""
+        with torch.no_grad(), torch.autocast(factors.device.type, enabled=False):
+            for parameter, contribution in self.noted:
+                contribution.add(factors[:, self.column[id(parameter)]], mask)
+        self.noted = []
 
     def add_cross_term(self) -> None:
         """The tied embedding counts once: |E + H|^2 = |E|^2 + |H|^2 + 2 <E, H>.
@@ -207,31 +266,43 @@ class BookKeeping:
         """
         if not len(batch.targets):  # texts cut down to their contexts: nothing is scored, the gradients are zero
             return torch.zeros(batch.units, device=batch.ids.device)
-        self.batch, self.noted, self.grams = batch, [], Grams()
+        self.batch, self.noted, self.seen, self.again, self.grams = batch, [], {}, False, Grams()
         self.norms_sq = torch.zeros(batch.units, len(self.column), device=batch.ids.device, dtype=torch.float64)
         try:
             with self.flat.frozen(), row_blocks(BLOCK_ROWS[batch.ids.device.type]):
                 losses = unit_losses(self.model, batch, self.smoothing, self.head_trains)
                 losses.sum().backward()
-            if self.waiting:
-                raise RuntimeError(f"{len(self.waiting)} trained modules got no gradient: their norms are unknown")
-            with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False):
-                if self.tied_trains:
-                    self.add_cross_term()
-                factors, finite = self.rule.factors(self.norms_sq)
-                mask = unless_all(finite)
-                for parameter, contribution in self.noted:
-                    contribution.add(factors[:, self.column[id(parameter)]], mask)
+                if self.waiting:
+                    raise RuntimeError(f"{len(self.waiting)} trained modules got no gradient: their norms are unknown")
+                with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False):
+                    if self.tied_trains:
+                        self.add_cross_term()
+                    factors, finite = self.rule.factors(self.norms_sq)
+                    mask = unless_all(finite)
+                self.add(factors, mask)
+                self.add_forgotten(factors, mask)
         finally:
-            self.batch, self.noted, self.waiting, self.grams = None, [], set(), Grams()
+            self.batch, self.noted, self.waiting, self.seen, self.forgotten = None, [], set(), {}, []
+            self.grams = Grams()
         return losses.detach()
+
+
+def witness(x: Tensor, g: Tensor) -> Tensor:
+    """Sums of a module's input and of the gradient at its output, by which other ones are noticed."""
+    return torch.stack([x.sum(dtype=torch.float64), g.sum(dtype=torch.float64)])
+
+
+def same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two witnesses have the same bits; NaN is the same as NaN."""
+    return one is not None and other is not None and torch.equal(one.view(torch.int64), other.view(torch.int64))
 
 
 class NonPrivate:
     """Non-private training with the same model and loss: adds the sum of the units' gradients, without clipping."""
 
-    def __init__(self, model: LanguageModel, flat: FlatParameters, smoothing: float = 0.0):
+    def __init__(self, model: LanguageModel, flat: FlatParameters, smoothing: float = 0.0, recompute: bool = False):
         self.model, self.flat, self.smoothing = model, flat, smoothing
+        model.transformer.run_block = recomputed if recompute else None
         self.head_trains = model.lm_head.weight.requires_grad
 
     def accumulate(self, batch: MicroBatch) -> Tensor:

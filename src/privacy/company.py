@@ -91,14 +91,18 @@ def influence_of_rank(
     return max(world.gather(worst))
 
 
-def check_company(engine, model: LanguageModel, flat: FlatParameters, cut: PublicLengths, world: World) -> None:
-    """Raise UserError, on every rank, where in bfloat16 a unit's gradient depends on the others in its micro-batch."""
-    influence = influence_of_company(engine, model, flat, cut, bf16=True)
+def check_company(
+    engine, model: LanguageModel, flat: FlatParameters, cut: PublicLengths, world: World, low: str = "--bf16"
+) -> None:
+    """Raise UserError, on every rank, where in bfloat16 a unit's gradient depends on the others in its micro-batch.
+    low: the flag that asks for bfloat16, of the products or of the frozen weights alone."""
+    influence = influence_of_company(engine, model, flat, cut, bf16=low == "--bf16")
     with world.raise_if_any_failed():
         if not influence <= MOST:
             fail(
-                f"--bf16: on this machine one unit changes the gradients of the others by {influence:.1e} of "
-                "themselves: the epsilon would not be true; leave --bf16 out"
+                f"{low}: on this machine one unit changes the gradients of the others by {influence:.1e} of "
+                f"themselves: the epsilon would not be true; "
+                + ("leave --bf16 out" if low == "--bf16" else "give --base_dtype float32")
             )
 
 

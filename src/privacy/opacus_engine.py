@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lora_grad_samplers  # noqa: F401  (registers the rules of this project's layers with Opacus)
 from base.distributed import World
 from base.products import BLOCK_ROWS, row_blocks
+from base.recompute import recomputed
 from language_model import LanguageModel
 from losses import MicroBatch, unit_losses
 from optimizer import FlatParameters
@@ -47,10 +48,12 @@ class OpacusEngine:
         rule: ClippingRule,
         smoothing: float = 0.0,
         world: World | None = None,
+        recompute: bool = False,
     ):
         if flat.sums.dtype != torch.float64:
             raise ValueError(f"sums of units in {flat.sums.dtype}: expected float64, whose rounding the noise pays for")
         self.model, self.flat, self.rule = model, flat, rule
+        model.transformer.run_block = recomputed if recompute else None
         module = self.losses(model, smoothing)
         if world is not None and world.size > 1:  # alone there is no process group to broadcast in
             with world.collective_errors():

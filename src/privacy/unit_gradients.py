@@ -64,23 +64,33 @@ class Outer:
         self.grads: Tensor | None = None
         self.alone = forms_alone(target, p.shape[1])  # by the layer and the unit's length, so the same in any company
         self.grams = Grams()  # or those that layers of one input share
+        (_, S, P), Q = p.shape, q.shape[2]
+        if S * S * (P + Q) >= TRAFFIC_COST * P * Q:
+            self.grads = self.materialised(wide(p), wide(q))
+            del self.p, self.q
+
+    def materialised(self, p: Tensor, q: Tensor) -> Tensor:
+        """The gradient of each unit, (U, P, Q)."""
+        if not self.alone:
+            return by_units(lambda p, q: p.mT @ q, p, q, positions=p.shape[1])
+        grads = torch.empty(len(p), p.shape[2], q.shape[2], device=p.device, dtype=p.dtype)
+        for u, of_unit in enumerate(grads):
+            product_alone(p[u], q[u], of_unit)
+        return grads
+
+    @property
+    def entries(self) -> int:
+        """Numbers that it holds."""
+        return self.p.numel() + self.q.numel() if self.grads is None else self.grads.numel()
 
     def norm_sq(self) -> Tensor:
-        (_, S, P), Q = self.p.shape, self.q.shape[2]
-        if S * S * (P + Q) < TRAFFIC_COST * P * Q:
-            if not self.alone:
-                return by_units(lambda p, q: gram_norm_sq(gram(p), gram(q)), wide(self.p), wide(self.q), positions=S)
-            pp, qq = self.grams.of(self.p), self.grams.of(self.q)
-            return by_units(lambda pp, qq: alone_norm_sq(pp, qq, S), pp, qq)
-        p, q = wide(self.p), wide(self.q)
-        del self.p, self.q
-        if self.alone:
-            self.grads = torch.empty(len(p), P, Q, device=p.device, dtype=p.dtype)
-            for u, of_unit in enumerate(self.grads):
-                product_alone(p[u], q[u], of_unit)
-            return by_rows(sum_of_squares, self.grads, rows=1)
-        self.grads = by_units(lambda p, q: p.mT @ q, p, q, positions=S)  # (U, P, Q)
-        return by_units(sum_of_squares, self.grads)
+        if self.grads is not None:
+            return by_rows(sum_of_squares, self.grads, rows=1 if self.alone else UNITS)
+        S = self.p.shape[1]
+        if not self.alone:
+            return by_units(lambda p, q: gram_norm_sq(gram(p), gram(q)), wide(self.p), wide(self.q), positions=S)
+        pp, qq = self.grams.of(self.p), self.grams.of(self.q)
+        return by_units(lambda pp, qq: alone_norm_sq(pp, qq, S), pp, qq)
 
     def add(self, factor: Tensor, finite: Tensor | None) -> None:
         if self.grads is not None:
@@ -103,6 +113,10 @@ class Rows:
     def __init__(self, target: Tensor, rows: Tensor):
         self.target, self.grads = target, by_units(lambda rows: rows.sum(1), wide(rows), positions=rows.shape[1])
 
+    @property
+    def entries(self) -> int:
+        return self.grads.numel()
+
     def norm_sq(self) -> Tensor:
         return by_units(sum_of_squares, self.grads)
 
@@ -115,6 +129,10 @@ class Lookup:
 
     def __init__(self, target: Tensor, ids: Tensor, rows: Tensor):
         self.target, self.ids, self.rows = target, ids, wide(rows)
+
+    @property
+    def entries(self) -> int:
+        return self.rows.numel()
 
     def norm_sq(self) -> Tensor:
         def of_units(ids: Tensor, rows: Tensor) -> Tensor:
@@ -134,6 +152,10 @@ class Ragged:
 
     def __init__(self, target: Tensor, b: Tensor, h: Tensor, counts: list[int], unit: Tensor):
         self.target, self.b, self.h, self.counts, self.unit = target, b, wide(h), counts, unit
+
+    @property
+    def entries(self) -> int:
+        return self.b.numel() + self.h.numel()
 
     def by_unit(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(b (n_u, V), h (n_u, D)) of each unit, one unit a product: its shape is the unit's own."""

@@ -45,7 +45,8 @@ def open_ledger(work: WorkDir, settings: Settings, plan: PlanSettings, recorded:
             )
     recorded = json.loads(json.dumps({"format": FORMAT, **recorded}))
     if loop.resume and ledger.state.charged:  # a run that was killed before its first step may differ
-        defaults = json.loads(json.dumps(settings.given.defaults))
+        # A run from before the flag --base_dtype held float32; where it is not given, what it stands for is recorded.
+        defaults = json.loads(json.dumps({**settings.given.defaults, "base_dtype": "float32"}))
         compare(work, recorded, defaults, {*loop.resume_changed, *settings.given.may_change, *MAY_CHANGE})
     work.write_json(ARGS, recorded)
     return ledger

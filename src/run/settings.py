@@ -37,6 +37,7 @@ CLIP_RANGE = (1e-6, 1e8)
 #   2^127. The largest C times the largest sigma that --target_epsilon chooses is below it.
 NOISE_RANGE = (1e-30, 1.1e14)
 ANY = (0, math.inf)
+BASE_DTYPES = ("float32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,12 @@ class Model:
         choices=(*PARTS, EVERY_PART),
     )
     use_rslora: bool = flag(False, "scale adapters by alpha/sqrt(rank) in place of alpha/rank")
+    base_dtype: str | None = flag(
+        help="how the frozen matrices under adapters are held: float32, or bf16, rounded to bfloat16 in half the "
+        "memory (default: bf16 on a GPU, float32 on a CPU and without adapters); products are those of --bf16 or "
+        "float32, either way",
+        choices=BASE_DTYPES,
+    )
 
     adapter_dim: int = flag(
         0,
@@ -193,6 +200,13 @@ class Loop:
         choices=("none", "optimizer"),
         may_change=True,
     )
+    recompute: bool = flag(
+        False,
+        "compute each block again in the backward pass in place of keeping what it computes: less memory, more time, "
+        "the same bits",
+        boolean=True,
+        may_change=True,
+    )
     log_interval: int = flag(100, least=1, may_change=True)
     eval_interval: int | None = flag(2000, least=1, may_change=True)
     save_interval: int = flag(500, least=1, may_change=True)
@@ -274,6 +288,11 @@ class Settings:
             fail(
                 f"--budget {privacy.budget}: refused with --sampling allocation, whose epochs a budget file does not "
                 "reserve; give --sampling poisson, or leave --budget out and compose with src/privacy_report.py"
+            )
+        if self.model.base_dtype == "bf16" and not self.model.lora_config().adapts:
+            fail(
+                "--base_dtype bf16: is for the frozen weights under adapters, and without --lora_dim every weight is "
+                "trained, in float32; give --lora_dim or --adapter_dim, or leave --base_dtype out"
             )
         check_noise(privacy, self.flag_of("max_grad_norm"))
         if self.optimizer.average is not None:

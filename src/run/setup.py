@@ -59,11 +59,19 @@ def check_validation(flag: str, path: str, sha256: str, train_sha256: str) -> No
         )
 
 
-def load_weights(settings: Settings, path: str | None, card: str | None) -> Loaded:
+def base_dtype(settings: Settings, world: World) -> str:
+    """--base_dtype, or what it is where it is not given."""
+    model = settings.model
+    return model.base_dtype or ("bf16" if model.lora_config().adapts and world.device.type == "cuda" else "float32")
+
+
+def load_weights(settings: Settings, world: World, path: str | None, card: str | None) -> Loaded:
     """The model of a run, from the checkpoint `path`; None draws new weights with the run's seed."""
     torch.manual_seed(settings.loop.random_seed)
-    model, longest = settings.model, settings.data.seq_len
-    loaded = load_model(path, card, model.lora_config(), model.base_checkpoint, settings.flag_of("init_checkpoint"))
+    model, longest, flag = settings.model, settings.data.seq_len, settings.flag_of("init_checkpoint")
+    loaded = load_model(
+        path, card, model.lora_config(), model.base_checkpoint, flag, base_dtype(settings, world) == "bf16"
+    )
     if longest > loaded.model.config.n_positions:
         fail(f"{settings.flag_of('seq_len')} {longest}: {loaded.model.config.limit}")
     return loaded
@@ -156,7 +164,7 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
 
     A run that torchrun restarts (is_restarted) continues as with --resume, or is refused where the task cannot resume.
     """
-    recorded = {**settings.given.values, **task.digests}
+    recorded = {**settings.given.values, "base_dtype": base_dtype(settings, world), **task.digests}
     check_ranks_agree(world, recorded)
     # TF32, which some machines switch on by an environment variable, would round the norms to 10 bits.
     torch.set_float32_matmul_precision("highest")
@@ -229,8 +237,10 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
             on_every_rank=True,
         )
     engine = build_engine(settings, loaded, flat, plan, world)
+    low = "--bf16" if settings.loop.bf16 else "--base_dtype bf16" if recorded["base_dtype"] == "bf16" else None
+    if planned.private and low:
+        check_company(engine, loaded.model, flat, lengths, world, low)
     if planned.private and settings.loop.bf16:
-        check_company(engine, loaded.model, flat, lengths, world)
         if world.size > 1:
             check_ranks_compute_alike(engine, loaded.model, flat, lengths, world)
     elif planned.private and world.size > 1 and world.device.type == "cpu":  # on GPUs kernels may add in any order
@@ -306,14 +316,14 @@ def prepare_parameters(settings: Settings, world: World, loaded: Loaded, private
 
 def build_engine(settings: Settings, loaded: Loaded, flat: FlatParameters, plan: PrivacyPlan, world: World) -> Engine:
     """The gradient engine, with the plan's clipping rule. Collective."""
-    smoothing = settings.optimizer.label_smooth
+    smoothing, recompute = settings.optimizer.label_smooth, settings.loop.recompute
     if not plan.settings.private:
-        return NonPrivate(loaded.model, flat, smoothing)
+        return NonPrivate(loaded.model, flat, smoothing, recompute)
     if settings.privacy.grad_engine == "opacus":
         from privacy.opacus_engine import OpacusEngine
 
-        return OpacusEngine(loaded.model, flat, plan.clipping_rule, smoothing, world)
-    return BookKeeping(loaded.model, flat, plan.clipping_rule, smoothing)
+        return OpacusEngine(loaded.model, flat, plan.clipping_rule, smoothing, world, recompute)
+    return BookKeeping(loaded.model, flat, plan.clipping_rule, smoothing, recompute)
 
 
 def warn_of_shared(trainer: loop.Trainer, what: str, shared: int, of: int) -> None:

@@ -2,13 +2,16 @@
 
 `model.{step}.pt` is a dict for torch.load(weights_only=True):
   format            FORMAT; the files of format 1 that earlier versions wrote lack the entry
-  model_state_dict  name -> float32 tensor; the adapters alone when they were trained on top of a base file
+  model_state_dict  name -> float32 tensor; the adapters alone when they were trained on top of a base file; frozen
+                    matrices as they were held (--base_dtype)
   step              logical steps done
   family            a name of families.FAMILIES; absent in format 1, which knew GPT-2 alone
   config, lora      the model's shape and its adapter, as dicts; format 1 says `enable`, three booleans for the parts of
                     the fused projection, for `targets`
   base              None, or {"path", "absolute", "fingerprint"} of the file that holds the frozen weights;
-                    path is relative to the checkpoint's folder, so that a moved project still finds it
+                    path is relative to the checkpoint's folder, so that a moved project still finds it;
+                    "dtype": "bf16" where the matrices were rounded to bfloat16, which every reader then does, too: the
+                    adapters belong to the rounded ones
   privacy           None, or what this run and those before it spent (run/provenance.py); absent is None
 `optimizer.{step}.pt` beside it holds `format` and what only a resumed run needs; the newest step's alone is kept.
 Both are written whole or not at all. Files of others are weights/foreign.py's and weights/peft_format.py's.
@@ -25,16 +28,16 @@ from torch import Tensor
 from base.device import read_back
 from base.errors import fail
 from base.files import atomic_write, check_format, folder_below
-from families import family_of, name_of
+from families import name_of
 from language_model import LanguageModel, LoRAConfig, Shape, is_adapter
 from weights import peft_format
+from weights.building import build, filled, rounded_matrices
 from weights.foreign import (
     SHARD,
     WEIGHT_FILES,
     canonical_weights,
     config_file,
     fingerprint,
-    load_strictly,
     privacy_entries,
     read_config,
     read_file,
@@ -115,6 +118,7 @@ def load_model(
     lora_config: LoRAConfig | None = None,
     base_checkpoint: str | None = None,
     flag: str = "--init_checkpoint",
+    bf16_base: bool = False,
 ) -> Loaded:
     """Build a model on the CPU in float32 and give every weight its value.
 
@@ -123,6 +127,7 @@ def load_model(
     lora_config      None takes the adapter from the checkpoint; given, it must agree with it where the file has one
     base_checkpoint  where the frozen weights of an adapter-only file lie, if not where the file says
     flag             what gave init_checkpoint, for messages
+    bf16_base        hold the frozen matrices under adapters in bfloat16; vectors and adapters stay float32
     Raises UserError for whatever does not fit.
     """
     config = resolve_card(model_card) if model_card else None
@@ -130,11 +135,11 @@ def load_model(
         if config is None:
             fail("--model_card: needed where there is no --init_checkpoint to take the shape from")
         lora_config = fitted(lora_config or LoRAConfig(), config)
-        return Loaded(build(config, lora_config, f"--model_card {model_card}"), None, None)
+        return Loaded(build(config, lora_config, f"--model_card {model_card}", bf16_base), None, None)
 
     path = find_checkpoint(init_checkpoint, flag)
     if peft_format.is_adapter(path):
-        return load_adapter(path, config, lora_config, base_checkpoint, flag)
+        return load_adapter(path, config, lora_config, base_checkpoint, flag, bf16_base)
     content, weights = read_weights(path, flag)
     base, step, files = None, 0, privacy_entries(path, content, flag)
     if "model_state_dict" in content and "config" in content:
@@ -145,7 +150,7 @@ def load_model(
         if stored_lora.adapts:
             lora_config = agreed(lora_config and fitted(lora_config, config), stored_lora, path)
     elif weights and all("lora_" in name for name in weights):
-        return load_factors(path, weights, files, config, lora_config, base_checkpoint, flag)
+        return load_factors(path, weights, files, config, lora_config, base_checkpoint, flag, bf16_base)
     elif config is None:
         config = read_config(path, "--model_card not given, and beside " + flag)
     lora_config, weights = fitted(lora_config or LoRAConfig(), config), settled(weights, config, path, flag)
@@ -155,17 +160,17 @@ def load_model(
         base_content, base_weights = read_weights(base_path, "--base_checkpoint")
         base_weights = settled(base_weights, config, base_path, "--base_checkpoint")
         files = [*privacy_entries(base_path, base_content, "--base_checkpoint"), *files]
-        base = describe_base(base_path, base_weights, base["fingerprint"], path)
+        rounded = base.get("dtype") is not None
+        base = held(describe_base(base_path, base_weights, base["fingerprint"], path), rounded)
+        if rounded:
+            base_weights = rounded_matrices(base_weights)
         weights = {**base_weights, **weights}
     elif base_checkpoint is not None:
         fail(f"--base_checkpoint {base_checkpoint}: {path} holds whole weights; leave the flag out")
     elif not any(map(is_adapter, weights)):
         base = describe_base(path, weights)
-    # A drawn adapter follows the caller's seed; where nothing that is drawn stays, the generator does not move.
-    with torch.random.fork_rng(devices=[], enabled=not lora_config.adapts or any(map(is_adapter, weights))):
-        model = build(config, lora_config, f"{flag} {path}")
-    load_strictly(model, weights, path, flag)
-    return Loaded(model, base, path, step, files)
+    model = filled(config, lora_config, weights, path, flag, bf16_base)
+    return Loaded(model, held(base, bf16_base), path, step, files)
 
 
 def load_trained(
@@ -218,7 +223,12 @@ def agreed(given: LoRAConfig | None, stored: LoRAConfig, path: str) -> LoRAConfi
 
 
 def load_adapter(
-    path: str, config: Shape | None, lora_config: LoRAConfig | None, base_checkpoint: str | None, flag: str
+    path: str,
+    config: Shape | None,
+    lora_config: LoRAConfig | None,
+    base_checkpoint: str | None,
+    flag: str,
+    bf16_base: bool,
 ) -> Loaded:
     """load_model() of PEFT's file `path`, on the frozen weights of --base_checkpoint or of where the adapter says."""
     content, adapter = read_file(path, flag), peft_format.read_adapter(path, flag)
@@ -233,7 +243,7 @@ def load_adapter(
     stored, weights = peft_format.to_ours(adapter, content, config, lora_config, f"{flag} {path}")
     lora_config = agreed(lora_config, stored, path)
     files += privacy_entries(path, content, flag)
-    return on_base(base, base_weights, weights, config, lora_config, path, flag, files)
+    return on_base(base, base_weights, weights, config, lora_config, path, flag, files, bf16_base)
 
 
 def load_factors(
@@ -244,6 +254,7 @@ def load_factors(
     lora_config: LoRAConfig | None,
     base_checkpoint: str | None,
     flag: str,
+    bf16_base: bool,
 ) -> Loaded:
     """load_model() of a file of adapters that says nothing of itself, as the published code saves them, on the frozen
     weights of --base_checkpoint. The flags say alpha and the slots."""
@@ -256,7 +267,8 @@ def load_factors(
             "--lora_alpha and --lora_target as they were trained with"
         )
     base, base_weights, config, base_files = read_base(base_checkpoint, path, config)
-    return on_base(base, base_weights, weights, config, fitted(lora_config, config), path, flag, [*base_files, *files])
+    lora_config = fitted(lora_config, config)
+    return on_base(base, base_weights, weights, config, lora_config, path, flag, [*base_files, *files], bf16_base)
 
 
 def read_base(
@@ -288,19 +300,16 @@ def on_base(
     path: str,
     flag: str,
     files: list[tuple[str, object]],
+    bf16_base: bool,
 ) -> Loaded:
-    """The model of adapters `weights` on frozen weights; torch's generator does not move."""
-    with torch.random.fork_rng(devices=[]):
-        model = build(config, lora_config, f"{flag} {path}")
-    load_strictly(model, {**base_weights, **weights}, path, flag)
-    return Loaded(model, base, path, files=files)
+    """The model of adapters `weights` on frozen weights."""
+    model = filled(config, lora_config, {**base_weights, **weights}, path, flag, bf16_base)
+    return Loaded(model, held(base, bf16_base), path, files=files)
 
 
-def build(config: Shape, lora_config: LoRAConfig, where: str) -> LanguageModel:
-    try:
-        return family_of(config)(config, lora_config)
-    except (RuntimeError, MemoryError) as error:
-        fail(f"{where}: no memory for a model of {config.describe()} ({str(error).splitlines()[0][:160]})")
+def held(base: dict | None, bf16_base: bool) -> dict | None:
+    """The `base` entry of weights of which the matrices were rounded to bfloat16, or not."""
+    return {**base, "dtype": "bf16"} if base and bf16_base else base
 
 
 def says_shape(place: str, flag: str = "--init_checkpoint") -> bool:

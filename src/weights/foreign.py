@@ -20,7 +20,7 @@ from torch import Tensor
 from base.errors import fail
 from base.files import check_pointer, folder_below, read_object
 from families import DEFAULT, family_of, of_model_type, of_names
-from language_model import LanguageModel, Shape, is_adapter
+from language_model import LanguageModel, Shape, is_adapter, reset_adapters
 from model import MODEL_CARDS
 
 PREFIX = "transformer."  # of this project's names; Hugging Face's files of the bare model lack it, or have another
@@ -210,8 +210,8 @@ def cure(names: list[str], family: type[LanguageModel]) -> str:
 
 
 def load_strictly(model: LanguageModel, weights: dict[str, Tensor], path: str, flag: str) -> None:
-    """Copy every weight of the file into the model and leave none of the model's without a value, except that a file
-    without any adapter leaves the model's adapters as they were initialised.
+    """Copy every weight of the file into the model and leave none of the model's without a value: of a file without
+    any adapter the model's adapters are drawn from torch's generator. The model's own values are taken for undrawn.
 
     Raises UserError naming up to three weights that found no place, no value or another shape.
     """
@@ -240,9 +240,13 @@ def load_strictly(model: LanguageModel, weights: dict[str, Tensor], path: str, f
     ):
         if names:
             fail(f"{flag} {path}: {what}: {some(names)}{more}; does --model_card or --lora_dim match the file?")
+    if held := [name for name, _ in model.named_buffers()]:
+        raise TypeError(f"{some(held)}: no parameter, so no file gives it a value")
     with torch.no_grad():
         for name, value in weights.items():
             wanted[name].copy_(value)
+    if absent:
+        reset_adapters(model)
 
 
 def fingerprint(weights: dict[str, Tensor]) -> str:

@@ -36,6 +36,7 @@ def stored_entries(content: dict, path: str, flag: str) -> tuple[Shape, LoRAConf
             and type(step) is int
             and step >= 0
             and (base is None or all(isinstance(base[key], str) for key in ("path", "absolute", "fingerprint")))
+            and (base is None or base.get("dtype") in (None, "bf16"))
             and isinstance(content["config"], dict)
         )
         lora_config = lora_config.of(FAMILIES[name].parts())

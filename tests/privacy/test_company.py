@@ -27,6 +27,7 @@ from privacy.company import fingerprint
 from privacy.opacus_engine import OpacusEngine
 from privacy.unit_gradients import Lookup, Outer, Ragged, Rows
 from run.loop import autocast
+from weights.building import frozen_matrices
 
 SMALL = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=515, n_positions=72)
 LENGTHS = (8, 16, 24, 40, 64)
@@ -43,8 +44,11 @@ MODELS = {"gpt2 full": (SMALL, LoRAConfig()), "gpt2 lora": (SMALL, LoRAConfig(4,
 
 
 def model_of(name: str):
-    config, lora = MODELS[name]
-    return make_model(lora, config, torch.float32, spread=0.1)
+    config, lora = MODELS[name.removesuffix(", bf16 base")]
+    model = make_model(lora, config, torch.float32, spread=0.1)
+    for parameter in frozen_matrices(model) if name.endswith("base") else ():
+        parameter.data = parameter.data.bfloat16()
+    return model
 
 
 def texts(lengths, seed: int = 0) -> list[np.ndarray]:
@@ -176,6 +180,8 @@ def assert_one_contribution_each(seen: dict[bytes, set[str]], watched: int) -> N
 
 
 CASES = [("book_keeping", 75, "flat", model, bf16) for model in MODELS for bf16 in (False, True)]
+CASES += [("book_keeping", 75, "flat", f"{model} lora, bf16 base", bf16) for model in ("gpt2", "llama")
+          for bf16 in (False, True)]
 CASES += [("opacus", 75, "flat", "gpt2 lora", False), ("opacus", 75, "flat", "gpt2 full", True)]
 CASES += [("opacus", 75, "flat", "llama full", False), ("opacus", 75, "flat", "llama lora", True)]
 CASES += [("book_keeping", 0, "per_layer", "gpt2 full", True), ("book_keeping", 1e9, "automatic", "gpt2 lora", True)]

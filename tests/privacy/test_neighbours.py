@@ -150,16 +150,18 @@ FAULTY = {
                          "busy = lambda a: len(a) > 40"}
 
 
-@pytest.mark.parametrize("kernel", FAULTY)
-def test_a_machine_whose_kernels_see_company_is_refused(tmp_path, kernel):
+@pytest.mark.parametrize("kernel, low, cure", [
+    ("products", {"bf16": True}, "leave --bf16 out"), ("attention of many", {"bf16": True}, "leave --bf16 out"),
+    ("products", {"base_dtype": "bf16"}, "give --base_dtype float32")])
+def test_a_machine_whose_kernels_see_company_is_refused(tmp_path, kernel, low, cure):
     """A kernel that computes in another way when it has more rows, or forty texts; those of this machine have no
     such switch, so one is put in."""
     faulty = (f"import runpy, sys; sys.path.insert(0, 'src'); {FAULTY[kernel]}; kept = getattr(place, name)\n"
               "setattr(place, name, lambda a, *rest, **more: kept(a, *rest, **more) * (1.004 if busy(a) else 1))\n"
               "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
-    arguments = flags(tmp_path / "work", bf16=True)
+    arguments = flags(tmp_path / "work", **low)
     process = run_script("-c", faulty, "src/gpt2_ft.py", *arguments)
-    assert_user_error(process, "--bf16", "gradients of the others", "leave --bf16 out")
+    assert_user_error(process, f"--{next(iter(low))}", "gradients of the others", cure)
     assert not list((tmp_path / "work").glob("model.*"))
 
 

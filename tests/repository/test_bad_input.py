@@ -102,6 +102,8 @@ CHANGES = [
     ({"max_step": 0}, ["--max_step 0"]),
     ({"max_step": None}, ["--max_epoch"]), ({"max_step": None, "max_epoch": "nan"}, ["--max_epoch nan"]),
     ({"fp16": True}, ["--fp16"]),
+    ({"lora_dim": None, "base_dtype": "bf16"}, ["--base_dtype bf16", "without --lora_dim every weight is trained"]),
+    ({"base_dtype": "int8"}, ["--base_dtype", "int8"]),
     ({"lora_dim": -1}, ["--lora_dim -1"]), ({"lora_alpha": 0}, ["--lora_alpha 0"]),
     ({"lora_dropout": 1}, ["--lora_dropout 1"]),
     ({"label_smooth": 1}, ["--label_smooth 1"]), ({"lr": -0.1}, ["--lr -0.1"]), ({"lr": "nan"}, ["--lr nan"]),

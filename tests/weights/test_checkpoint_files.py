@@ -11,11 +11,17 @@ import safetensors.torch
 import torch
 
 from base.errors import UserError
+from families import family_of
 from helpers.checkpoints import CONFIG, SHAPE, plain_weights, random_model, refused, train_from, write_base
+from helpers.llamas import tiny_config
 from helpers.processes import ROOT, assert_user_error, run_script
 from helpers.spoiled_files import Malicious
+from model import LoRAConfig
 from weights import foreign
 from weights.checkpoint import load_model
+from weights.foreign import fingerprint, load_strictly
+
+LORA = LoRAConfig(2, 6.0)
 
 # ------------------------------------------------------------------ files that are no checkpoints
 
@@ -228,3 +234,59 @@ def test_another_shape_than_the_card(tmp_path):
     refused(lambda: load_model(str(tmp_path / "run"), str(other)), "--model_card", "another shape", "2 heads")
     (other / "config.json").write_text(json.dumps({**SHAPE, "n_inner": 32}))  # 4 * 8, spelt out
     load_model(str(tmp_path / "run"), str(other))
+
+
+# ------------------------------------------------------------------ nothing is drawn that a file overwrites
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_every_weight_is_the_file_s(kind, tmp_path, monkeypatch):
+    """A model in memory full of NaN, of which each layer may draw its adapters alone: every number is the file's. And
+    without any one of its tensors a file is refused by that name."""
+    shape = CONFIG if kind == "gpt2" else tiny_config()
+    family = family_of(shape)
+    torch.manual_seed(1)
+    original = family(shape)
+    weights = {name: value.detach() for name, value in original.named_parameters()}
+    path = str(tmp_path / "base.bin")
+    torch.save(weights, path)
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_hugging_face(None)))
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.full(
+        size[0] if isinstance(size[0], (tuple, torch.Size)) else size, torch.nan, **options))
+    for lora_config in (LoRAConfig(), LoRAConfig(2, 6.0, targets=("all",))):
+        model = load_model(path, lora_config=lora_config).model
+        for name, value in model.named_parameters():
+            assert torch.equal(value, weights[name]) if "lora_" not in name else bool(value.isfinite().all()), name
+            assert "lora_A" not in name or 0 < float(value.detach().abs().max()) < 1
+    for name in weights:
+        torch.save({other: value for other, value in weights.items() if other != name}, path)
+        refused(lambda: load_model(path), path, f"lacks: {name};")
+
+
+def test_loading_draws_nothing_but_adapters(tmp_path):
+    """They are the first numbers of the seed, and the generator stands behind them."""
+    base = write_base(tmp_path)
+    torch.manual_seed(3)
+    adapters = [value for name, value in load_model(base, lora_config=LORA).model.named_parameters()
+                if "lora_A" in name]
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    for value in adapters:
+        torch.testing.assert_close(value.detach(), torch.empty(4, 8).uniform_(-1, 1) * 8**-0.5, rtol=1e-6, atol=1e-7)
+    assert len(adapters) == 2 and torch.equal(torch.get_rng_state(), after)
+
+
+def test_what_no_file_gives_a_value_is_refused(tmp_path):
+    """A family with a buffer would hold whatever its memory held."""
+    model = random_model()
+    model.register_buffer("scale", torch.ones(2))
+    with pytest.raises(TypeError, match="scale: no parameter"):
+        load_strictly(model, plain_weights(model), "base.bin", "--init_checkpoint")
+
+
+def test_a_model_without_a_file_draws_the_bits_that_it_always_drew():
+    """Digests of weights drawn with seed 5 before files were read without drawing."""
+    for shape, expected in ((CONFIG, "a7ae01e801e5443d"), (tiny_config(), "b3fee27a489c60a4")):
+        torch.manual_seed(5)
+        model = family_of(shape)(shape, LoRAConfig(2, 6.0, targets=("q", "v")))
+        assert fingerprint({name: value.detach() for name, value in model.named_parameters()})[:16] == expected
