@@ -56,6 +56,7 @@ SHUFFLE = ("test_sampling.py::test_shuffle_uses_each_unit_once_an_epoch",)
 UNLIKE = ("test_neighbours.py::test_ranks_that_compute_in_different_ways_are_refused",)
 SINGLE = ("test_rounding.py::test_float32_products_that_cancel_stay_below_C",)
 OVERFLOW = ("test_rounding.py::test_a_float32_product_that_would_overflow_adds_nothing",)
+GRAMS = ("test_rounding.py::test_shared_gram_matrices_are_those_of_the_rows",)
 FORMED = ("test_clipping_llama.py::test_products_formed_alone",)
 COMPANY = ("test_company.py::test_the_same_bits_in_any_company",)
 NEIGHBOURS = ("test_neighbours.py::test_one_more_unit_through_the_script",)
@@ -372,8 +373,12 @@ MUTANTS = (
     Mutant("a float32 product that overflows", LAYERS,
            (("torch.where(sizes_of(pp, qq) < ALONE_MOST, norm.square(), math.inf)", "norm.square()"),), OVERFLOW),
     Mutant("another input's Gram matrices", LAYERS,
-           (("return (other.data_ptr(), other.shape, other.dtype) == (rows.data_ptr(), rows.shape, rows.dtype)",
-             "return (other.shape, other.dtype) == (rows.shape, rows.dtype)"),), FORMED),
+           (("key = rows.data_ptr(), rows.shape,", "key = rows.shape,"),), FORMED),
+    Mutant("Gram matrices of another view of the same memory", LAYERS, (("rows.stride(), ", ""),), GRAMS),
+    Mutant("Gram matrices of what was changed in place", LAYERS,
+           ((", rows.dtype, rows._version", ", rows.dtype"),), GRAMS),
+    Mutant("Gram matrices of memory that was given away", LAYERS,
+           (("found = key, rows, torch.stack(", "found = key, rows.clone(), torch.stack("),), GRAMS),
     Mutant("each text of a unit counted in the labels", LABELS,
            (("math.isqrt(count * count * SCALE * SCALE // square)", "count * SCALE"),), LABEL_NORM),
     Mutant("labels clipped by their number of kinds", LABELS,

@@ -195,17 +195,16 @@ class Grams:
     """gram() of each unit's rows (U, S, P), (U, S, S); projections of one input share the input's."""
 
     def __init__(self):
-        self.kept: list[tuple[Tensor, Tensor]] = []  # rows and what gram() says of them: of the last two
+        self.kept: list[tuple[tuple, Tensor, Tensor]] = []  # key, rows, what gram() says of them: of the last two
 
     def of(self, rows: Tensor) -> Tensor:
-        def same(other: Tensor) -> bool:
-            return (other.data_ptr(), other.shape, other.dtype) == (rows.data_ptr(), rows.shape, rows.dtype)
-
-        found = next((pair for pair in self.kept if same(pair[0])), None)
+        # `rows` is kept, so that its place is not given to another tensor; the version counts changes in place
+        key = rows.data_ptr(), rows.shape, rows.stride(), rows.dtype, rows._version
+        found = next((entry for entry in self.kept if entry[0] == key), None)
         if found is None:
-            found = rows, torch.stack([gram(of_unit) for of_unit in rows])
-        self.kept = [found, *(pair for pair in self.kept if pair is not found)][:2]
-        return found[1]
+            found = key, rows, torch.stack([gram(of_unit) for of_unit in rows])
+        self.kept = [found, *(entry for entry in self.kept if entry is not found)][:2]
+        return found[2]
 
 
 def forms_alone(target: Tensor, positions: int) -> bool:

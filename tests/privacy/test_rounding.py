@@ -67,7 +67,8 @@ def test_float32_products_that_cancel_stay_below_C(kind, monkeypatch):
 
     def added(h, g) -> float:
         target = torch.zeros(h.shape[1], g.shape[1], dtype=torch.float64)
-        unit = Outer(target, h[None], g[None]) if kind == "layer" else Ragged(target, h, g, [len(h)])
+        unit = (Outer(target, h[None], g[None]) if kind == "layer"
+            else Ragged(target, h, g, [len(h)], torch.zeros(len(h)).long()))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layers, "TRAFFIC_COST", math.inf)
             factors, _ = ClippingRule("flat", 1e-6).factors(unit.norm_sq()[:, None])
@@ -95,13 +96,28 @@ def test_a_float32_product_that_would_overflow_adds_nothing(kind, monkeypatch):
     alone_from(monkeypatch)
     target = torch.zeros(2, 2, dtype=torch.float64)
     p, q = torch.full((3, 2), 1e25), torch.full((3, 2), 1e20)
-    unit = Outer(target, p[None], q[None]) if kind == "layer" else Ragged(target, p, q, [3])
+    unit = Outer(target, p[None], q[None]) if kind == "layer" else Ragged(target, p, q, [3], torch.zeros(3).long())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "TRAFFIC_COST", math.inf)
         factors, finite = ClippingRule("flat", 1.0).factors(unit.norm_sq()[:, None])
     assert finite.tolist() == [False] and float(factors) == 0
     unit.add(factors[:, 0], finite)
     assert not target.any()
+
+
+def test_shared_gram_matrices_are_those_of_the_rows():
+    """Of another view at the same address, after a change in place, and where memory is given to the next tensor."""
+    grams, draw = layers.Grams(), torch.Generator().manual_seed(0)
+
+    def asked(rows):
+        torch.testing.assert_close(grams.of(rows), torch.einsum("usp,utp->ust", rows.double(), rows.double()))
+
+    square = torch.randn(2, 16, 16, generator=draw)
+    asked(square)
+    asked(square.mT)
+    asked(square.mul_(2))
+    for _ in range(20):
+        asked(torch.randn(2, 16, 16, generator=draw))  # freed by its caller at once
 
 
 def test_lookups_and_head_that_cancel(monkeypatch):
