@@ -152,8 +152,8 @@ def measured_table(folder: str, place: str) -> str | None:
         commit = said["commit"][:8] if "commit" in said else None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         fail(
-            f"{where}: scripts/benchmarks/benchmark_training.py, benchmark_generate.py or audit_faults.py did not write this "
-            f"({error!r}); remove it"
+            f"{where}: scripts/benchmarks/benchmark_training.py, benchmark_generate.py or audit_faults.py did not "
+            f"write this ({error!r}); remove it"
         )
     named = {"": said.get("device"), " ": said.get("note"), "commit ": commit, "torch ": said.get("torch")}
     facts = "; ".join(f"{name}{value}".strip() for name, value in named.items() if value)
