@@ -18,7 +18,7 @@ import base.early  # noqa: F401  # isort: skip  # before slow imports
 from base.errors import fail, run_main
 
 PROGRAMS = """
-    benchmark_beam benchmark_generate benchmark_training project_scaling
+    benchmark_beam benchmark_generate benchmark_training project_memory project_scaling
     make_author_corpus make_demo_data make_demo_vocab make_english_corpus
     runner synthesis
 """.split()
