@@ -133,7 +133,7 @@ MUTANTS = (
     Mutant("batch token mean", "corpus/batching.py",
            (("np.repeat(1 / (np.maximum(counts, 1) * rows_per_unit), counts)",
              "np.full(counts.sum(), len(counts) / max(1, counts.sum()))"),), STEP),
-    Mutant("cross term dropped", CLIPPING, (("column.add_(head.cross(table), alpha=2)", "column.add_(0)"),), LOOP),
+    Mutant("cross term dropped", CLIPPING, (("head.cross(table) + head.slack", "head.slack"),), LOOP),
     Mutant("ledger written after the step", PLAN,
            (("                    self.ledger.charge(step)\n", ""),
             ("        self.open = None\n        return grad",

@@ -206,7 +206,3 @@ def main() -> None:
     if args.tokens % args.length:
         fail(f"--tokens {args.tokens}: expected a multiple of --length {args.length}")
     (measure if args.measure else show)(args)
-
-
-if __name__ == "__main__":
-    main()

@@ -67,10 +67,10 @@ def test_float32_products_that_cancel_stay_below_C(kind, monkeypatch):
 
     def added(h, g) -> float:
         target = torch.zeros(h.shape[1], g.shape[1], dtype=torch.float64)
-        unit = (Outer(target, h[None], g[None]) if kind == "layer"
-            else Ragged(target, h, g, [len(h)], torch.zeros(len(h)).long()))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layers, "TRAFFIC_COST", math.inf)
+            unit = (Outer(target, h[None], g[None]) if kind == "layer"
+                    else Ragged(target, h, g, [len(h)], torch.zeros(len(h)).long()))
             factors, _ = ClippingRule("flat", 1e-6).factors(unit.norm_sq()[:, None])
         unit.add(factors[:, 0], None)
         return float(target.norm()) / 1e-6
@@ -96,9 +96,9 @@ def test_a_float32_product_that_would_overflow_adds_nothing(kind, monkeypatch):
     alone_from(monkeypatch)
     target = torch.zeros(2, 2, dtype=torch.float64)
     p, q = torch.full((3, 2), 1e25), torch.full((3, 2), 1e20)
-    unit = Outer(target, p[None], q[None]) if kind == "layer" else Ragged(target, p, q, [3], torch.zeros(3).long())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "TRAFFIC_COST", math.inf)
+        unit = Outer(target, p[None], q[None]) if kind == "layer" else Ragged(target, p, q, [3], torch.zeros(3).long())
         factors, finite = ClippingRule("flat", 1.0).factors(unit.norm_sq()[:, None])
     assert finite.tolist() == [False] and float(factors) == 0
     unit.add(factors[:, 0], finite)

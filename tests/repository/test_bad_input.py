@@ -24,6 +24,8 @@ ENGLISH = "scripts/start.py make_english_corpus"
 TIME_BEAM, TIME_TRAINING = "scripts/start.py benchmark_beam", "scripts/start.py benchmark_training"
 BUDGET, SWEEP = "src/privacy_budget.py", "scripts/sweep.py"
 START, SCALING, FAULTS = "scripts/start.py", "scripts/start.py project_scaling", "scripts/audit_faults.py"
+GENERATE, TIME_SAMPLES = "src/generate.py", "scripts/start.py benchmark_generate"
+MEMORY = "scripts/start.py project_memory"
 PLANT, LOSSES, JUDGE = "src/plant_secrets.py", "src/text_losses.py", "eval/synthetic/judge_samples.py"
 SYNTHESIS = "scripts/start.py synthesis"
 RUNNER, TABLES, SCORE_TRIPLES = "scripts/start.py runner", "scripts/results_tables.py", "eval/webnlg/webnlg_scores.py"
@@ -153,7 +155,7 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     *((script, "--no_such_flag", ["--help"]) for script in (
         FORMAT, ENCODE, DECODE, SCORE, BEAM, REPORT, EXPORT, AUDIT, WEBNLG, DART, AUTHORS, REDDIT, CORPUS, PLOT,
         DEMO_DATA, DEMO_VOCAB, ENGLISH, TIME_BEAM, TIME_TRAINING, FAULTS, TABLES, SCALING, SCORE_TRIPLES, BUDGET,
-        SWEEP)),
+        SWEEP, GENERATE, TIME_SAMPLES, MEMORY)),
     *((script, f"@{name} @new", [f"{name}"]) for script in (WEBNLG, DART)
       for name in ("absent", "folder", "empty", "half.json", "text.jsonl", "latin1.jsonl", "deep.jsonl")),
     (WEBNLG, "@a_list/config.json @new", ["entries"]), (DART, "@a_list/config.json @new", ["holds no text"]),
@@ -200,6 +202,16 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (REPORT, "@run @damaged_run", ["privacy_ledger.jsonl:1: damaged"]), (REPORT, "@run @absent", ["absent"]),
     (SWEEP, f"{ROOT}/src/gpt2_ft.py --out @new --grid lr=1,2 --score bleu --", ["--score bleu", "no such column"]),
     (SWEEP, "@e2e.txt --out @new --grid lr=1,2 --", ["e2e.txt", "no training script"]),
+    *((GENERATE, f"--init_checkpoint @tiny --output @new {line}", words) for line, words in [
+        ("--temperature 0", ["--temperature 0", "0.01"]), ("--top_p 0", ["--top_p 0"]), ("--top_k -1", ["--top_k -1"]),
+        ("--top_k 1 --top_p 0.5", ["--top_p", "--top_k 1"]), ("--num_samples 0", ["--num_samples 0"]),
+        ("--max_new_tokens 0", ["--max_new_tokens 0"]), ("--prompts @new", ["--output", "input itself"])]),
+    (GENERATE, "--init_checkpoint @absent --output @new", ["--init_checkpoint", "absent"]),
+    (GENERATE, "--init_checkpoint @tiny --output @folder", ["--output", "folder"]),
+    (GENERATE, "--init_checkpoint @tiny --output @absent/new", ["--output", "absent"]),
+    (GENERATE, "--init_checkpoint @tiny --vocab @absent --output @new", ["absent"]),
+    (TIME_SAMPLES, "--batch_sizes 0", ["--batch_sizes 0"]),
+    (MEMORY, "--tokens 100 --length 64", ["--tokens 100", "--length 64"]), (MEMORY, "--rank 0", ["--rank 0"]),
     (PLANT, "--data @absent --vocab @vocab --output_dir @new", ["--data", "absent"]),
     (PLANT, "--data @train.jsonl --vocab @absent --output_dir @new", ["absent"]),
     (PLANT, "--data @train.jsonl --vocab @vocab --held_out 0 --output_dir @new", ["--held_out 0"]),
