@@ -57,6 +57,11 @@ WAIT_SECONDS = 24 * 3600  # how long a rank that is done waits for the others
 BATCH = {"cpu": 128, "cuda": 512}  # samples at once, where --token_budget allows them
 
 
+def as_given(text: str) -> str:
+    """A flag's text that is no path: a tilde in it is not the home folder."""
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Flags(TrainedModel):
     """The command line."""
@@ -99,7 +104,7 @@ class Flags(TrainedModel):
     stop: tuple[str, ...] | None = flag(
         help="end a text before this string; may be repeated. A text also ends at the vocabulary's end tokens",
         action="append",
-        type=str,
+        type=as_given,
         metavar="TEXT",
     )
     seed: int = flag(0, "of the random numbers: the same one gives the same texts (default 0)", least=0)

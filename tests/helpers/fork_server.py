@@ -144,7 +144,7 @@ def fault_dump(file: str) -> None:
 def fault_released(file: str) -> None:
     """Write the gradient that the first step releases, times the expected batch, to `file`."""
     def keep(arguments, _) -> None:
-        plan, sums, coordinates = arguments
+        plan, sums, coordinates, *_ = arguments
         pathlib.Path(file).write_bytes((sums[:coordinates].double() * plan.settings.batch).numpy().tobytes())
 
     wrap("privacy.plan:PrivacyPlan.release", "after", 1, keep)

@@ -36,7 +36,12 @@ FLOAT32 = ("exp", "log", "log1p", "expm1", "pow.Tensor_Scalar", "reciprocal", "r
 
 
 class Module(_DummyBackendModule):
-    """torch.npu"""
+    """torch.npu. available: inside OtherDevice alone, so that torch.nn.DataParallel does not take it in other tests."""
+
+    available = False
+
+    def is_available(self) -> bool:
+        return self.available
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -200,6 +205,7 @@ def other_device(monkeypatch, answers: dict[str, Callable[[Tensor], Tensor]] | N
                   settings.DEFAULT_TOKENS):
         monkeypatch.setitem(table, TYPE, table["cuda"])
     monkeypatch.setattr(torch, "Generator", make)
+    monkeypatch.setattr(Module, "available", True)
     moved: dict[int, torch.nn.Parameter] = {}
 
     def apply(module: torch.nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:

@@ -180,8 +180,8 @@ def test_own_sizes_are_what_the_engine_adds_to_the_token_s_row(examples, kind):
 def test_text_losses_are_those_of_a_plain_loop(examples):
     """Canaries behind contexts of several lengths, in their own order."""
     whole = make_model(LoRAConfig())
-    texts = text_canaries(40, examples, whole, RULE, World())
-    assert len(set(texts.lengths)) > 1 or len({context for context, _ in split_up(texts)}) == 1
+    drawn = (text_canaries(40, examples, whole, RULE, World()) for _ in range(100))
+    texts = next(texts for texts in drawn if len(set(texts.lengths)) > 1)  # most draws; some have one length alone
     found = text_losses(whole, texts, torch.device("cpu"), TightCut(64))
     wide = whole.double()
     for loss, (context, token) in zip(found, split_up(texts)):

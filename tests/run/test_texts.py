@@ -95,7 +95,7 @@ def opened(tmp_path: pathlib.Path, **changed: object) -> texts.Texts:
     settings = script().parse(flags(tmp_path / "run", **changed))
     script().check(settings)
     place, card = script().resolve_model(settings.model.init_checkpoint)
-    return texts.open_texts(settings, setup.load_weights(settings, place, card), place, World())
+    return texts.open_texts(settings, setup.load_weights(settings, World(), place, card), place, World())
 
 
 def long_prompts(path: pathlib.Path) -> pathlib.Path:
