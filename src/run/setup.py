@@ -309,7 +309,7 @@ def prepare_parameters(settings: Settings, world: World, loaded: Loaded, private
     sharers = world if settings.loop.shard == "optimizer" else None
     flat = FlatParameters(model, loop.EXTRA, chosen.no_decay_bias, sums, sharers)
     for parameter in model.parameters():  # every rank starts from rank 0's
-        parameter.data.copy_(world.broadcast(parameter.data))
+        world.broadcast(parameter.data)
     betas = (chosen.adam_beta1, chosen.adam_beta2)
     return flat, AdamW(flat, betas, chosen.adam_epsilon, chosen.weight_decay, chosen.correct_bias, chosen.torch_eps)
 
