@@ -49,14 +49,16 @@ def test_authors(tmp_path):
 
 @pytest.mark.parametrize("point, when, nth, number", [
     (CHARGE, "before", 4, signal.SIGKILL), (UPDATE, "before", 4, signal.SIGKILL), (GATHER, "before", 4, signal.SIGKILL),
-    (UPDATE, "after", 4, signal.SIGTERM),
+    (UPDATE, "after", 4, signal.SIGTERM), ("base.distributed:World.reduce_scatter", "before", 4, signal.SIGKILL),
 ])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_kill(tmp_path, rank, point, when, nth, number):
-    """Resumed without shares: the checkpoint is whole. Rank 1 charges nothing."""
+    """Resumed without shares: the checkpoint is whole. Rank 1 charges nothing. Without shares nothing is scattered, and
+    that kill would not come."""
     if rank == 1 and point == CHARGE:
         point = "privacy.sampling:PoissonSampler.draw"
     interrupted(tmp_path / "run", 2, {rank: [kill(point, when, nth, number)]}, **SHARD)
+    assert not (tmp_path / "run" / f"model.{STEPS}.pt").exists()
     check_resumed(tmp_path / "run", 2)
 
 
