@@ -49,7 +49,7 @@ class FlatParameters:
         self.decayed = sum(parameter.numel() for name, parameter in self.named if name not in undecayed)
         self.size = sum(parameter.numel() for _, parameter in self.named)
         self.sharers = sharers or World()
-        n = -(-self.size // self.sharers.size)
+        n = self.sharers.share_length(self.size)
         self.own = slice(n * self.sharers.rank, n * (self.sharers.rank + 1))
         self.padded = torch.zeros(n * self.sharers.size, device=named[0][1].device, dtype=named[0][1].dtype)
         self.data = self.padded[: self.size]

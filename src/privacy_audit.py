@@ -71,8 +71,10 @@ CHANGES = {
 }
 # No validation, and a checkpoint at the end alone.
 PRESET = {"valid_data": "", "scheduler": "constant", "eval_interval": None, "save_interval": MOST_STEPS}
+# An adversary observes the whole released gradient, which no rank has with --shard.
 LEFT_OUT = (
     *("obj", "no_decay_bias", "warmup_step", "i_steps", "i_lrs", "clip", "average", "mechanism", "budget", "plan_only"),
+    "shard",
 )
 
 

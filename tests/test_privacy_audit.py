@@ -116,6 +116,12 @@ def test_two_ranks_toss_the_same_coins(material, tmp_path):
     assert (tmp_path / "elsewhere.png").exists() and not (work / "audit.png").exists()
 
 
+def test_shares_of_a_gradient_are_refused(material, tmp_path):
+    """The canaries' coordinates would be looked up in rank 0's share."""
+    run = start(material, tmp_path / "run", shard="optimizer")
+    assert run.wait() == 2 and "--shard" in run.error
+
+
 def test_an_audit_that_torchrun_starts_again_is_refused(material, tmp_path):
     """Its coins and scores died with the first start, whose steps the ledger charges."""
     work = tmp_path / "run"

@@ -2,7 +2,7 @@
 
 A read makes the CPU wait until the device has done all that it was asked for, and the device then waits for new work.
 So every read is made by read_back(), and PLACES is the list of them all. A training step has one; none is inside its
-loop over micro-batches. What a step sends goes by upload(), for which nobody waits.
+loop over micro-batches, but for that of --recompute. What a step sends goes by upload(), for which nobody waits.
 tests/repository/test_other_device.py runs all of it on a device that refuses every other read.
 """
 
@@ -12,6 +12,7 @@ from torch import Tensor
 # place -> what is read there, and how often
 PLACES = {
     "step": "the sums of losses, units and tokens, the released gradient's norm, if all is finite: once a step",
+    "recompute": "whether what ran again is the same: once a micro-batch of --recompute where whole matrices train",
     "evaluation": "the sums of losses and tokens: once an evaluation",
     "checkpoint": "the trained parameters and the optimizer's moments: a tensor at a time, as files are written",
     "company": "how far a unit's gradient moves in other company: once for each length, before a private bf16 run",

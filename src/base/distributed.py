@@ -50,9 +50,13 @@ class World:
                 dist.all_reduce(buffer)
         return buffer
 
+    def share_length(self, coordinates: int) -> int:
+        """n: so many coordinates over the number of ranks, rounded up."""
+        return -(-coordinates // self.size)
+
     def share(self, coordinates: int) -> slice:
-        """Which of so many coordinates this rank owns: runs of equal length, the last ones shorter or empty."""
-        length = -(-coordinates // self.size)
+        """Which of so many coordinates this rank owns: runs of n, the last ones shorter or empty."""
+        length = self.share_length(coordinates)
         return slice(min(length * self.rank, coordinates), min(length * (self.rank + 1), coordinates))
 
     def reduce_scatter(self, buffer: Tensor) -> Tensor:
@@ -81,10 +85,10 @@ class World:
         """The ranks' `own` (n,), one after the other (size x n,), on rank 0; None on the others."""
         if self.size == 1:
             return own
-        parts = [torch.empty_like(own) for _ in range(self.size)] if self.is_main else None
+        whole = own.new_empty(self.size, len(own)) if self.is_main else None
         with self.collective_errors():
-            dist.gather(own, parts)
-        return None if parts is None else torch.cat(parts)
+            dist.gather(own, None if whole is None else list(whole))
+        return None if whole is None else whole.view(-1)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's values, on every rank, in place."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from base.device import read_back
 from base.errors import fail
 from base.products import BLOCK_ROWS, row_blocks
 from base.recompute import Forgotten, recomputed
@@ -226,17 +227,19 @@ class BookKeeping:
 
     def add_forgotten(self, factors: Tensor, mask: Tensor | None) -> None:
         """Run the blocks whose notes were dropped, and add what they contribute."""
+        if not self.forgotten:
+            return
         first, self.seen, self.again = self.seen, {}, True
         while self.forgotten:
             block, grad = self.forgotten.pop()
             block.needs = False
             block.differentiate(grad)
-            if self.waiting or any(not same(found, first[module]) for module, found in self.seen.items()):
-                fail(
-                    "--recompute: this machine computes a block in another way each time, so its gradient is not the "
-                    "one whose norm is known; leave --recompute out"
-                )
             self.add(factors, mask)
+        if not same(self.seen, first):
+            fail(
+                "--recompute: this machine computes a block in another way each time, so its gradient is not the "
+                "one whose norm is known; leave --recompute out"
+            )
 
     def add(self, factors: Tensor, mask: Tensor | None) -> None:
         """Add what was noted, each unit by its factor, without units that are not finite."""
@@ -249,7 +252,8 @@ class BookKeeping:
         """The tied embedding counts once: |E + H|^2 = |E|^2 + |H|^2 + 2 <E, H>.
 
         (|E|^2 + |H|^2)/TIED_CANCELLATION at least: as positions in gram_norm_sq(), the two may cancel only so far.
-        Where H is rounded by r at most, the sum's norm grows by r, its square by 2 r (|E| + |H|) beside what |H| has.
+        Where float32 moves H by r at most (head.slack), |H| here is raised by r already, which leaves 2 r |E| for the
+        square of the sum's norm; |E| is at most the root of |E|^2 + |H|^2.
         """
         weight = self.model.lm_head.weight
         head = next(c for parameter, c in self.noted if parameter is weight and isinstance(c, Ragged))
@@ -292,9 +296,15 @@ def witness(x: Tensor, g: Tensor) -> Tensor:
     return torch.stack([x.sum(dtype=torch.float64), g.sum(dtype=torch.float64)])
 
 
-def same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two witnesses have the same bits; NaN is the same as NaN."""
-    return one is not None and other is not None and torch.equal(one.view(torch.int64), other.view(torch.int64))
+def same(again: dict[nn.Module, Tensor | None], first: dict[nn.Module, Tensor | None]) -> bool:
+    """Whether every module that ran again has a witness of the same bits as the first time; NaN is the same as NaN."""
+    differ = []
+    for module, one in again.items():
+        other = first.get(module)
+        if one is None or other is None:  # no gradient came to it
+            return False
+        differ.append((one.view(torch.int64) != other.view(torch.int64)).any())
+    return not read_back("recompute", torch.stack(differ).any())
 
 
 class NonPrivate:

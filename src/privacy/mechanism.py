@@ -47,7 +47,7 @@ class GaussianMechanism:
             own = sums[self.world.share(coordinates)]
             self.source.add_normal_(own, self.std)
         if sharded:
-            padded = -(-coordinates // self.world.size) * self.world.size
+            padded = self.world.share_length(coordinates) * self.world.size
             self.world.all_reduce(sums[padded:])
             summed = self.world.reduce_scatter(sums[:padded])
         else:

@@ -26,8 +26,8 @@ from model import Conv1D
 # Writing, squaring and summing one entry of a materialised gradient costs about as much as this many multiply-adds of a
 # matrix product (measured on 2 cores: 90 GMAC/s against 4 GB/s a pass of three).
 TRAFFIC_COST = 75
-# Units whose norms one kernel call takes, the last call filled up with zeros, or fewer of more positions together than
-# these: see by_units().
+# Units whose norms one kernel call takes, the last call filled up with zeros; fewer where their positions together are
+# more than UNITS_POSITIONS: see by_units().
 UNITS, UNITS_POSITIONS = 8, 1024
 # Roundings of 2^-53 that may shrink a squared norm whose terms cancel, beside those of the sum over positions: those of
 # the entries of the Gram matrices, sums over a row of this length; see gram_norm_sq().
@@ -47,7 +47,7 @@ MULTIPLIED_ENTRIES = {"cpu": 2**22, "cuda": 2**25}
 ALONE_POSITIONS, ALONE_ENTRIES = 128, 2**14
 # Entries of such a product that are added at a time: with their sums they stay in the cache.
 ALONE_ADDED = 2**16
-# Rows of a weight whose products are formed at a time: a head's have no room of their own.
+# Rows of such a product that are held at a time: a head's product, (V, D), is never whole in memory.
 ALONE_ROWS = 2048
 # The most that sum_s |p_s| |q_s| may be there: below, no float32 sum overflows.
 ALONE_MOST = 1e38
@@ -150,6 +150,8 @@ class Ragged:
     """sum_s b_s h_s' over the scored positions of each unit: b (n, V) and h (n, D), `counts` positions a unit, `unit`
     (n,) int64 the unit of each."""
 
+    slack: Tensor  # (U,) float64, set by norm_sq(): by how much it raised norms for products formed alone
+
     def __init__(self, target: Tensor, b: Tensor, h: Tensor, counts: list[int], unit: Tensor):
         self.target, self.b, self.h, self.counts, self.unit = target, b, wide(h), counts, unit
 
@@ -168,7 +170,7 @@ class Ragged:
             alone = forms_alone(self.target, len(b))
             norms_sq.append(alone_norm_sq(*grams, len(b)) if alone else gram_norm_sq(*grams))
             slacks.append(rounding_alone(*grams, len(b)) if alone else torch.zeros_like(norms_sq[-1]))
-        self.slack = torch.stack(slacks)  # (U,), by how much norms were raised for products formed alone
+        self.slack = torch.stack(slacks)
         return torch.stack(norms_sq)
 
     def cross(self, table: Lookup) -> Tensor:

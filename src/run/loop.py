@@ -309,19 +309,19 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint and privacy.json. All ranks call it; where rank 0 cannot, every rank stops."""
         self.peak_memory = max(self.peak_memory, self.world.peak_memory())
-        optimizer, sharded = self.learner.optimizer, self.learner.flat.sharded
-        state = optimizer.state_dict() if sharded or self.world.is_main else {}
+        gathered = self.learner.optimizer.state_dict() if self.learner.flat.sharded else None
         with self.world.raise_if_any_failed():
             if self.world.is_main:
-                self.save_files(state)
+                self.save_files(gathered)
         self.saved = self.done
         also = "" if self.current_average is None else f", and average.{self.done}.pt beside it"
         self.display.say(f"saved {checkpoint.model_path(self.work.path, self.done)}{also}")
 
-    def save_files(self, optimizer: dict) -> None:
+    def save_files(self, gathered: dict | None = None) -> None:
+        """gathered: the optimizer's state where ranks share it out, which takes a collective; None: rank 0 has it."""
         # Another run's records there would mean that its checkpoints are there, too.
         self.plan.ledger.check(f"the checkpoint of step {self.done} was not written")
-        state = {**optimizer, "progress": self.progress()}
+        state = {**(gathered or self.learner.optimizer.state_dict()), "progress": self.progress()}
         spent = provenance.excerpt(self.report())
         try:
             base, average = self.learner.loaded.base, self.current_average
@@ -342,7 +342,7 @@ class Trainer:
         sharded = self.learner.flat.sharded
         if self.whole and not sharded and self.world.is_main and 0 < self.done != self.saved:
             with contextlib.suppress(UserError, OSError):
-                self.save_files(self.learner.optimizer.state_dict())
+                self.save_files()
                 self.display.say(f"saved {checkpoint.model_path(self.work.path, self.done)}")
 
     def finish(self) -> bool:

@@ -26,7 +26,7 @@ MAY_CHANGE = {"reservation", "padded_lengths", "job", "versions", "without_effec
 
 
 def open_ledger(work: WorkDir, settings: Settings, plan: PlanSettings, recorded: dict, world_size: int) -> Ledger:
-    """On rank 0: open the run's ledger and write args.json. Raises UserError where a resumed run differs from them."""
+    """On rank 0: open the run's ledger. Raises UserError where a resumed run differs from it or from args.json."""
     loop, flag, entries = settings.loop, settings.flag_of("work_dir"), plan.ledger_entries(world_size)
     unknown = [name for name in loop.resume_changed if name not in {*recorded, *entries}]
     if unknown:
@@ -43,12 +43,10 @@ def open_ledger(work: WorkDir, settings: Settings, plan: PlanSettings, recorded:
                 f"--{name} {target:g}: {ledger.path} charges {count} steps without noise, epsilon is infinite and "
                 "meets no target; start in a new folder, or give --noise_multiplier"
             )
-    recorded = json.loads(json.dumps({"format": FORMAT, **recorded}))
     if loop.resume and ledger.state.charged:  # a run that was killed before its first step may differ
         # A run from before the flag --base_dtype held float32; where it is not given, what it stands for is recorded.
         defaults = json.loads(json.dumps({**settings.given.defaults, "base_dtype": "float32"}))
         compare(work, recorded, defaults, {*loop.resume_changed, *settings.given.may_change, *MAY_CHANGE})
-    work.write_json(ARGS, recorded)
     return ledger
 
 
@@ -57,7 +55,7 @@ def compare(work: WorkDir, recorded: dict, defaults: dict, may_change: set[str])
     defaults: of flags that may be absent from the file."""
     before = work.read_json(ARGS)
     check_format(before.get("format"), FORMAT, work.file(ARGS))
-    before = {**defaults, **before}
+    before, recorded = {**defaults, **before}, json.loads(json.dumps(recorded))
     differing = [key for key in sorted({*before, *recorded} - may_change) if before.get(key) != recorded.get(key)]
     if differing:
         what = ", ".join(f"{key} {before.get(key)!r} there, {recorded.get(key)!r} here" for key in differing[:4])

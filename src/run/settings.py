@@ -195,8 +195,8 @@ class Loop:
     shard: str = flag(
         "none",
         "what the ranks share out among them, with the same result: optimizer = noise, AdamW's work and its moments, "
-        "which saves each of them 8 bytes a trained parameter times (1 - 1/ranks) and is slower over gloo (default "
-        "none)",
+        "which saves each of them 8 bytes a trained parameter times (1 - 1/ranks), nothing where there is one, and is "
+        "slower over gloo (default none)",
         choices=("none", "optimizer"),
         may_change=True,
     )

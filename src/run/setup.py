@@ -21,8 +21,9 @@ from privacy.company import check_company, check_ranks_compute_alike, check_rank
 from privacy.ledger import Ledger, NoLedger
 from privacy.plan import Course, PlanSettings, PrivacyPlan, choose_sigma
 from run import loop, provenance, spending
-from run.log import NoWorkDir, WorkDir
+from run.log import ARGS, NoWorkDir, WorkDir
 from run.resume import (
+    FORMAT,
     check_ledger_is_whole,
     check_ranks_agree,
     is_restarted,
@@ -226,6 +227,8 @@ def build_trainer(settings: Settings, task: Task, world: World, loaded: Loaded) 
         if world.is_main:
             if resumes:
                 check_ledger_is_whole(work, ledger, position)
+            # not before: a --resume that is refused leaves the run's own settings there
+            work.write_json(ARGS, {"format": FORMAT, **recorded})
             origin = provenance.begin(spent, position.report, folder, resumes, settings.privacy.noise_seed)
         if settings.loop.tensorboard:
             work.open_tensorboard(position.done)
@@ -309,7 +312,7 @@ def prepare_parameters(settings: Settings, world: World, loaded: Loaded, private
     sharers = world if settings.loop.shard == "optimizer" else None
     flat = FlatParameters(model, loop.EXTRA, chosen.no_decay_bias, sums, sharers)
     for parameter in model.parameters():  # every rank starts from rank 0's
-        parameter.data.copy_(world.broadcast(parameter.data))
+        world.broadcast(parameter.data)
     betas = (chosen.adam_beta1, chosen.adam_beta2)
     return flat, AdamW(flat, betas, chosen.adam_epsilon, chosen.weight_decay, chosen.correct_bias, chosen.torch_eps)
 

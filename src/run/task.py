@@ -51,7 +51,7 @@ class Task:
     last_step: int | None = None  # end after this one of the planned steps
     resumable: bool = True
     wrap_engine: WrapEngine | None = None  # for an audit: replaces the run's engine
-    observe: Observer | None = None  # for an audit
+    observe: Observer | None = None  # for an audit; of runs without --shard, whose ranks have a share each
 
     @property
     def N(self) -> int:

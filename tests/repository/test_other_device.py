@@ -112,6 +112,7 @@ TRAININGS = {  # name -> flags of gpt2_ft.py
     "llama lora bf16": {"llama": True, "bf16": True, "lora_target": "all"},
     "llama full per_layer": {"llama": True, **FULL, "clipping": "per_layer"},
     "llama opacus": {"llama": True, "grad_engine": "opacus"},
+    "full recompute": {**FULL, "recompute": True},
 }
 
 
@@ -129,15 +130,16 @@ def test_training_for_examples(device, steps, monkeypatch, tmp_path, llama, name
     if resumed:
         run(monkeypatch, gpt2_ft.main, [*small_runs.flags(tmp_path, **{**changed, "max_step": 2}), "--resume",
                                         "--resume_changed", "max_step", "steps"])
-    check_steps(device, steps, 1 + resumed, private="ordinary" not in name, secure="secure" in name)
+    check_steps(device, steps, 1 + resumed, "ordinary" not in name, "secure" in name, "recompute" in name)
     assert {"evaluation", "checkpoint"} <= set(device.of("read"))
 
 
-def check_steps(device, steps, count: int, private: bool = True, secure: bool = False) -> None:
+def check_steps(device, steps, count: int, private=True, secure=False, recompute=False) -> None:
     assert len(steps) == count
     for events in steps:
         reads = [place for kind, place in events if kind == "read"]
-        assert reads == ["step"] and events[-1] == ("read", "step"), events
+        assert [place for place in reads if place != "recompute"] == ["step"] and ("recompute" in reads) == recompute
+        assert events[-1] == ("read", "step"), events
         assert not [what for kind, what in events if kind == "blocking"], events
         # Gaussian noise comes from the run's own generator on the device, or is made of the CPU's words
         drawn = {what for kind, what in events if kind == "random"}

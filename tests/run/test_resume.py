@@ -58,7 +58,9 @@ def test_other_frozen_weights_are_refused(tmp_path):
     found = safetensors.torch.load(content)
     found["wte.weight"] = found["wte.weight"] + 0.01
     safetensors.torch.save_file(found, str(tiny / "model.safetensors"))
-    rank, = interrupted(work, 1, {}, resume=True, init_checkpoint=tiny)
+    settings = (work / "args.json").read_bytes()
+    rank, = interrupted(work, 1, {}, resume=True, init_checkpoint=tiny, lr=0.5, resume_changed=["lr"])
+    assert (work / "args.json").read_bytes() == settings
     assert rank.status == 2 and "model.2.pt: its adapters were trained on other frozen weights than" in rank.error
     assert str(tiny / "model.safetensors") in rank.error and len(ledger(work)) == charged
     (tiny / "model.safetensors").write_bytes(content)

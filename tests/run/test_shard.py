@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 
+from base.distributed import World
 from helpers import author_runs
 from helpers.interrupted_runs import CHARGE, UPDATE, check_resumed, interrupted, kill
 from helpers.small_runs import STEPS, equal, flags, start_ranks, train, weights
@@ -48,14 +49,16 @@ def test_authors(tmp_path):
 
 @pytest.mark.parametrize("point, when, nth, number", [
     (CHARGE, "before", 4, signal.SIGKILL), (UPDATE, "before", 4, signal.SIGKILL), (GATHER, "before", 4, signal.SIGKILL),
-    (UPDATE, "after", 4, signal.SIGTERM),
+    (UPDATE, "after", 4, signal.SIGTERM), ("base.distributed:World.reduce_scatter", "before", 4, signal.SIGKILL),
 ])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_kill(tmp_path, rank, point, when, nth, number):
-    """Resumed without shares: the checkpoint is whole. Rank 1 charges nothing."""
+    """Resumed without shares: the checkpoint is whole. Rank 1 charges nothing. Without shares nothing is scattered, and
+    that kill would not come."""
     if rank == 1 and point == CHARGE:
         point = "privacy.sampling:PoissonSampler.draw"
     interrupted(tmp_path / "run", 2, {rank: [kill(point, when, nth, number)]}, **SHARD)
+    assert not (tmp_path / "run" / f"model.{STEPS}.pt").exists()
     check_resumed(tmp_path / "run", 2)
 
 
@@ -71,19 +74,15 @@ def test_another_number_of_ranks(tmp_path):
 
 
 def test_moments_are_of_the_own_share_alone():
-    class Rank:
-        rank, size = 1, 4
-
     model = torch.nn.Linear(10, 10)  # 110 coordinates, 28 a rank
-    flat = FlatParameters(model, extra=2, sharers=Rank())
+    flat = FlatParameters(model, extra=2, sharers=World(1, 4))
     optimizer = AdamW(flat, (0.9, 0.99), 1e-8, 0.0, True)
     assert optimizer.m.shape == optimizer.v.shape == (28,) and flat.own == slice(28, 56)
     assert flat.sums.shape == (114,) and flat.data.shape == (110,)
     state = {"steps": 3, "m": torch.arange(110.0), "v": torch.arange(110.0) + 1}
     optimizer.load_state_dict(state)
     assert optimizer.m.tolist() == list(range(28, 56))
-    Rank.rank = 3
-    flat = FlatParameters(model, sharers=Rank())
+    flat = FlatParameters(model, sharers=World(3, 4))
     optimizer = AdamW(flat, (0.9, 0.99), 1e-8, 0.0, True)
     optimizer.load_state_dict(state)
     assert optimizer.v.tolist() == [*range(85, 111), 0, 0]
