@@ -106,7 +106,9 @@ import pathlib
 import sys
 import safetensors.torch
 path = pathlib.Path(sys.argv[1])
-path.write_bytes(safetensors.torch.save(safetensors.torch.load(path.read_bytes()), metadata={"format": "pt"}))
+part = path.with_suffix(".partial")
+part.write_bytes(safetensors.torch.save(safetensors.torch.load(path.read_bytes()), metadata={"format": "pt"}))
+part.replace(path)
 PROGRAM
     rm -f "$1/privacy.json" "$1/README.md"
 }

@@ -38,7 +38,7 @@ from corpus.tokenizer import (
     load_tokenizer,
 )
 from families import PARTS
-from language_model import EVERY_PART, LanguageModel, Shape
+from language_model import EVERY_PART, LanguageModel, Shape, is_adapter
 from privacy.ledger import FILE_NAME
 from run import card, provenance
 from weights import peft_format
@@ -66,7 +66,7 @@ def tokenizer_config(config: Shape) -> dict:
 
 def base_weights(model: LanguageModel) -> dict[str, Tensor]:
     """name -> float32 tensor, a view of the frozen weight; a head that is the token embedding is left out."""
-    return {name: value.detach() for name, value in model.named_parameters() if "lora_" not in name}
+    return {name: value.detach() for name, value in model.named_parameters() if not is_adapter(name)}
 
 
 def merged_weights(model: LanguageModel) -> dict[str, Tensor]:
@@ -245,7 +245,10 @@ def main() -> None:
         + (f"; {provenance.REPORT_NAME} says what the runs behind them spent" if spent else "")
     )
     if args.format == "peft" and loaded.base and "dtype" in loaded.base:
-        print("the adapter was trained with --base_dtype bf16: its base is exact where it is read in bfloat16")
+        print(
+            "the adapter was trained on a base rounded to bfloat16 (--base_dtype bf16); read in bfloat16, the base has "
+            "the same weights"
+        )
     if not vocab:
         print("no tokenizer was found beside the weights, and none was written; --vocab FOLDER adds one")
 

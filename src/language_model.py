@@ -302,9 +302,7 @@ class LanguageModel(nn.Module, abc.ABC):
 
     def freeze_for_training(self) -> None:
         """Leave trainable what training changes: the adapters where there are any, else every parameter."""
-        if self.lora_config.dim > 0:
-            lora.mark_only_lora_as_trainable(self)
-        elif self.lora_config.bottleneck > 0:
+        if self.lora_config.adapts:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(is_adapter(name))
 

@@ -95,7 +95,6 @@ def theirs_at(theirs: transformers.GPT2LMHeadModel, rules: dict, batch: int, tok
             attention_mask=torch.ones_like(ids),
             do_sample=True,
             max_new_tokens=tokens,
-            min_new_tokens=None,
             eos_token_id=None,
             pad_token_id=start,
             **{"top_k": 0, **rules},

@@ -5,6 +5,7 @@ Each is an engine as privacy.clipping.BookKeeping is: accumulate(batch) adds the
 Shapes: M rows, T tokens, U units, D width, H heads, V vocabulary.
 """
 
+import dataclasses
 import math
 
 import torch
@@ -15,34 +16,17 @@ import loralib as lora
 from base.errors import fail
 from language_model import LanguageModel, LoRAConfig
 from llama import LlamaLMModel
-from llama_config import LlamaConfig, read_config
+from llama_config import LlamaConfig
 from losses import MicroBatch
 from model import MLP, MODEL_CARDS, Conv1D, GPT2Block, GPT2LMModel
 from optimizer import FlatParameters
 from privacy.clipping import ClippingRule
 from privacy.opacus_engine import OpacusEngine, UnitLosses
+from project_memory import SHAPES
 from project_scaling import multiply_adds
 
-# --model_card -> shape; the weights are random. llama-135m: config.json of HuggingFaceTB/SmolLM2-135M.
-LLAMAS: dict[str, LlamaConfig] = {
-    "llama-135m": read_config(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 100000,
-            "tie_word_embeddings": True,
-        }
-    )
-}
+# --model_card -> shape; the weights are random.
+LLAMAS: dict[str, LlamaConfig] = {"llama-135m": dataclasses.replace(SHAPES["smollm2-135m"], rms_norm_eps=1e-5)}
 VARIANTS_OF_GPT2 = ("padded", "published")
 
 

@@ -49,7 +49,7 @@ def shape(V: int, D: int, inner: int, L: int, H: int, K: int, W: int, tied: bool
     return LlamaConfig(kind, V, D, inner, L, H, K, W, 8192, rope, tie_word_embeddings=tied)
 
 
-# As their config.json say.
+# As their config.json say, but for what takes no memory (rope, epsilon of the norms).
 SHAPES = {
     "smollm2-135m": shape(49152, 576, 1536, 30, 9, 3, 64, True, "llama"),
     "qwen2.5-0.5b": shape(151936, 896, 4864, 24, 14, 2, 64, True, "qwen2"),
@@ -202,6 +202,8 @@ def main() -> None:
     add("--measure", choices=SHAPES, help="measure this shape with random weights, each setting in its own process")
     add("--whole", action="store_true", help="with --measure: all weights train")
     args = parser.parse_args()
+    if args.whole and not args.measure:
+        fail("--whole: goes with --measure alone; the table has both")
     check_positive(args, tokens=math.inf, length=math.inf, rank=math.inf)
     if args.tokens % args.length:
         fail(f"--tokens {args.tokens}: expected a multiple of --length {args.length}")

@@ -91,6 +91,8 @@ def main() -> None:
         fail(f"--out {args.out}: no such folder; make it first")
 
     if args.vocab is not None:
+        if os.path.realpath(args.out) == os.path.realpath(args.vocab):
+            fail(f"--out {args.out}: is the folder of --vocab; name another, since one folder holds one form")
         print(f"{args.out}/tokenizer.json: {write_whole(args.vocab, args.out)} ids")
         return
     vocab, merges = write_vocabulary(args.out, *train(training_texts(args.train), args.size))

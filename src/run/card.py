@@ -227,7 +227,10 @@ def beside(report: dict | None) -> list[tuple[str, str]]:
             )
         )
     disclosed, public = report.get("disclosed"), report.get("public_fields")
-    rows += [("Public context", f"the field {name}: taken for public, not scored") for name in public or []]
+    rows += [
+        ("Public context", f"the field {name}: taken for public, not scored")
+        for name in (public if isinstance(public, list) else [])
+    ]
     return rows + [
         ("Disclosed beside the model", str(item))
         for item in (disclosed if isinstance(disclosed, list) else [])

@@ -240,8 +240,8 @@ def load_strictly(model: LanguageModel, weights: dict[str, Tensor], path: str, f
     ):
         if names:
             fail(f"{flag} {path}: {what}: {some(names)}{more}; does --model_card or --lora_dim match the file?")
-    if held := [name for name, _ in model.named_buffers()]:
-        raise TypeError(f"{some(held)}: no parameter, so no file gives it a value")
+    if buffers := [name for name, _ in model.named_buffers()]:
+        raise TypeError(f"{some(buffers)}: no parameter, so no file gives it a value")
     with torch.no_grad():
         for name, value in weights.items():
             wanted[name].copy_(value)

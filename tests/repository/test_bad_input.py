@@ -212,6 +212,7 @@ OTHERS = {f"{script.split('/')[-1]} {line}": (script, of(line), words) for scrip
     (GENERATE, "--init_checkpoint @tiny --vocab @absent --output @new", ["absent"]),
     (TIME_SAMPLES, "--batch_sizes 0", ["--batch_sizes 0"]),
     (MEMORY, "--tokens 100 --length 64", ["--tokens 100", "--length 64"]), (MEMORY, "--rank 0", ["--rank 0"]),
+    (MEMORY, "--whole", ["--whole", "--measure"]),
     (PLANT, "--data @absent --vocab @vocab --output_dir @new", ["--data", "absent"]),
     (PLANT, "--data @train.jsonl --vocab @absent --output_dir @new", ["absent"]),
     (PLANT, "--data @train.jsonl --vocab @vocab --held_out 0 --output_dir @new", ["--held_out 0"]),

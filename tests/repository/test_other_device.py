@@ -1,4 +1,5 @@
-"""Every command's arithmetic on a device that is not the CPU (tests/helpers/other_device.py), without a GPU.
+"""The arithmetic of training, audit and beam search on a device that is not the CPU
+(tests/helpers/other_device.py), without a GPU.
 
 Values are not computed here: they are held by the CPU's tests. What is held: no tensor of the CPU meets one of the
 device, nothing is read from the device but at the places of base.device.PLACES, a training step reads once and waits

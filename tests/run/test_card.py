@@ -148,6 +148,13 @@ def test_nothing_is_claimed_without_a_step_or_without_noise(tmp_path):
     assert "epsilon inf" in card.as_markdown(found) and "polyline" in card.as_html(found)
 
 
+@pytest.mark.parametrize("found", [5, "stars", {"stars": 1}, None])
+def test_public_fields_that_are_no_list_are_left_out(tmp_path, found):
+    write_ledger(tmp_path, [(1, 3, {})])
+    assert "Public context" in dict(collected(tmp_path, {**REPORT, "public_fields": ["stars"]}).rows)
+    assert "Public context" not in dict(collected(tmp_path, {**REPORT, "public_fields": found}).rows)
+
+
 def test_a_file_is_never_lost(tmp_path):
     (tmp_path / "card.md").write_text("mine")
     for path, words in ((tmp_path / "card.md", "is there already"), (tmp_path / "card.pdf", "ends in .md or .html"),

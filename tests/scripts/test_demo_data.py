@@ -239,6 +239,7 @@ def test_mistakes_are_one_line(tmp_path):
     assert_user_error(make_vocab("--train", tmp_path / "text.txt", *out, "--size", 5000), "--size 5000", "only gives")
     assert_user_error(make_vocab("--vocab", tmp_path, *out), "--vocab", "encoder.json does not exist")
     whole = ROOT / "pretrained_checkpoints/demo-llama"
+    assert_user_error(make_vocab("--vocab", ROOT / "vocab/demo"), "--out vocab/demo: is the folder of --vocab")
     assert_user_error(make_vocab("--vocab", whole, *out), "--vocab", "holds a tokenizer.json already")
     assert_user_error(make_vocab("--vocab", whole, "--train", tmp_path / "text.txt"), "--train", "not allowed")
     assert list((tmp_path / "vocab").iterdir()) == []
