@@ -24,12 +24,14 @@ holds on one kind of processor and with one number of threads (OMP_NUM_THREADS; 
 
 import base.early  # noqa: F401  # isort: skip  # before torch, which takes seconds
 
+import functools
 import hashlib
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -159,8 +161,9 @@ def check(given: Given, flags: Flags) -> None:
     check_labels(given, flags)
     if os.path.isdir(flags.output):
         fail(f"--output {flags.output}: is a folder, wanted the name of a file")
-    if flags.prompts is not None:
-        check_output(flags.output, flags.prompts, "--output")
+    for path in (flags.prompts, flags.label_counts, flags.train_file, flags.label_domain):
+        if path is not None:
+            check_output(flags.output, path, "--output")
     folder = os.path.dirname(flags.output)
     check_link(folder or ".", "--output")
     if folder and not os.path.isdir(folder):
@@ -204,9 +207,11 @@ def public_fields(flags: Flags) -> tuple[str, ...]:
     return names if flags.label_counts is not None or flags.prompt_fields is not None else ()
 
 
-def label_mixes(given: Given, flags: Flags, names: tuple[str, ...]) -> tuple[list[tuple[str, ...]], list[int]]:
-    """(mixes of public fields, samples of each) of --label_counts; ([], []) without it. On rank 0 alone, after every
-    other check: it may charge the run's ledger."""
+def label_mixes(
+    given: Given, flags: Flags, names: tuple[str, ...], check: Callable[[list[tuple[str, ...]]], object]
+) -> tuple[list[tuple[str, ...]], list[int]]:
+    """(mixes of public fields, samples of each) of --label_counts; ([], []) without it. On rank 0 alone, since it may
+    charge the run's ledger. check: raises UserError for mixes that cannot be drawn, before a charge."""
     if flags.label_counts is None:
         return [], []
     if flags.label_counts == PRIVATE:
@@ -218,7 +223,7 @@ def label_mixes(given: Given, flags: Flags, names: tuple[str, ...]) -> tuple[lis
             flags.label_noise_multiplier,
             flags.target_epsilon,
         )
-        mixes, weights = private_weights(private, names, f"{flags.output}.labels.jsonl", flags.resume)
+        mixes, weights = private_weights(private, names, f"{flags.output}.labels.jsonl", flags.resume, check)
         return mixes, shared_out(weights, flags.num_samples)
     mixes, amounts, are_counts = read_table(flags.label_counts, "--label_counts", names, True)
     if not are_counts:
@@ -365,7 +370,9 @@ def main() -> None:
         names = public_fields(flags)
         model, tokenizer, rules, said = open_model(flags)
     with world.raise_if_any_failed():
-        found = label_mixes(given, flags, names) if world.is_main else ([], [])
+        limit = model.config.n_positions - flags.max_new_tokens
+        check_mixes = functools.partial(mix_prompts, names, tokenizer=tokenizer, limit=limit)
+        found = label_mixes(given, flags, names, check_mixes) if world.is_main else ([], [])
     mixes, counts = world.gather(found)[0]
     with world.raise_if_any_failed():
         work = prepare(flags, world, journal, model, tokenizer, rules, names, mixes, counts)
