@@ -12,7 +12,7 @@ PEFT's folder, or a weight file. Adapters are merged.
 --prompts all samples begin at the start token, GPT-2's <|endoftext|>; a vocabulary without one is refused.
 
 Output, in the order of the prompts, whole or not at all, a line a sample:
-  {"prompt": "...", "text": "...", "tokens": [ids], "logprob": x}
+  {"prompt": "...", "text": "...", "tokens": [ids], "logprob": x}, and with public fields "fields": {name: value}
 tokens: what was generated, through the token that ended it, if any. text: the same as text, without special tokens and
 cut before --stop. logprob: the natural logarithm of the tokens' probability under the distribution that they were drawn
 from, after temperature, top-k and top-p.
@@ -53,6 +53,7 @@ from run.log import read_args
 from run.prompts import Prompt, mix_prompts, read_prompts, stops, text_of
 from run.texts import ROOT
 from run.trained import TrainedModel, load, without_padding
+from weights.checkpoint import Loaded
 from weights.foreign import fingerprint
 
 WAIT_SECONDS = 24 * 3600  # how long a rank that is done waits for the others
@@ -233,17 +234,18 @@ def label_mixes(
     return mixes, [int(amount) for amount in amounts]
 
 
-def open_vocabulary(flags: Flags, model: LanguageModel) -> tuple[Tokenizer, str]:
+def open_vocabulary(flags: Flags, loaded: Loaded) -> tuple[Tokenizer, str]:
     """(the tokenizer of the model, what is to be said of the model's rows beyond it; "" for nothing). UserError where
     it is not the model's."""
     place = flags.init_checkpoint
     folder = place if os.path.isdir(place) else os.path.dirname(place) or "."
-    args, own = read_args(folder), own_vocabulary(place, flags.base_checkpoint)
+    places = (place, flags.base_checkpoint, loaded.base_path)
+    args, own = read_args(folder), own_vocabulary(*places)
     recorded = args.get("vocab") if isinstance(args.get("vocab"), str) else None
     vocab = flags.vocab or own or (recorded if recorded and os.path.isdir(recorded) else os.path.join(ROOT, "vocab"))
     tokenizer = load_tokenizer(vocab)
-    rows, what = model.config.vocab_size, f"--init_checkpoint {place}"
-    said = check_vocabulary_fits(vocab, tokenizer.vocab_size, rows, what, place, own)
+    rows, what = loaded.model.config.vocab_size, f"--init_checkpoint {place}"
+    said = check_vocabulary_fits(vocab, tokenizer.vocab_size, rows, what, *places)
     wanted = args.get("vocab_sha256")
     if isinstance(wanted, str) and wanted != digest_vocab(vocab):
         fail(f"--vocab {vocab}: is not the one that {what} was trained with ({recorded}); give that one")
@@ -253,9 +255,9 @@ def open_vocabulary(flags: Flags, model: LanguageModel) -> tuple[Tokenizer, str]
 def open_model(flags: Flags) -> tuple[LanguageModel, Tokenizer, SamplingRules, str]:
     """(the model without padded rows, its tokenizer, the rules, what is to be said of the rows). UserError where they
     do not fit."""
-    model = load(flags).model
-    tokenizer, said = open_vocabulary(flags, model)
-    model = without_padding(model, flags.vocab_size or min(tokenizer.vocab_size, model.config.vocab_size))
+    loaded = load(flags)
+    tokenizer, said = open_vocabulary(flags, loaded)
+    model = without_padding(loaded.model, flags.vocab_size or tokenizer.vocab_size)
     config = model.config
     limit = config.n_positions - flags.max_new_tokens
     if limit < 1:
