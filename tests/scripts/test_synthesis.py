@@ -186,8 +186,14 @@ def test_swapped_files_are_refused(monkeypatch, tmp_path, changed, said):
         synthesis.check_files(parse(monkeypatch, "--data", data(tmp_path, **changed), "--runs", tmp_path / "runs"))
 
 
+def test_a_folder_without_an_embedder_is_refused_before_any_training(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="--embedder .* holds no config.json"):
+        synthesis.check_files(parse(monkeypatch, "--data", data(tmp_path), "--runs", tmp_path, "--embedder", tmp_path))
+
+
 @pytest.mark.parametrize("words, said", [
     (["--samples", 0], "--samples 0"), (["--epsilon", -1], "--epsilon -1"),
+    (["--temperature", "warm"], "--temperature"), (["--temperature", 0], "--temperature 0"),
     (["--nproc", 3, "--batch", 512], "--nproc 3"), ([], "--runs"), (["--sample", 3], "--sample")])
 def test_mistakes_of_the_options(monkeypatch, tmp_path, words, said):
     own = ["--runs", tmp_path] if words else []
