@@ -40,7 +40,7 @@ from tqdm import tqdm
 import loralib as lora
 from base.distributed import World, start
 from base.errors import fail, run_main
-from base.files import atomic_write, check_link, is_text
+from base.files import atomic_write, check_place, is_text
 from base.flags import REQUIRED, Given, SettingsParser, check_output, flag
 from corpus.records import split_fields
 from corpus.tokenizer import VOCAB_HELP, Tokenizer, check_vocabulary_fits, digest_vocab, load_tokenizer, own_vocabulary
@@ -160,17 +160,10 @@ def check(given: Given, flags: Flags) -> None:
     if flags.top_k == 1 and (changed := [name for name in ("temperature", "top_p") if name in given.explicit]):
         fail(f"--{changed[0]}: means nothing with --top_k 1, which always takes the most probable token; give one")
     check_labels(given, flags)
-    if os.path.isdir(flags.output):
-        fail(f"--output {flags.output}: is a folder, wanted the name of a file")
     for path in (flags.prompts, flags.label_counts, flags.train_file, flags.label_domain):
         if path is not None:
             check_output(flags.output, path, "--output")
-    folder = os.path.dirname(flags.output)
-    check_link(folder or ".", "--output")
-    if folder and not os.path.isdir(folder):
-        fail(f"--output {flags.output}: there is no folder {folder}; make it, or name another")
-    if not os.access(folder or ".", os.W_OK | os.X_OK):
-        fail(f"--output {flags.output}: its folder cannot be written to; name another")
+    check_place(flags.output, "--output")
 
 
 def check_labels(given: Given, flags: Flags) -> None:

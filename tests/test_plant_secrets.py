@@ -145,3 +145,5 @@ def test_mistakes_of_losses(monkeypatch, tmp_path):
         with pytest.raises(UserError, match=said):
             losses(monkeypatch, folder, tmp_path / "out.json", *files, more=more)
     assert not (tmp_path / "out.json").exists()
+    with pytest.raises(UserError, match="there is no folder"):  # before the losses are computed
+        losses(monkeypatch, tmp_path / "absent", tmp_path / "new/out.json", file)
