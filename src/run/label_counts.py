@@ -77,7 +77,7 @@ def read_table(path: str, flag: str, names: Sequence[str], amounts: bool) -> tup
     return list(mixes), list(mixes.values()), kinds == {"count"}
 
 
-def positive_part(weights: Sequence[float]) -> np.ndarray:
+def positive_part(weights: Sequence[float] | np.ndarray) -> np.ndarray:
     """Weights without the negative ones, which are 0; all are 1 where none is positive."""
     kept = np.clip(np.asarray(weights, np.float64), 0.0, None)
     return kept if kept.any() else np.ones(len(kept))
