@@ -95,6 +95,7 @@ class Work:
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     children: list[subprocess.Popen] = field(default_factory=list)
     guard: threading.Lock = field(default_factory=threading.Lock)
+    stopped: bool = False  # no further job is started
 
     def __post_init__(self) -> None:
         self.clock = os.path.join(self.args.runs, "seconds.json")
@@ -113,8 +114,11 @@ class Work:
         begun = time.monotonic()
         with open(log, "w", encoding="utf-8") as out:
             environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
-            child = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=environment)
-            self.children.append(child)
+            with self.guard:
+                if self.stopped:
+                    return
+                child = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=environment)
+                self.children.append(child)
             status, cpu = ended(child)
         took = time.monotonic() - begun
         if status:
@@ -142,9 +146,11 @@ class Work:
                     future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for child in self.children:
-                    if child.poll() is None:
-                        child.terminate()
+                with self.guard:
+                    self.stopped = True
+                    for child in self.children:
+                        if child.poll() is None:
+                            child.terminate()
                 raise
 
 

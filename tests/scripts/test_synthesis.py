@@ -1,11 +1,14 @@
 """scripts/synthesize.sh: its jobs, its mistakes, its table, and its page in a real browser."""
 
+import concurrent.futures
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +129,20 @@ def test_a_job_that_fails_ends_all_and_names_its_log(work, tmp_path, body, said)
     with pytest.raises(UserError, match=f"(?s)bad job: .*{said}.*bad_job.txt"):
         work.chains([failing, later])
     assert "later" not in work.seconds
+
+
+def test_after_a_failure_no_job_is_started(work, tmp_path):
+    """Not even by a chain that is between two jobs."""
+    done, failed = tmp_path / "done", threading.Event()
+    between = python(f"open({str(done)!r}, 'w')", "later", done, before=lambda: (failed.wait(30), time.sleep(0.5)))
+    failing = python("raise SystemExit(3)", "bad", tmp_path / "a")
+    shutdown = concurrent.futures.ThreadPoolExecutor.shutdown
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(concurrent.futures.ThreadPoolExecutor, "shutdown", lambda pool, *given, **named: (
+            failed.set(), shutdown(pool, *given, **named)))
+        with pytest.raises(UserError, match="bad: .* status 3"):
+            work.chains([between], [failing])
+    assert not done.exists()
 
 
 def test_a_signal_ends_the_jobs(tmp_path):
