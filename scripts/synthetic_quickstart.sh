@@ -2,7 +2,8 @@
 # Synthetic text from a fresh clone, offline but for the package registry: trains the demonstration's model on generated
 # restaurant descriptions with epsilon 8 and, long enough to overfit, without privacy; lets both write; and judges what
 # the samples are worth and what they leak. Ends with samples, a table and one page. Computes everything anew each time,
-# in trained_models/synthetic_quickstart/. At most 5 minutes on 2 cores after installation.
+# in trained_models/synthetic_quickstart/. Meant to take at most 5 minutes on 2 cores after installation;
+# docs/synthetic.md has what was measured.
 #
 #   bash scripts/synthetic_quickstart.sh
 set -euo pipefail

@@ -19,7 +19,8 @@ from, after temperature, top-k and top-p.
 
 The same seed gives the same texts whatever --batch_size, the number of ranks, or a kill and --resume: sample j of line
 i has random numbers of its own, and its states are computed in shapes that do not depend on the other samples. That
-holds on one kind of processor and with one number of threads (OMP_NUM_THREADS; torchrun sets 1).
+holds on one kind of processor, with one number of threads (OMP_NUM_THREADS; torchrun sets 1) and for one total number
+of samples, which sets the rows of a product.
 """
 
 import base.early  # noqa: F401  # isort: skip  # before torch, which takes seconds
