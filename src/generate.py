@@ -12,24 +12,27 @@ PEFT's folder, or a weight file. Adapters are merged.
 --prompts all samples begin at the start token, GPT-2's <|endoftext|>; a vocabulary without one is refused.
 
 Output, in the order of the prompts, whole or not at all, a line a sample:
-  {"prompt": "...", "text": "...", "tokens": [ids], "logprob": x}
+  {"prompt": "...", "text": "...", "tokens": [ids], "logprob": x}, and with public fields "fields": {name: value}
 tokens: what was generated, through the token that ended it, if any. text: the same as text, without special tokens and
 cut before --stop. logprob: the natural logarithm of the tokens' probability under the distribution that they were drawn
 from, after temperature, top-k and top-p.
 
 The same seed gives the same texts whatever --batch_size, the number of ranks, or a kill and --resume: sample j of line
 i has random numbers of its own, and its states are computed in shapes that do not depend on the other samples. That
-holds on one kind of processor and with one number of threads (OMP_NUM_THREADS; torchrun sets 1).
+holds on one kind of processor, with one number of threads (OMP_NUM_THREADS; torchrun sets 1) and for one total number
+of samples, which sets the rows of a product.
 """
 
 import base.early  # noqa: F401  # isort: skip  # before torch, which takes seconds
 
+import functools
 import hashlib
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +41,7 @@ from tqdm import tqdm
 import loralib as lora
 from base.distributed import World, start
 from base.errors import fail, run_main
-from base.files import atomic_write, check_link, is_text
+from base.files import atomic_write, check_place, is_text
 from base.flags import REQUIRED, Given, SettingsParser, check_output, flag
 from corpus.records import split_fields
 from corpus.tokenizer import VOCAB_HELP, Tokenizer, check_vocabulary_fits, digest_vocab, load_tokenizer, own_vocabulary
@@ -51,6 +54,7 @@ from run.log import read_args
 from run.prompts import Prompt, mix_prompts, read_prompts, stops, text_of
 from run.texts import ROOT
 from run.trained import TrainedModel, load, without_padding
+from weights.checkpoint import Loaded
 from weights.foreign import fingerprint
 
 WAIT_SECONDS = 24 * 3600  # how long a rank that is done waits for the others
@@ -157,16 +161,10 @@ def check(given: Given, flags: Flags) -> None:
     if flags.top_k == 1 and (changed := [name for name in ("temperature", "top_p") if name in given.explicit]):
         fail(f"--{changed[0]}: means nothing with --top_k 1, which always takes the most probable token; give one")
     check_labels(given, flags)
-    if os.path.isdir(flags.output):
-        fail(f"--output {flags.output}: is a folder, wanted the name of a file")
-    if flags.prompts is not None:
-        check_output(flags.output, flags.prompts, "--output")
-    folder = os.path.dirname(flags.output)
-    check_link(folder or ".", "--output")
-    if folder and not os.path.isdir(folder):
-        fail(f"--output {flags.output}: there is no folder {folder}; make it, or name another")
-    if not os.access(folder or ".", os.W_OK | os.X_OK):
-        fail(f"--output {flags.output}: its folder cannot be written to; name another")
+    for path in (flags.prompts, flags.label_counts, flags.train_file, flags.label_domain):
+        if path is not None:
+            check_output(flags.output, path, "--output")
+    check_place(flags.output, "--output")
 
 
 def check_labels(given: Given, flags: Flags) -> None:
@@ -204,9 +202,11 @@ def public_fields(flags: Flags) -> tuple[str, ...]:
     return names if flags.label_counts is not None or flags.prompt_fields is not None else ()
 
 
-def label_mixes(given: Given, flags: Flags, names: tuple[str, ...]) -> tuple[list[tuple[str, ...]], list[int]]:
-    """(mixes of public fields, samples of each) of --label_counts; ([], []) without it. On rank 0 alone, after every
-    other check: it may charge the run's ledger."""
+def label_mixes(
+    given: Given, flags: Flags, names: tuple[str, ...], check: Callable[[list[tuple[str, ...]]], object]
+) -> tuple[list[tuple[str, ...]], list[int]]:
+    """(mixes of public fields, samples of each) of --label_counts; ([], []) without it. On rank 0 alone, since it may
+    charge the run's ledger. check: raises UserError for mixes that cannot be drawn, before a charge."""
     if flags.label_counts is None:
         return [], []
     if flags.label_counts == PRIVATE:
@@ -218,7 +218,7 @@ def label_mixes(given: Given, flags: Flags, names: tuple[str, ...]) -> tuple[lis
             flags.label_noise_multiplier,
             flags.target_epsilon,
         )
-        mixes, weights = private_weights(private, names, f"{flags.output}.labels.jsonl", flags.resume)
+        mixes, weights = private_weights(private, names, f"{flags.output}.labels.jsonl", flags.resume, check)
         return mixes, shared_out(weights, flags.num_samples)
     mixes, amounts, are_counts = read_table(flags.label_counts, "--label_counts", names, True)
     if not are_counts:
@@ -228,17 +228,18 @@ def label_mixes(given: Given, flags: Flags, names: tuple[str, ...]) -> tuple[lis
     return mixes, [int(amount) for amount in amounts]
 
 
-def open_vocabulary(flags: Flags, model: LanguageModel) -> tuple[Tokenizer, str]:
+def open_vocabulary(flags: Flags, loaded: Loaded) -> tuple[Tokenizer, str]:
     """(the tokenizer of the model, what is to be said of the model's rows beyond it; "" for nothing). UserError where
     it is not the model's."""
     place = flags.init_checkpoint
     folder = place if os.path.isdir(place) else os.path.dirname(place) or "."
-    args, own = read_args(folder), own_vocabulary(place, flags.base_checkpoint)
+    places = (place, flags.base_checkpoint, loaded.base_path)
+    args, own = read_args(folder), own_vocabulary(*places)
     recorded = args.get("vocab") if isinstance(args.get("vocab"), str) else None
     vocab = flags.vocab or own or (recorded if recorded and os.path.isdir(recorded) else os.path.join(ROOT, "vocab"))
     tokenizer = load_tokenizer(vocab)
-    rows, what = model.config.vocab_size, f"--init_checkpoint {place}"
-    said = check_vocabulary_fits(vocab, tokenizer.vocab_size, rows, what, place, own)
+    rows, what = loaded.model.config.vocab_size, f"--init_checkpoint {place}"
+    said = check_vocabulary_fits(vocab, tokenizer.vocab_size, rows, what, *places)
     wanted = args.get("vocab_sha256")
     if isinstance(wanted, str) and wanted != digest_vocab(vocab):
         fail(f"--vocab {vocab}: is not the one that {what} was trained with ({recorded}); give that one")
@@ -248,9 +249,9 @@ def open_vocabulary(flags: Flags, model: LanguageModel) -> tuple[Tokenizer, str]
 def open_model(flags: Flags) -> tuple[LanguageModel, Tokenizer, SamplingRules, str]:
     """(the model without padded rows, its tokenizer, the rules, what is to be said of the rows). UserError where they
     do not fit."""
-    model = load(flags).model
-    tokenizer, said = open_vocabulary(flags, model)
-    model = without_padding(model, flags.vocab_size or min(tokenizer.vocab_size, model.config.vocab_size))
+    loaded = load(flags)
+    tokenizer, said = open_vocabulary(flags, loaded)
+    model = without_padding(loaded.model, flags.vocab_size or tokenizer.vocab_size)
     config = model.config
     limit = config.n_positions - flags.max_new_tokens
     if limit < 1:
@@ -365,7 +366,9 @@ def main() -> None:
         names = public_fields(flags)
         model, tokenizer, rules, said = open_model(flags)
     with world.raise_if_any_failed():
-        found = label_mixes(given, flags, names) if world.is_main else ([], [])
+        limit = model.config.n_positions - flags.max_new_tokens
+        check_mixes = functools.partial(mix_prompts, names, tokenizer=tokenizer, limit=limit)
+        found = label_mixes(given, flags, names, check_mixes) if world.is_main else ([], [])
     mixes, counts = world.gather(found)[0]
     with world.raise_if_any_failed():
         work = prepare(flags, world, journal, model, tokenizer, rules, names, mixes, counts)

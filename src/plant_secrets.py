@@ -74,6 +74,16 @@ def kinds_of_tokens(examples: Examples, tokenizer: Tokenizer) -> dict[str, np.nd
     return found
 
 
+def check_room(kinds: dict[str, np.ndarray], secrets: int, others: int) -> None:
+    """UserError where the wanted contexts or rivals are more than half of those that there are: to draw different ones
+    would take long, or forever."""
+    for kind, tokens in kinds.items():
+        n = len(tokens)
+        for flag, given, most in (("secrets", secrets, n**CONTEXT // 4), ("others", others, n**SECRET // 2 - 1)):
+            if given > most:
+                fail(f"--{flag} {given}: the data have {n} tokens for secrets of {kind}; choose at most {most}")
+
+
 def draw_secrets(
     kinds: dict[str, np.ndarray], count: int, others: int, ends: tuple[list[int], list[int]], draw: np.random.Generator
 ) -> list[dict]:
@@ -165,6 +175,8 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, help="folder of the files, which is made")
     args = parser.parse_args()
     check_least(args, held_out=1, secrets=1, repeats=1, others=1, seed=0)
+    if os.path.realpath(args.output_dir) == os.path.dirname(os.path.realpath(args.data)):
+        fail(f"--output_dir {args.output_dir}: is the folder of --data, whose files would be replaced; name another")
     tokenizer = load_tokenizer(args.vocab)
     examples = read_examples(args.data, "--data", tokenizer.vocab_size, LONGEST)
     if args.held_out >= len(examples):
@@ -173,7 +185,9 @@ def main() -> None:
     lines = lines_of(examples)
     kept_out = set(draw.permutation(len(lines))[: args.held_out].tolist())
     ends = shared_end(context for context, _ in lines), shared_end(completion for _, completion in lines)
-    secrets = draw_secrets(kinds_of_tokens(examples, tokenizer), args.secrets, args.others, ends, draw)
+    kinds = kinds_of_tokens(examples, tokenizer)
+    check_room(kinds, args.secrets, args.others)
+    secrets = draw_secrets(kinds, args.secrets, args.others, ends, draw)
     members = [line for k, line in enumerate(lines) if k not in kept_out]
     os.makedirs(args.output_dir, exist_ok=True)
     write_all(args.output_dir, members, [lines[k] for k in sorted(kept_out)], secrets, args.repeats, tokenizer)

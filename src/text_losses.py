@@ -17,7 +17,7 @@ import torch
 
 from base.distributed import start
 from base.errors import fail, run_main
-from base.files import atomic_write
+from base.files import atomic_write, check_place
 from base.flags import Parser, check_least, check_output
 from corpus.batching import TightCut
 from corpus.examples import Examples, describe_cut, read_examples
@@ -55,6 +55,7 @@ def main() -> None:
         check_least(args, seq_len=2)
     for path in args.data:
         check_output(args.output, path, "--output")
+    check_place(args.output, "--output")
     device = start("local").device
     model = load_trained(args.init_checkpoint, args.model_card, None, None, None, None).model.to(device)
     config = model.config

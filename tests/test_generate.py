@@ -17,6 +17,7 @@ from helpers.foreign_tokenizers import edit, write_tokenizer
 from helpers.llamas import write_folder
 from helpers.processes import LAUNCHER, ROOT, rank_environments
 from helpers.small_runs import server, write_model
+from llama import LlamaLMModel
 from model import GPT2LMModel, LoRAConfig
 from weights.checkpoint import load_model, save_checkpoint
 from weights.peft_format import WEIGHTS
@@ -187,6 +188,25 @@ def test_a_llama_with_its_own_tokenizer(tmp_path, monkeypatch, form):
         if one["prompt"] and one["tokens"][-1] not in tokenizer.ends:
             assert tokenizer.decode([*ids, *one["tokens"]]) == tokenizer.decode(ids) + one["text"]
     assert sample(monkeypatch, tmp_path, tmp_path, **values, batch_size=2) == records
+
+
+def test_adapters_find_the_tokenizer_beside_the_frozen_weights(tmp_path, monkeypatch):
+    """The run's folder has none, and names the folder of its frozen weights."""
+    write_folder("llama", tmp_path / "base", vocab_size=420)
+    tokenizer = load_tokenizer(str(write_tokenizer(tmp_path / "base", "Llama 2")))
+    loaded = load_model(str(tmp_path / "base"))
+    model = LlamaLMModel(loaded.model.config, LoRAConfig(2, 8.0))
+    model.load_state_dict(loaded.model.state_dict(), strict=False)
+    model.freeze_for_training()
+    (tmp_path / "run").mkdir()
+    save_checkpoint(str(tmp_path / "run"), 3, model, loaded.base, {})
+    (tmp_path / "p.txt").write_text("the old man\n")
+    values = {"init_checkpoint": tmp_path / "run", "vocab": None, "prompts": tmp_path / "p.txt", "stop": ("no such",)}
+    found = sample(monkeypatch, tmp_path, tmp_path, **values)
+    assert all(token < tokenizer.vocab_size for one in found for token in one["tokens"])
+    del values["vocab"]
+    with pytest.raises(UserError, match=f"--vocab {VOCAB}"):  # another one is refused
+        sample(monkeypatch, tmp_path, tmp_path, **values)
 
 
 def test_without_a_start_token(tmp_path, monkeypatch):

@@ -90,11 +90,20 @@ def test_the_seed_decides(monkeypatch, data, tmp_path):
 @pytest.mark.parametrize("more, said", [
     (["--held_out", 400], "--held_out 400: .* none would be left"), (["--secrets", 0], "--secrets 0"),
     (["--others", -1], "--others -1"), (["--data", "absent"], "absent: cannot be read"),
+    (["--others", 10**18], "--others 10+: the data have .* choose at most"),
+    (["--secrets", 10**18], "--secrets 10+: the data have .* choose at most"),
 ])
 def test_mistakes(monkeypatch, data, tmp_path, more, said):
     with pytest.raises(UserError, match=said):
         plant(monkeypatch, data, tmp_path / "new", *more)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_data_are_not_overwritten(monkeypatch, data):
+    before = data.read_bytes()
+    with pytest.raises(UserError, match="--output_dir .*: is the folder of --data"):
+        plant(monkeypatch, data, data.parent)
+    assert data.read_bytes() == before and [path.name for path in data.parent.iterdir()] == [data.name]
 
 
 def test_a_corpus_without_ordinary_words_is_refused(monkeypatch, tmp_path):
@@ -136,3 +145,5 @@ def test_mistakes_of_losses(monkeypatch, tmp_path):
         with pytest.raises(UserError, match=said):
             losses(monkeypatch, folder, tmp_path / "out.json", *files, more=more)
     assert not (tmp_path / "out.json").exists()
+    with pytest.raises(UserError, match="there is no folder"):  # before the losses are computed
+        losses(monkeypatch, tmp_path / "absent", tmp_path / "new/out.json", file)

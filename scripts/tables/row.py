@@ -18,6 +18,12 @@ PACKAGES = ("torch", "opacus", "numpy", "tokenizers")
 WANTED = "what the run wrote; do the run again under another name"
 
 
+def from_root(path: str) -> str:
+    """A path that the user gave, relative to the repository's root where it lies below it."""
+    path = os.path.realpath(path)
+    return os.path.relpath(path, ROOT) if path == ROOT or path.startswith(ROOT + os.sep) else path
+
+
 def output_of(*command: str) -> str | None:
     """The standard output of a command; None where the command is missing or fails."""
     try:

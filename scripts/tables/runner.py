@@ -26,7 +26,7 @@ from base.errors import fail
 from base.files import atomic_write
 from base.flags import Parser
 from base.signals import on_request, stays_ignored
-from row import ROOT, output_of, write_row
+from row import ROOT, from_root, output_of, write_row
 from tasks import TASKS, AnyTask, Run
 
 EPILOG = """\
@@ -114,12 +114,6 @@ def parse(task: AnyTask, words: list[str]) -> argparse.Namespace:
     args.models = [word if word in task.models else from_root(word) for word in args.models or task.default_models]
     args.nproc = count_processes(args.batch, args.nproc)
     return args
-
-
-def from_root(path: str) -> str:
-    """A path that the user gave, relative to the repository's root where it lies below it."""
-    path = os.path.realpath(path)
-    return os.path.relpath(path, ROOT) if path == ROOT or path.startswith(ROOT + os.sep) else path
 
 
 def count_processes(batch: int, given: str | None) -> int:

@@ -30,7 +30,7 @@ from base.errors import fail
 from base.files import atomic_write, open_text, read_lines, read_object
 from base.flags import Parser, check_least, check_positive
 from base.markdown import dict_table
-from row import ROOT, commit, hardware
+from row import ROOT, commit, from_root, hardware
 from synthesis_page import write_page
 from synthesis_table import MODELS, NO_PRIVACY, NOTHING, PRIVATE, PRIVATE_TEXT, lines_of, row_of
 from tasks import fill
@@ -95,6 +95,7 @@ class Work:
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     children: list[subprocess.Popen] = field(default_factory=list)
     guard: threading.Lock = field(default_factory=threading.Lock)
+    stopped: bool = False  # no further job is started
 
     def __post_init__(self) -> None:
         self.clock = os.path.join(self.args.runs, "seconds.json")
@@ -113,8 +114,11 @@ class Work:
         begun = time.monotonic()
         with open(log, "w", encoding="utf-8") as out:
             environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
-            child = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=environment)
-            self.children.append(child)
+            with self.guard:
+                if self.stopped:
+                    return
+                child = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=environment)
+                self.children.append(child)
             status, cpu = ended(child)
         took = time.monotonic() - begun
         if status:
@@ -142,9 +146,11 @@ class Work:
                     future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for child in self.children:
-                    if child.poll() is None:
-                        child.terminate()
+                with self.guard:
+                    self.stopped = True
+                    for child in self.children:
+                        if child.poll() is None:
+                            child.terminate()
                 raise
 
 
@@ -168,7 +174,7 @@ def parse() -> Any:
     add("--secrets", type=int, default=8, help="planted secrets of each kind (default 8)")
     add("--others", type=int, default=1023, help="rivals of each secret (default 1023)")
     add("--samples", type=int, default=4, help="samples of each different context of valid.txt (default 4)")
-    add("--temperature", default="1.0", help="of the samples (default 1.0)")
+    add("--temperature", type=float, default=1.0, help="of the samples (default 1.0)")
     add("--max_new_tokens", type=int, default=64, help="longest sample in tokens (default 64)")
     add("--batch", type=int, default=512, help="expected batch of the private training (default 512)")
     add("--seed", type=int, default=0, help="of held-out lines, secrets and samples (default 0)")
@@ -180,13 +186,13 @@ def parse() -> Any:
     add("--embedder", help="model for MAUVE, in Hugging Face's layout (default: no MAUVE)")
     args = parser.parse_args()
     check_least(args, seq_len=2, held_out=1, secrets=1, others=1, samples=1, max_new_tokens=1, seed=0, nproc=1, batch=1)
-    check_positive(args, epsilon=float("inf"))
+    check_positive(args, epsilon=float("inf"), temperature=100)
     for name in ("batch", "open_batch"):
         if getattr(args, name) % args.nproc:
             fail(f"--{name} {getattr(args, name)}: is no multiple of --nproc {args.nproc}; give another of either")
     for name in ("data", "vocab", "model", "runs", "embedder"):
         if getattr(args, name) is not None:
-            setattr(args, name, os.path.relpath(os.path.realpath(getattr(args, name)), ROOT))
+            setattr(args, name, from_root(getattr(args, name)))
     return args
 
 
@@ -198,6 +204,8 @@ def check_files(args: Any) -> None:
         if not os.path.isfile(path):
             fail(f"--data {args.data}: there is no {part}.txt; wanted train.txt, valid.txt and test.txt")
         lines[part] = [line for _, line in read_lines(path, "--data")]
+    if args.embedder is not None and not os.path.isfile(os.path.join(args.embedder, "config.json")):
+        fail(f"--embedder {args.embedder}: holds no config.json; wanted a model's folder, or leave it out")
     for part, other in (("valid", "train"), ("test", "train"), ("train", "valid"), ("train", "test")):
         known = set(lines[other])
         shared = sum(line in known for line in lines[part])

@@ -108,6 +108,18 @@ def check_link(folder: str, flag: str) -> None:
         fail(f"{flag} {folder}: is a link to {os.readlink(folder)}, which is not there; make that, or name another one")
 
 
+def check_place(path: str, flag: str) -> None:
+    """Raise UserError where no file of that name can be written, before the work that it shall hold."""
+    if os.path.isdir(path):
+        fail(f"{flag} {path}: is a folder, wanted the name of a file")
+    folder = os.path.dirname(path)
+    check_link(folder or ".", flag)
+    if folder and not os.path.isdir(folder):
+        fail(f"{flag} {path}: there is no folder {folder}; make it, or name another")
+    if not os.access(folder or ".", os.W_OK | os.X_OK):
+        fail(f"{flag} {path}: its folder cannot be written to; name another")
+
+
 def decode_line(line: bytes, path: str, number: int) -> str:
     """Line `number` (from 1) of the UTF-8 text file `path`, without its end, a line feed with or without carriage
     returns before it. A byte-order mark at the start of the file is dropped.

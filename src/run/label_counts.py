@@ -8,14 +8,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from base.errors import fail
 from base.files import atomic_write, decode_line, read_lines, read_object
-from corpus.records import PSEUDO_AUTHORS, Source, field_values, read_record, with_form
+from corpus.records import PSEUDO_AUTHORS, Source, field_values, read_record, split_fields, with_form
 from privacy import accounting, attack_risk
 from privacy.label_counts import CLIP, NOISE_SOURCE, noisy_counts, totals
 from privacy.ledger import FILE_NAME, LABEL_COUNTS, MUST_MATCH, Ledger, read_ledger
@@ -25,6 +25,7 @@ from run.log import read_args
 from run.provenance import REPORT_NAME, by_ledger
 
 PRIVATE = "private"
+LARGEST = 10**15  # count or weight of a mix; sums of them are exact enough
 Mix = tuple[str, ...]  # a value for each field
 
 
@@ -43,7 +44,8 @@ class Private:
 def read_table(path: str, flag: str, names: Sequence[str], amounts: bool) -> tuple[list[Mix], list[float], bool]:
     """(mixes, their counts or weights, whether these are counts) of a table. amounts: False for a mere list of mixes,
     all of weight 1."""
-    mixes, found, kinds = [], [], set()
+    mixes: dict[Mix, float] = {}
+    kinds: set[str] = set()
     for number, line in read_lines(path, flag):
         where = f"{path}:{number}"
         try:
@@ -63,24 +65,28 @@ def read_table(path: str, flag: str, names: Sequence[str], amounts: bool) -> tup
             fail(f"{where}: {extra[0]!r} is none of the --prompt_fields {','.join(names)}; remove it, or name it there")
         value = record[kind[0]] if amounts else 1
         allowed = (int,) if kind == ["count"] else (int, float)
-        if type(value) not in allowed or not 0 <= value < math.inf:
-            fail(f"{where}: {kind[0]} is {json.dumps(value)[:40]}, wanted a number of 0 or more")
-        mixes.append(mix)
-        found.append(float(value))
+        if type(value) not in allowed or not 0 <= value <= LARGEST:
+            wanted = "a whole number" if allowed == (int,) else "a number"
+            fail(f"{where}: {kind[0]} is {json.dumps(value)[:40]}, wanted {wanted} from 0 to {LARGEST:.0e}")
+        mixes[mix] = float(value)
         kinds.update(kind)
     if len(kinds) > 1:
         fail(f"{flag} {path}: has counts and weights; give one of them")
-    if not mixes or not sum(found):
+    if not sum(mixes.values()):
         fail(f"{flag} {path}: names no mix that is to be drawn; wanted a line a mix")
-    return mixes, found, kinds == {"count"}
+    return list(mixes), list(mixes.values()), kinds == {"count"}
+
+
+def positive_part(weights: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Weights without the negative ones, which are 0; all are 1 where none is positive."""
+    kept = np.clip(np.asarray(weights, np.float64), 0.0, None)
+    return kept if kept.any() else np.ones(len(kept))
 
 
 def shared_out(weights: Sequence[float], total: int) -> list[int]:
-    """`total` samples shared out by weight, by largest remainder; negative weights are 0, and all are equal where none
-    is positive."""
-    share = np.clip(np.asarray(weights, np.float64), 0.0, None)
-    share = share / share.sum() if share.sum() > 0 else np.full(len(share), 1 / len(share))
-    exact = share * total
+    """`total` samples shared out by positive_part() of the weights, by largest remainder."""
+    share = positive_part(weights)
+    exact = share / share.sum() * total
     counts = np.floor(exact).astype(int)
     for place in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
         counts[place] += 1
@@ -90,8 +96,11 @@ def shared_out(weights: Sequence[float], total: int) -> list[int]:
 # ------------------------------------------------------------------ counted from private data
 
 
-def private_weights(private: Private, names: Sequence[str], output: str, resume: bool) -> tuple[list[Mix], list[float]]:
-    """(mixes, their noisy counts). The charge is in the run's ledger, on disk, before the noise is drawn.
+def private_weights(
+    private: Private, names: Sequence[str], output: str, resume: bool, check: Callable[[list[Mix]], object]
+) -> tuple[list[Mix], list[float]]:
+    """(mixes, positive_part() of their noisy counts). The charge is in the run's ledger, on disk, before the noise is
+    drawn. check: raises UserError for mixes that cannot be drawn, before the charge.
 
     They are written to `output` before anything uses them; `resume` takes them from there. A kill between the charge
     and the file costs the charge: the next call charges again.
@@ -104,20 +113,23 @@ def private_weights(private: Private, names: Sequence[str], output: str, resume:
             )
         mixes, weights, _ = read_table(output, "--label_counts", names, True)
         return mixes, weights
+    if resume:
+        fail(f"--resume: nothing to resume, there is no {output}; leave --resume out")
     mixes, _, _ = read_table(private.domain, "--label_domain", names, False)
+    check(mixes)
     args = checked_args(private, names)
     total = count(private, args, names, mixes)
     path = os.path.join(private.folder, FILE_NAME)
     ledger = charged(path, private, args)
     try:
-        noisy = noisy_counts(total, private.sigma)
+        weights = positive_part(noisy_counts(total, private.sigma)).tolist()
     finally:
         ledger.close()
-    with atomic_write(output) as out:  # below 0 is drawn as 0: the file is a table that read_table() takes
-        for mix, value in zip(mixes, noisy, strict=True):
-            out.write(json.dumps({**dict(zip(names, mix, strict=True)), "weight": max(0.0, float(value))}) + "\n")
+    with atomic_write(output) as out:  # a table that read_table() takes
+        for mix, value in zip(mixes, weights, strict=True):
+            out.write(json.dumps({**dict(zip(names, mix, strict=True)), "weight": value}) + "\n")
     update_report(private.folder, path)
-    return mixes, [float(value) for value in noisy]
+    return mixes, weights
 
 
 def checked_args(private: Private, names: Sequence[str]) -> dict:
@@ -130,7 +142,7 @@ def checked_args(private: Private, names: Sequence[str]) -> dict:
             "for the labels); give the run's folder as --init_checkpoint"
         )
     fields = args.get("prompt_fields")
-    if not isinstance(fields, str) or tuple(name.strip() for name in fields.split(",")) != tuple(names):
+    if not isinstance(fields, str) or split_fields(fields) != tuple(names):
         fail(f"--label_counts private: {folder} was trained with --prompt_fields {fields}, not {','.join(names)}")
     if args.get("reservation") or args.get("budget"):
         fail(

@@ -200,6 +200,17 @@ def test_the_budget_is_never_passed(trained, tmp_path, monkeypatch):
     run_here(monkeypatch, words(work, tmp_path / "s.jsonl", target_epsilon=None, label_noise_multiplier=5000))
 
 
+def test_a_label_s_table_is_what_was_drawn_from(trained, tmp_path, monkeypatch):
+    """Where the noise leaves no count above 0, too: what --resume reads is what the first call got."""
+    work, output = shutil.copytree(trained, tmp_path / "run"), str(tmp_path / "labels.jsonl")
+    folder = corpus()[0]
+    private = Private(str(work), str(folder / "train.jsonl"), str(folder / "domain.jsonl"), 3.0, 1000.0)
+    monkeypatch.setattr(label_counts, "noisy_counts", lambda *_: np.array([-1.0, -0.5, 0.0, -7.0]))
+    first = label_counts.private_weights(private, FIELDS, output, False, lambda mixes: None)
+    assert first == (MIXES, [1.0] * 4)
+    assert label_counts.private_weights(private, FIELDS, output, True, lambda mixes: None) == first
+
+
 MISTAKES = [
     ({"label_domain": None}, "--label_counts private: needs --label_domain; the labels' domain is a public list"),
     ({"label_noise_multiplier": None}, "needs --label_noise_multiplier"),
@@ -215,6 +226,9 @@ MISTAKES = [
     ({"init_checkpoint": "tiny", "prompt_fields": "stars,category"}, "is no folder of a private training"),
     ({"label_counts": "table.jsonl"}, "--train_file: means nothing without --label_counts private"),
     ({"budget": "file"}, "has a share of the budget file"),
+    ({"resume": True}, "--resume: nothing to resume, there is no s.jsonl.labels.jsonl"),
+    ({"label_domain": "long.jsonl"}, r"--label_counts: stars: 1 .*: the prompt has \d+ tokens, and beside"),
+    ({"output": "table.jsonl", "label_domain": "table.jsonl"}, "--output table.jsonl: is the input itself"),
 ]
 
 
@@ -229,15 +243,18 @@ def test_mistakes(trained, tmp_path, monkeypatch, changed, expected):
         values["init_checkpoint"] = material() / "tiny"
     written(tmp_path / "table.jsonl", [{"stars": 1, "category": "food", "count": 2}])
     written(tmp_path / "double.jsonl", [{"stars": 1, "category": "food"}] * 2)
+    written(tmp_path / "long.jsonl", [{"stars": 1, "category": "food " * 200}])
     before = (work / "privacy_ledger.jsonl").read_bytes()
     with pytest.raises(UserError, match=expected):
-        run_here(monkeypatch, words(work, "s.jsonl", **values))
+        run_here(monkeypatch, words(work, values.pop("output", "s.jsonl"), **values))
     assert (work / "privacy_ledger.jsonl").read_bytes() == before and not (tmp_path / "s.jsonl").exists()
 
 
 TABLES = [
     ([{"stars": 1, "category": "food", "count": 2.5}], "count is 2.5"),
     ([{"stars": 1, "category": "food", "weight": -1}], "weight is -1"),
+    ([{"stars": 1, "category": "food", "count": 10**400}], "wanted a whole number from 0 to 1e+15"),
+    ([{"stars": 1, "category": "food", "weight": 1e308}], "wanted a number from 0 to 1e+15"),
     ([{"stars": 1, "category": "food"}], "wanted one of 'count' and 'weight'"),
     ([{"stars": 1, "count": 2}], "'category' of --prompt_fields is null"),
     ([{"stars": 1, "category": "a|b", "count": 2}], "'category' of --prompt_fields is \"a|b\""),

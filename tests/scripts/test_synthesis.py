@@ -1,11 +1,14 @@
 """scripts/synthesize.sh: its jobs, its mistakes, its table, and its page in a real browser."""
 
+import concurrent.futures
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +131,20 @@ def test_a_job_that_fails_ends_all_and_names_its_log(work, tmp_path, body, said)
     assert "later" not in work.seconds
 
 
+def test_after_a_failure_no_job_is_started(work, tmp_path):
+    """Not even by a chain that is between two jobs."""
+    done, failed = tmp_path / "done", threading.Event()
+    between = python(f"open({str(done)!r}, 'w')", "later", done, before=lambda: (failed.wait(30), time.sleep(0.5)))
+    failing = python("raise SystemExit(3)", "bad", tmp_path / "a")
+    shutdown = concurrent.futures.ThreadPoolExecutor.shutdown
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(concurrent.futures.ThreadPoolExecutor, "shutdown", lambda pool, *given, **named: (
+            failed.set(), shutdown(pool, *given, **named)))
+        with pytest.raises(UserError, match="bad: .* status 3"):
+            work.chains([between], [failing])
+    assert not done.exists()
+
+
 def test_a_signal_ends_the_jobs(tmp_path):
     """The driver passes a request to stop on to what it has started, and ends with the signal's status."""
     (tmp_path / "logs").mkdir()
@@ -186,8 +203,14 @@ def test_swapped_files_are_refused(monkeypatch, tmp_path, changed, said):
         synthesis.check_files(parse(monkeypatch, "--data", data(tmp_path, **changed), "--runs", tmp_path / "runs"))
 
 
+def test_a_folder_without_an_embedder_is_refused_before_any_training(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="--embedder .* holds no config.json"):
+        synthesis.check_files(parse(monkeypatch, "--data", data(tmp_path), "--runs", tmp_path, "--embedder", tmp_path))
+
+
 @pytest.mark.parametrize("words, said", [
     (["--samples", 0], "--samples 0"), (["--epsilon", -1], "--epsilon -1"),
+    (["--temperature", "warm"], "--temperature"), (["--temperature", 0], "--temperature 0"),
     (["--nproc", 3, "--batch", 512], "--nproc 3"), ([], "--runs"), (["--sample", 3], "--sample")])
 def test_mistakes_of_the_options(monkeypatch, tmp_path, words, said):
     own = ["--runs", tmp_path] if words else []
